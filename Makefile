@@ -1,0 +1,78 @@
+# The commands of the project; `make` lists them. They work in a virtual environment of their own, .venv, which is made
+# at the first call and renewed when what it was made from has changed.
+
+PYTHON ?= python3
+# PyTorch's index of builds without CUDA, far smaller than the usual ones; not used where it has nothing for the
+# platform or cannot be reached. `make demo TORCH_INDEX=` takes what PyPI has.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+TRAIN_ARGS ?= --minutes 2
+
+BIN := .venv/bin
+SOURCES := $(shell find csrc triton_kernels -type f 2>/dev/null)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+step = @printf '\n==> %s\n' $(1)
+
+.PHONY: help demo bench test lint clean
+
+help:
+	@echo 'make demo    install into .venv, then a short benchmark and the training example'
+	@echo 'make test    install into .venv, then linters, types and tests: what CI runs'
+	@echo 'make bench   the benchmark over more shapes'
+	@echo 'make clean   remove .venv and everything that was built'
+
+demo: .venv/installed | build
+	$(call step,'What is installed')
+	$(BIN)/python -m linformer_kernels.info
+	$(call step,'Benchmark: time and memory against the length of the sequence')
+	$(BIN)/python -m bench --op full --seq-len 1k,2k,4k,8k --proj-dim 128 --rivals eager,sdpa_proj,exact \
+	    --repeats 5 --cell-time 6 --max-seconds 3 --plot build/bench.png
+	$(call step,'Training: one masked language model with Linformer attention and with exact attention')
+	$(BIN)/python examples/train_mlm.py $(TRAIN_ARGS)
+
+bench: .venv/installed | build
+	$(BIN)/python -m bench --op fwd,full --dtype fp32,bf16 --seq-len 1k,4k,16k,64k --proj-dim 128,256 \
+	    --plot build/bench.png --csv build/bench.csv
+
+test: lint
+	$(call step,'Tests')
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/installed
+	$(call step,'Python: ruff')
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(call step,'Python: mypy')
+	$(BIN)/mypy linformer_kernels
+	$(call step,'C++: clang-format')
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+build:
+	mkdir -p $@
+
+# --no-build-isolation: the build uses torch, CMake and Ninja of .venv instead of downloading its own.
+.venv/installed: .venv/requirements pyproject.toml setup.py CMakeLists.txt $(SOURCES)
+	$(call step,'Building and installing linformer_kernels')
+	PATH="$(CURDIR)/$(BIN):$$PATH" pip install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.venv/requirements: requirements-dev.txt
+	@command -v '$(PYTHON)' > /dev/null || \
+	    { echo 'There is no $(PYTHON). Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "Python 3.10 or newer is needed, $(PYTHON) is $$('$(PYTHON)' -V 2>&1). Name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" > /dev/null || command -v g++ > /dev/null || command -v clang++ > /dev/null || \
+	    { echo 'There is no C++ compiler (c++, g++, clang++ or $$CXX). Debian, Ubuntu: apt install g++; macOS: xcode-select --install' >&2; exit 1; }
+	$(call step,'Virtual environment')
+	'$(PYTHON)' -m venv .venv
+	$(BIN)/python -m pip install 'pip>=23.1'
+	$(call step,'PyTorch')
+	$(BIN)/pip install --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$(grep '^torch==' $<)
+	$(call step,'Everything else that development needs')
+	$(BIN)/pip install -r $<
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f linformer_kernels/*.so linformer_kernels/*.dylib

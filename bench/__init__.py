@@ -1,0 +1,1 @@
+"""Benchmarks of linformer_kernels against what PyTorch offers: `python -m bench --help`."""

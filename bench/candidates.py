@@ -1,0 +1,106 @@
+"""Who is measured: our backends and the PyTorch compositions, all called as (query, key, value, E, F or None)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.options import Cell
+
+NAMES = ("query", "key", "value", "proj_key", "proj_value")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    call: Callable[..., Tensor]
+    kind: str  # "ours"; "rival", which gives the same answer; "exact", which gives another
+
+    @property
+    def exact(self) -> bool:
+        return self.kind == "exact"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tensors: tuple[Tensor | None, ...]
+    grad_out: Tensor
+
+    def leaves(self, exact: bool) -> list[Tensor]:
+        """The tensors whose gradients a training step wants."""
+        return [tensor for tensor in self.tensors[: 3 if exact else 5] if tensor is not None]
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None = None) -> Tensor:
+    """The formula as written; in float64 it is also the reference that every candidate is checked against."""
+    key_proj = proj_key @ key
+    value_proj = (proj_key if proj_value is None else proj_value) @ value
+    scores = query @ key_proj.transpose(-1, -2) * query.size(-1) ** -0.5
+    return torch.softmax(scores, dim=-1) @ value_proj
+
+
+def eager_exact(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None) -> Tensor:
+    return torch.softmax(query @ key.transpose(-1, -2) * query.size(-1) ** -0.5, dim=-1) @ value
+
+
+def sdpa_proj(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None) -> Tensor:
+    value_proj = (proj_key if proj_value is None else proj_value) @ value
+    return scaled_dot_product_attention(query, proj_key @ key, value_proj)
+
+
+def upcast(query: Tensor, *others: Tensor | None) -> Tensor:
+    """What a user writes who has found 16-bit matrix products slow on a CPU without instructions for them."""
+    wide: Any = [None if tensor is None else tensor.float() for tensor in (query, *others)]
+    return sdpa_proj(*wide).to(query.dtype)
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None) -> Tensor:
+    return scaled_dot_product_attention(query, key, value)
+
+
+def ours(backend: str | None, *tensors: Any) -> Tensor:
+    # Imported here so that the rest of the benchmark, and its help, work where the package is not installed.
+    import linformer_kernels
+
+    return linformer_kernels.linformer_attention(*tensors, backend=backend)
+
+
+def candidates(options: argparse.Namespace, cell: Cell) -> list[Candidate]:
+    found = [Candidate(f"ours:{b}", partial(ours, None if b == "auto" else b), "ours") for b in options.backend]
+    calls: dict[str, Callable[..., Tensor]] = {"eager": eager, "sdpa_proj": sdpa_proj, "exact": exact}
+    if "compile" in options.rivals:  # else not touched: loading the compiler takes seconds
+        torch._dynamo.reset()  # a ninth shape would be one too many for a function, which then runs uncompiled
+        calls["compile"] = torch.compile(eager, dynamic=False)
+    if cell.dtype != "float32":
+        calls["upcast"] = upcast
+    rivals = [name for name in options.rivals if name in calls]
+    return found + [Candidate(name, calls[name], "exact" if name == "exact" else "rival") for name in rivals]
+
+
+def make_inputs(cell: Cell, device: str) -> Inputs:
+    """Unit normal tensors, and E, F ~ N(0, 1/N), so that K' and V' have the spread of key and value."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, std: float = 1.0, grad: bool = cell.op != "fwd") -> Tensor:
+        tensor = torch.randn(shape, generator=generator, device=device).mul_(std).to(cell.torch_dtype)
+        return tensor.requires_grad_(grad)
+
+    rows = (cell.batch, cell.heads, cell.seq_len, cell.head_dim)
+    columns = (cell.proj_dim, cell.seq_len)
+    projection = (cell.heads, *columns) if cell.sharing == "none" else columns
+    std = cell.seq_len**-0.5
+    query, key, value, proj_key = normal(*rows), normal(*rows), normal(*rows), normal(*projection, std=std)
+    proj_value = None if cell.sharing == "key_value" else normal(*projection, std=std)
+    return Inputs((query, key, value, proj_key, proj_value), normal(*rows, grad=False))
+
+
+def small_version(cell: Cell) -> Cell:
+    """A cell of the same kind that is cheap enough to predict the cost of the whole one from."""
+    return replace(cell, batch=1, heads=min(cell.heads, 2), seq_len=min(cell.seq_len, 512))

@@ -1,0 +1,512 @@
+// The tasks of the CPU plan. CMake compiles this file once for each instruction set, as LINFORMER_CPU_BUILD.
+//
+// Forward, for each kv head (DESIGN: K' = E key, V' = F value, out = softmax(scale query K'^T) V'):
+//   project          a chunk of E is copied once and multiplied with the same chunk of every head of a group
+//   finish_project   partial sums added in a fixed order, rounded to the input type, packed
+//   attend           a tile of queries: all its scores, softmax, product with V'; scores never leave the cache
+// Backward, with P recomputed and nothing of size N x K kept:
+//   attend_backward  dP = dO V'^T; dS = P (dP - rowsum(P dP)) scale; dQ = dS K'; dK' += dS^T Q; dV' += P^T dO
+//   project_backward dK = E^T dK'; dE += dK' K^T, held as its transpose so that key is read as it lies
+#include "kernels.h"
+
+#include <time.h>
+
+#include "../philox.h"
+#include "gemm.h"
+#include "layout.h"
+
+namespace linformer::cpu {
+namespace {
+
+constexpr float kLog2E = 0x1.715476p0f;
+
+template <class T>
+LINFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t row) {
+  return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + row * rows.row_stride;
+}
+
+// fp32 rows out to the tensor; row i is multiplied by factor[i] where there are factors, and is zero where it is
+// masked.
+template <class T>
+void store_rows(T* target, int64_t stride, const float* source, int64_t ld, int64_t rows, int64_t columns,
+                const float* factor = nullptr, RowMask mask = {}) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* out = target + i * stride;
+    const float* in = source + i * ld;
+    if (!mask.kept(i)) {
+      std::memset(static_cast<void*>(out), 0, static_cast<size_t>(columns) * sizeof(T));
+      continue;
+    }
+    const VecF scale = splat(factor ? factor[i] : 1.0f);
+    int64_t j = 0;
+    for (; j + kWidth <= columns; j += kWidth) store(out + j, load(in + j) * scale);
+    if (j < columns) store_part(out + j, load_part(in + j, columns - j) * scale, columns - j);
+  }
+}
+
+// Lanes that belong to the row in its last, partial vector.
+LINFORMER_INLINE VecI tail_lanes(int64_t k) {
+  VecI lanes = {};
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i < k % kWidth ? -1 : 0;
+  return lanes;
+}
+
+LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
+  const VecF lowest = splat(-__builtin_inff());
+  const int64_t whole = k / kWidth * kWidth;
+  VecF max0 = lowest, max1 = lowest;
+  int64_t j = 0;
+  for (; j + 2 * kWidth <= whole; j += 2 * kWidth) {
+    max0 = lanes_max(load(row + j) * c, max0);
+    max1 = lanes_max(load(row + j + kWidth) * c, max1);
+  }
+  if (j < whole) max0 = lanes_max(load(row + j) * c, max0);
+  if (whole < k) max1 = lanes_max(select(tail_lanes(k), load(row + whole) * c, lowest), max1);
+  return max_of_lanes(lanes_max(max0, max1));
+}
+
+// row = exp2(row * c - max), zero from k up to the next whole vector; returns the sum.
+LINFORMER_INLINE float exponentials_of_row(float* row, int64_t k, float c, float max) {
+  const int64_t whole = k / kWidth * kWidth;
+  const VecF top = splat(max);
+  VecF sum = {};
+  for (int64_t j = 0; j < whole; j += kWidth) {
+    const VecF e = exp2_nonpositive(load(row + j) * c - top);
+    store(row + j, e);
+    sum += e;
+  }
+  if (whole < k) {
+    const VecF e = select(tail_lanes(k), exp2_nonpositive(load(row + whole) * c - top), VecF{});
+    store(row + whole, e);
+    sum += e;
+  }
+  return sum_of_lanes(sum);
+}
+
+// Rows of scores to exponentials, unnormalised, in place; inverse_sum gets what makes them probabilities. All maxima
+// come first, so that no row waits for the end of its own reduction.
+void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scale, float* inverse_sum) {
+  const float c = scale * kLog2E;
+  for (int64_t i = 0; i < rows; ++i) inverse_sum[i] = max_of_row(scores + i * ld, k, c);
+  for (int64_t i = 0; i < rows; ++i) inverse_sum[i] = 1.0f / exponentials_of_row(scores + i * ld, k, c, inverse_sum[i]);
+}
+
+// The row's dropout factors, 0 or 1 / (1 - p), zero up to the next whole vector.
+void dropout_factors(const Problem& p, int64_t b, int64_t head, int64_t row, float* factor) {
+  const uint32_t threshold = dropout_threshold(p.dropout_p);
+  const float kept = static_cast<float>(1.0 / (1.0 - p.dropout_p));
+  for (int64_t k = 0; k < p.proj_dim; k += 4) {
+    const Philox4 random = philox(static_cast<uint32_t>(k / 4), static_cast<uint32_t>(row),
+                                  static_cast<uint32_t>(b * p.heads + head), static_cast<uint32_t>(p.offset), p.seed);
+    for (int64_t i = 0; i < smaller(4, p.proj_dim - k); ++i) factor[k + i] = random.word[i] >= threshold ? kept : 0.0f;
+  }
+  for (int64_t k = p.proj_dim; k % kWidth; ++k) factor[k] = 0.0f;
+}
+
+LINFORMER_INLINE void multiply_row(float* row, const float* factor, int64_t k) {
+  for (int64_t j = 0; j < k; j += kWidth) store(row + j, load(row + j) * load(factor + j));
+}
+
+LINFORMER_INLINE RowMask mask_of(const Problem& p, int64_t b, int64_t row) {
+  if (p.mask == nullptr) return {};
+  return {p.mask + b * p.mask_batch_stride + row * p.mask_row_stride, p.mask_row_stride};
+}
+
+LINFORMER_INLINE std::byte* partial_of(const Plan& plan, int64_t bh, int64_t split, int64_t splits) {
+  return plan.workspace + plan.partials + (bh * splits + split) * Partial(plan, nullptr).bytes;
+}
+
+// Adds the partials of a (b, kv head) into the first, in the order of the splits.
+Partial sum_of_partials(const Plan& plan, int64_t bh, int64_t splits) {
+  const Partial total(plan, partial_of(plan, bh, 0, splits));
+  const int64_t count = Partial(plan, nullptr).bytes / 4;    // key and value lie together
+  for (int64_t s = 1; s < splits; ++s) {
+    const float* part = Partial(plan, partial_of(plan, bh, s, splits)).key;
+    for (int64_t i = 0; i < count; i += kWidth) store(total.key + i, load(total.key + i) + load(part + i));
+  }
+  return total;
+}
+
+template <class T>
+struct Tasks {
+  using Math = typename Choose<T>::Math;
+  using Word = typename Math::Word;
+
+  static int64_t words(int64_t values) { return (values + Math::kValues - 1) / Math::kValues; }
+  static Panels<Word> panels_of(const Plan& plan, int64_t bh) {
+    return Panels<Word>(plan, plan.workspace + plan.panels + bh * plan.panels_stride);
+  }
+
+  static void project(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const ProjectScratch<Word> scratch(plan, memory);
+    const int64_t split = task % plan.splits;
+    const int64_t group = task / plan.splits % plan.group_count();
+    const int64_t b = task / plan.splits / plan.group_count();
+    const int64_t length = p.key_length(b);
+    const int64_t chunks = (p.len_k + plan.chunk - 1) / plan.chunk;
+    const int64_t chunks_a_split = (chunks + plan.splits - 1) / plan.splits;
+    const int64_t first = split * chunks_a_split * plan.chunk;
+    const int64_t last = smaller(length, first + chunks_a_split * plan.chunk);
+    const int64_t head0 = group * plan.heads_in_group, head1 = smaller(p.heads_kv, head0 + plan.heads_in_group);
+
+    // A split without rows runs once with none, which leaves zeros in its partial.
+    for (int64_t n0 = first; n0 == first || n0 < last; n0 += plan.chunk) {
+      const int64_t n = last > n0 ? smaller(plan.chunk, last - n0) : 0;
+      const RowMask mask = mask_of(p, b, n0);
+      for (int64_t h = head0; h < head1; ++h) {
+        const Partial partial(plan, partial_of(plan, b * p.heads_kv + h, split, plan.splits));
+        if (h == head0 || p.per_head_proj) {
+          copy_rows<Math>(scratch.proj_key, scratch.ld, row_of<const T>(p.proj_key, 0, h, 0) + n0,
+                          p.proj_key.row_stride, p.proj_dim, n);
+          if (!p.shared_kv) {
+            copy_rows<Math>(scratch.proj_value, scratch.ld, row_of<const T>(p.proj_value, 0, h, 0) + n0,
+                            p.proj_value.row_stride, p.proj_dim, n);
+          }
+        }
+        const T* key = row_of<const T>(p.key, b, h, p.key_row(b, n0));
+        const T* value = row_of<const T>(p.value, b, h, p.key_row(b, n0));
+        const int64_t next_n0 = h + 1 < head1 ? n0 : n0 + n;
+        const Prefetch next_key(row_of<const T>(p.key, b, h + 1 < head1 ? h + 1 : head0, p.key_row(b, next_n0)),
+                                p.key.row_stride, smaller(plan.chunk, last - next_n0), p.head_dim);
+        pack_panels<Math>(scratch.panel, key, p.key.row_stride, n, p.head_dim, mask);
+        multiply<Math, false>(scratch.proj_key, scratch.ld, scratch.panel, p.proj_dim, plan.padded_d, words(n),
+                              partial.key, plan.padded_d, n0 != first,
+                              Prefetch(value, p.value.row_stride, n, p.value_dim));
+        pack_panels<Math>(scratch.panel, value, p.value.row_stride, n, p.value_dim, mask);
+        multiply<Math, false>(scratch.proj_value, scratch.ld, scratch.panel, p.proj_dim, plan.padded_dv, words(n),
+                              partial.value, plan.padded_dv, n0 != first, next_key);
+      }
+    }
+  }
+
+  static void finish_project(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
+    T* key = row_of<T>(p.key_proj, b, h, 0);
+    T* value = row_of<T>(p.value_proj, b, h, 0);
+    if (plan.stages & kProject) {
+      const Partial total = sum_of_partials(plan, task, plan.splits);
+      store_rows(key, p.key_proj.row_stride, total.key, plan.padded_d, p.proj_dim, p.head_dim);
+      store_rows(value, p.value_proj.row_stride, total.value, plan.padded_dv, p.proj_dim, p.value_dim);
+    }
+    if (plan.stages & kAttend) {
+      const FinishScratch<Word> scratch(plan, memory);
+      const Panels<Word> panels = panels_of(plan, task);
+      copy_rows<Math>(scratch.rows, scratch.ld, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
+      pack_panels_transposed(panels.key_t, scratch.rows, scratch.ld, p.proj_dim, words(p.head_dim));
+      pack_panels<Math>(panels.value, value, p.value_proj.row_stride, p.proj_dim, p.value_dim);
+    }
+  }
+
+  static void attend(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const AttendScratch<Word> scratch(plan, memory);
+    const int64_t blocks = (p.len_q + plan.query_block - 1) / plan.query_block;
+    const int64_t block = task % blocks, h = task / blocks % p.heads, b = task / blocks / p.heads;
+    const Panels<Word> panels = panels_of(plan, b * p.heads_kv + h / (p.heads / p.heads_kv));
+    const int64_t end = smaller(p.query_length(b), (block + 1) * plan.query_block);
+    for (int64_t m0 = block * plan.query_block; m0 < end; m0 += plan.query_tile) {
+      const int64_t rows = smaller(plan.query_tile, end - m0);
+      const T* query = row_of<const T>(p.query, b, h, p.query_row(b, m0));
+      T* out = row_of<T>(p.out, b, h, p.query_row(b, m0));
+      copy_rows<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
+      multiply<Math, false>(scratch.query, scratch.ld_query, panels.key_t, rows, plan.padded_k, words(p.head_dim),
+                            scratch.scores, scratch.ld_scores, false,
+                            Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
+                                     smaller(plan.query_tile, p.query_length(b) - m0 - rows), p.head_dim));
+      exponentials(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, scratch.inverse_sum);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* row = scratch.scores + i * scratch.ld_scores;
+        if (p.dropout_p > 0) {
+          dropout_factors(p, b, h, m0 + i, scratch.keep);
+          multiply_row(row, scratch.keep, p.proj_dim);
+        }
+        // bf16 words take the place of the fp32 they come from: each is written behind what has been read.
+        if constexpr (Math::kValues == 2) Math::copy_row(reinterpret_cast<Word*>(row), row, p.proj_dim);
+      }
+      multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
+                            plan.padded_dv, words(p.proj_dim), scratch.out, plan.padded_dv, false,
+                            Prefetch(out, p.out.row_stride, rows, p.value_dim));
+      store_rows(out, p.out.row_stride, scratch.out, plan.padded_dv, rows, p.value_dim, scratch.inverse_sum);
+    }
+  }
+
+  static void prepare_backward(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
+    const FinishScratch<Word> scratch(plan, memory);
+    const Panels<Word> panels = panels_of(plan, task);
+    const T* key = row_of<const T>(p.key_proj, b, h, 0);
+    copy_rows<Math>(scratch.rows, scratch.ld, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
+    pack_panels_transposed(panels.key_t, scratch.rows, scratch.ld, p.proj_dim, words(p.head_dim));
+    pack_panels<Math>(panels.key, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
+    copy_rows<Math>(scratch.rows, scratch.ld, row_of<const T>(p.value_proj, b, h, 0), p.value_proj.row_stride,
+                    p.proj_dim, p.value_dim);
+    pack_panels_transposed(panels.value_t, scratch.rows, scratch.ld, p.proj_dim, words(p.value_dim));
+  }
+
+  // From exponentials e and dP of a row: P after dropout in place of e, dS in place of dP.
+  static void differentiate_row(float* e, float* dp, int64_t k, float inverse_sum, float scale, const float* keep) {
+    if (keep) multiply_row(dp, keep, k);
+    // Between k and the next whole vector e is zero, and dP comes from zero columns.
+    VecF dot0 = {}, dot1 = {};
+    int64_t j = 0;
+    for (; j + kWidth < k; j += 2 * kWidth) {
+      dot0 += load(e + j) * load(dp + j);
+      dot1 += load(e + j + kWidth) * load(dp + j + kWidth);
+    }
+    if (j < k) dot0 += load(e + j) * load(dp + j);
+    const VecF delta = splat(sum_of_lanes(dot0 + dot1) * inverse_sum);
+    for (j = 0; j < k; j += kWidth) {
+      const VecF probability = load(e + j) * inverse_sum;
+      store(dp + j, probability * (load(dp + j) - delta) * scale);
+      store(e + j, keep ? probability * load(keep + j) : probability);
+    }
+  }
+
+  static void attend_backward(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const AttendBackwardScratch<Word> scratch(plan, memory);
+    const int64_t split = task % plan.backward_splits, bh = task / plan.backward_splits;
+    const int64_t b = bh / p.heads_kv, h_kv = bh % p.heads_kv, group = p.heads / p.heads_kv;
+    const Panels<Word> panels = panels_of(plan, bh);
+    const Partial partial(plan, partial_of(plan, bh, split, plan.backward_splits));
+    const int64_t length = p.query_length(b);
+    // The tiles of all query heads of this kv head, in one row; this split takes its share of them.
+    const int64_t tiles_a_head = (length + plan.backward_tile - 1) / plan.backward_tile;
+    const int64_t tiles = tiles_a_head * group;
+    const int64_t first = split * tiles / plan.backward_splits, last = (split + 1) * tiles / plan.backward_splits;
+    const bool need_scores_gradient = p.grad_query.data || plan.need_grad_key_proj;
+    if (first == last) {
+      zero_words(partial.key, Partial(plan, nullptr).bytes / 4);
+      return;
+    }
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t h = h_kv * group + t / tiles_a_head;
+      const int64_t m0 = t % tiles_a_head * plan.backward_tile;
+      const int64_t rows = smaller(plan.backward_tile, length - m0);
+      const T* query = row_of<const T>(p.query, b, h, p.query_row(b, m0));
+      const T* grad_out = row_of<const T>(p.grad_out, b, h, p.query_row(b, m0));
+      copy_rows<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
+      multiply<Math, false>(scratch.query, scratch.ld_query, panels.key_t, rows, plan.padded_k, words(p.head_dim),
+                            scratch.scores, scratch.ld_scores, false,
+                            Prefetch(grad_out, p.grad_out.row_stride, rows, p.value_dim));
+      if (need_scores_gradient) {
+        copy_rows<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out, p.grad_out.row_stride, rows, p.value_dim);
+        multiply<Math, false>(scratch.grad_out, scratch.ld_grad_out, panels.value_t, rows, plan.padded_k,
+                              words(p.value_dim), scratch.grad_scores, scratch.ld_scores, false,
+                              Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
+                                       smaller(plan.backward_tile, length - m0 - rows), p.head_dim));
+      }
+      exponentials(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, scratch.inverse_sum);
+      for (int64_t i = 0; i < rows; ++i) {
+        float* row = scratch.scores + i * scratch.ld_scores;
+        const float* keep = nullptr;
+        if (p.dropout_p > 0) {
+          dropout_factors(p, b, h, m0 + i, scratch.keep);
+          keep = scratch.keep;
+        }
+        float* grad_row = scratch.grad_scores + i * scratch.ld_scores;
+        if (!need_scores_gradient) zero_words(grad_row, round_up(p.proj_dim, kWidth));
+        differentiate_row(row, grad_row, p.proj_dim, scratch.inverse_sum[i], p.scale, keep);
+      }
+      if constexpr (Math::kValues == 2) {
+        copy_columns(scratch.scores_columns, scratch.ld_scores, scratch.scores, scratch.ld_scores, rows, p.proj_dim,
+                     p.proj_dim);
+        copy_columns(scratch.grad_scores_columns, scratch.ld_scores, scratch.grad_scores, scratch.ld_scores, rows,
+                     p.proj_dim, p.proj_dim);
+        copy_rows<Math>(scratch.grad_scores_rows, scratch.ld_rows, scratch.grad_scores, scratch.ld_scores, rows,
+                        p.proj_dim);
+      }
+      if (plan.need_grad_value_proj) {
+        pack_panels<Math>(scratch.grad_out_panel, grad_out, p.grad_out.row_stride, rows, p.value_dim);
+        multiply<Math, true>(scratch.scores_columns, scratch.ld_scores, scratch.grad_out_panel, p.proj_dim,
+                             plan.padded_dv, words(rows), partial.value, plan.padded_dv, t != first);
+      }
+      if (plan.need_grad_key_proj) {
+        pack_panels<Math>(scratch.query_panel, query, p.query.row_stride, rows, p.head_dim);
+        multiply<Math, true>(scratch.grad_scores_columns, scratch.ld_scores, scratch.query_panel, p.proj_dim,
+                             plan.padded_d, words(rows), partial.key, plan.padded_d, t != first);
+      }
+      if (p.grad_query.data) {
+        multiply<Math, false>(scratch.grad_scores_rows, scratch.ld_rows, panels.key, rows, plan.padded_d,
+                              words(p.proj_dim), scratch.grad_query, plan.padded_d, false);
+        store_rows(row_of<T>(p.grad_query, b, h, p.query_row(b, m0)), p.grad_query.row_stride, scratch.grad_query,
+                   plan.padded_d, rows, p.head_dim);
+      }
+    }
+  }
+
+  // One of dK' and dV': written out where the caller wants it, packed where project_backward follows.
+  template <class Source>
+  static void finish_gradient(const Plan& plan, const Source* source, int64_t stride, int64_t columns, T* target,
+                              int64_t target_stride, Word* panel, Word* panel_t, const FinishScratch<Word>& scratch) {
+    const int64_t k = plan.problem.proj_dim;
+    if constexpr (kSame<Source, float>) {
+      if (target) store_rows(target, target_stride, source, stride, k, columns);
+    }
+    if (panel) {
+      pack_panels<Math>(panel, source, stride, k, columns);
+      copy_rows<Math>(scratch.rows, scratch.ld, source, stride, k, columns);
+      pack_panels_transposed(panel_t, scratch.rows, scratch.ld, k, words(columns));
+    }
+  }
+
+  static void finish_backward(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
+    const FinishScratch<Word> scratch(plan, memory);
+    const Panels<Word> panels = panels_of(plan, task);
+    if (plan.stages & kAttendBackward) {
+      const Partial total = sum_of_partials(plan, task, plan.backward_splits);
+      if (plan.need_grad_key_proj) {
+        finish_gradient(plan, total.key, plan.padded_d, p.head_dim,
+                        p.grad_key_proj.data ? row_of<T>(p.grad_key_proj, b, h, 0) : nullptr,
+                        p.grad_key_proj.row_stride, panels.grad_key, panels.grad_key_t, scratch);
+      }
+      if (plan.need_grad_value_proj) {
+        finish_gradient(plan, total.value, plan.padded_dv, p.value_dim,
+                        p.grad_value_proj.data ? row_of<T>(p.grad_value_proj, b, h, 0) : nullptr,
+                        p.grad_value_proj.row_stride, panels.grad_value, panels.grad_value_t, scratch);
+      }
+    } else {
+      finish_gradient<T>(plan, row_of<const T>(p.grad_key_proj, b, h, 0), p.grad_key_proj.row_stride, p.head_dim,
+                         nullptr, 0, panels.grad_key, panels.grad_key_t, scratch);
+      finish_gradient<T>(plan, row_of<const T>(p.grad_value_proj, b, h, 0), p.grad_value_proj.row_stride, p.value_dim,
+                         nullptr, 0, panels.grad_value, panels.grad_value_t, scratch);
+    }
+  }
+
+  static void project_backward(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const ProjectBackwardScratch<Word> scratch(plan, memory);
+    const int64_t chunks = plan.project_backward_chunks();
+    const int64_t n0 = task % chunks * plan.backward_chunk;
+    const int64_t head0 = p.per_head_proj ? task / chunks % p.heads_kv : 0;
+    const int64_t head1 = p.per_head_proj ? head0 + 1 : p.heads_kv;
+    // With F = E one task serves both, and their gradients meet in one sum; else one task each.
+    const int64_t part = task / chunks / (p.per_head_proj ? p.heads_kv : 1);
+    const bool with_key = p.shared_kv || part == 0, with_value = p.shared_kv || part == 1;
+    const Rows& proj = part == 0 ? p.proj_key : p.proj_value;
+    const Rows& grad_proj = part == 0 ? p.grad_proj_key : p.grad_proj_value;
+
+    const int64_t columns = smaller(plan.backward_chunk, p.seq_len_max - n0);
+    const int64_t used = smaller(columns, p.len_k - n0);
+    if (used > 0) {
+      const T* source = row_of<const T>(proj, 0, head0, 0) + n0;
+      copy_columns(scratch.proj, scratch.ld_proj, source, proj.row_stride, p.proj_dim, used, used);
+    }
+    if (grad_proj.data) zero_words(scratch.grad_proj_t, columns * plan.padded_k);
+
+    // dE first, then dK: the rows of one head are fetched while the product before them runs, and so is the target.
+    const auto differentiate = [&](const Rows& rows, const Rows& grad_rows, const Word* panel, const Word* panel_t,
+                                   int64_t width, int64_t padded, int64_t b, int64_t h, int64_t n, Prefetch next) {
+      const RowMask mask = mask_of(p, b, n0);
+      T* target = grad_rows.data ? row_of<T>(grad_rows, b, h, p.key_row(b, n0)) : nullptr;
+      if (grad_proj.data) {
+        copy_rows<Math>(scratch.rows, scratch.ld_rows, row_of<const T>(rows, b, h, p.key_row(b, n0)), rows.row_stride,
+                        n, width, mask);
+        multiply<Math, false>(scratch.rows, scratch.ld_rows, panel_t, n, plan.padded_k, words(width),
+                              scratch.grad_proj_t, plan.padded_k, true,
+                              Prefetch(target, grad_rows.row_stride, target ? n : 0, width));
+      }
+      if (target) {
+        multiply<Math, true>(scratch.proj, scratch.ld_proj, panel, n, padded, words(p.proj_dim), scratch.grad_rows,
+                             padded, false, grad_proj.data ? next : Prefetch());
+        store_rows(target, grad_rows.row_stride, scratch.grad_rows, padded, n, width, nullptr, mask);
+      }
+    };
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t n = smaller(used, p.key_length(b) - n0);
+      for (int64_t h = head0; n > 0 && h < head1; ++h) {
+        const Panels<Word> panels = panels_of(plan, b * p.heads_kv + h);
+        const Rows& first = with_key ? p.key : p.value;
+        const Prefetch next_head(row_of<const T>(first, b, h + 1, p.key_row(b, n0)), first.row_stride,
+                                 h + 1 < head1 ? n : 0, with_key ? p.head_dim : p.value_dim);
+        const Prefetch value(row_of<const T>(p.value, b, h, p.key_row(b, n0)), p.value.row_stride, n, p.value_dim);
+        if (with_key) {
+          differentiate(p.key, p.grad_key, panels.grad_key, panels.grad_key_t, p.head_dim, plan.padded_d, b, h, n,
+                        with_value ? value : next_head);
+        }
+        if (with_value) {
+          differentiate(p.value, p.grad_value, panels.grad_value, panels.grad_value_t, p.value_dim, plan.padded_dv, b,
+                        h, n, next_head);
+        }
+      }
+    }
+    if (grad_proj.data) store_transposed(grad_proj, head0, n0, columns, scratch.grad_proj_t, plan);
+  }
+
+  // dE^T of some columns, out as columns of dE, square by square.
+  static void store_transposed(const Rows& grad_proj, int64_t head, int64_t n0, int64_t columns, const float* source,
+                               const Plan& plan) {
+    constexpr int64_t kSide = 16;
+    T* target = row_of<T>(grad_proj, 0, head, 0) + n0;
+    float square[kSide * kSide];
+    for (int64_t k = 0; k < plan.problem.proj_dim; k += kSide) {
+      const int64_t rows = smaller(kSide, plan.problem.proj_dim - k);
+      for (int64_t j = 0; j < columns; j += kSide) {
+        const int64_t count = smaller(kSide, columns - j);
+        for (int64_t i = 0; i < count; ++i) {
+          const float* row = source + (j + i) * plan.padded_k + k;
+          for (int64_t r = 0; r < rows; ++r) square[r * kSide + i] = row[r];
+        }
+        store_rows(target + k * grad_proj.row_stride + j, grad_proj.row_stride, square, kSide, rows, count);
+      }
+    }
+  }
+};
+
+double peak_gflops(bool bf16) {
+  // Enough independent sums to cover the latency of two multiply-add units; the operands never change, so the values
+  // stay finite. Best of several short runs: a shared machine is seldom quiet for long.
+  constexpr int kSums = kTileRows * kVectors;
+  constexpr int64_t kSteps = 200000;
+  const bool paired = bf16 && LINFORMER_CPU_PAIRED;
+  double best = 0;
+  for (int run = 0; run < 25; ++run) {
+    VecF sum[kSums];
+    for (int i = 0; i < kSums; ++i) sum[i] = splat(static_cast<float>(i));
+    VecF factor = splat(0.5f);
+    __asm__ volatile("" : "+m"(factor));    // not a constant for the compiler
+    timespec begin, end;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &begin);
+    if (paired) {
+      for (int64_t s = 0; s < kSteps; ++s) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kSums; ++i) sum[i] = PairedBf16::multiply_add(sum[i], 0x3c003c00u, factor);
+      }
+    } else {
+      for (int64_t s = 0; s < kSteps; ++s) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kSums; ++i) sum[i] = sum[i] * factor + factor;
+      }
+    }
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
+    VecF all = {};
+    for (int i = 0; i < kSums; ++i) all += sum[i];
+    __asm__ volatile("" : "+m"(all));
+    const double seconds =
+        static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
+    const double rate = 2e-9 * kSums * kWidth * kSteps * (paired ? 2 : 1) / seconds;
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+
+#define LINFORMER_TASKS(T)                                                                                      \
+  {Tasks<T>::project,         Tasks<T>::finish_project,  Tasks<T>::attend,          Tasks<T>::prepare_backward, \
+   Tasks<T>::attend_backward, Tasks<T>::finish_backward, Tasks<T>::project_backward}
+
+}    // namespace
+
+extern const KernelTable LINFORMER_CPU_TABLE;
+const KernelTable LINFORMER_CPU_TABLE = {
+    LINFORMER_CPU_NAME,
+    {kTileRows, kTileColumns, LINFORMER_CPU_PAIRED},
+    {LINFORMER_TASKS(float), LINFORMER_TASKS(Half), LINFORMER_TASKS(BFloat16)},
+    peak_gflops,
+};
+
+}    // namespace linformer::cpu

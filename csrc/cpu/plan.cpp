@@ -1,0 +1,131 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace linformer::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_to(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+// Tasks a thread should find in a phase, so that a thread that is interrupted leaves work for the others.
+constexpr int64_t kTasksPerThread = 4;
+
+// Values of a block that is streamed from L2 while panels stay in L1: 128 KB of fp32.
+constexpr int64_t kBlockValues = 32768;
+
+// Rows of `columns` values that fill such a block, whole register tiles, between `least` and `most`.
+int64_t rows_of_block(int64_t block_values, int64_t columns, int64_t least, int64_t most, int64_t tile_rows) {
+  return round_to(std::clamp(block_values / std::max<int64_t>(columns, 1), least, most), tile_rows);
+}
+
+template <class Word>
+int64_t scratch_bytes(const Plan& plan) {
+  int64_t bytes = FinishScratch<Word>(plan, nullptr).bytes;
+  if (plan.stages & kProject) bytes = std::max(bytes, ProjectScratch<Word>(plan, nullptr).bytes);
+  if (plan.stages & kAttend) bytes = std::max(bytes, AttendScratch<Word>(plan, nullptr).bytes);
+  if (plan.stages & kAttendBackward) bytes = std::max(bytes, AttendBackwardScratch<Word>(plan, nullptr).bytes);
+  if (plan.stages & kProjectBackward) bytes = std::max(bytes, ProjectBackwardScratch<Word>(plan, nullptr).bytes);
+  return bytes;
+}
+
+}    // namespace
+
+Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int threads) {
+  const Problem& p = problem;
+  Plan plan;
+  plan.problem = problem;
+  plan.shape = shape;
+  plan.stages = stages;
+  plan.words_per_value = shape.paired_bf16 && p.dtype == DType::kBFloat16 ? 2 : 1;
+  plan.padded_k = round_to(p.proj_dim, shape.tile_columns);
+  plan.padded_d = round_to(p.head_dim, shape.tile_columns);
+  plan.padded_dv = round_to(p.value_dim, shape.tile_columns);
+
+  const int64_t wanted = kTasksPerThread * threads;
+  const int64_t pairs = p.batch * p.heads_kv;
+
+  plan.chunk = rows_of_block(kBlockValues, p.proj_dim, 64, 256, 16);
+  plan.heads_in_group = p.per_head_proj ? 1 : std::min<int64_t>(4, std::max<int64_t>(p.heads_kv, 1));
+  const int64_t groups = std::max<int64_t>(p.batch * plan.group_count(), 1);
+  plan.splits = std::clamp(ceil_div(wanted, groups), int64_t{1}, std::max<int64_t>(ceil_div(p.len_k, plan.chunk), 1));
+
+  plan.query_tile = rows_of_block(kBlockValues / 2, p.proj_dim, shape.tile_rows, 192, shape.tile_rows);
+  const int64_t query_tiles = p.batch * p.heads * ceil_div(p.len_q, plan.query_tile);
+  plan.query_block = plan.query_tile * std::clamp(query_tiles / (4 * wanted), int64_t{1}, int64_t{8});
+
+  plan.backward_tile = rows_of_block(kBlockValues / 2, p.proj_dim, shape.tile_rows, 192, shape.tile_rows);
+  plan.backward_splits = std::clamp(ceil_div(wanted, std::max<int64_t>(pairs, 1)), int64_t{1},
+                                    std::max<int64_t>(ceil_div(p.len_q, plan.backward_tile), 1));
+
+  const int64_t parts = (p.shared_kv ? 1 : 2) * (p.per_head_proj ? p.heads_kv : 1);
+  const int64_t even_share = ceil_div(p.len_k, ceil_div(wanted, std::max<int64_t>(parts, 1)));
+  plan.backward_chunk = std::min(round_to(std::max<int64_t>(even_share, 32), shape.tile_rows),
+                                 rows_of_block(kBlockValues, p.proj_dim, 64, 256, shape.tile_rows));
+
+  const bool grad_key = p.grad_key.data || p.grad_proj_key.data;
+  const bool grad_value = p.grad_value.data || p.grad_proj_value.data || (p.shared_kv && p.grad_proj_key.data);
+  plan.need_grad_key_proj = grad_key || p.grad_key_proj.data;
+  plan.need_grad_value_proj = grad_value || p.grad_value_proj.data;
+
+  const auto add = [&plan](TaskKind kind, int64_t tasks) { plan.phases[plan.phase_count++] = {kind, tasks}; };
+  if (stages & kProject) add(kProjectTask, p.batch * plan.group_count() * plan.splits);
+  if (stages & (kProject | kAttend)) add(kFinishProjectTask, pairs);
+  if (stages & kAttend) add(kAttendTask, p.batch * p.heads * ceil_div(p.len_q, plan.query_block));
+  if (stages & kAttendBackward) {
+    add(kPrepareBackwardTask, pairs);
+    add(kAttendBackwardTask, pairs * plan.backward_splits);
+  }
+  if (stages & (kAttendBackward | kProjectBackward)) add(kFinishBackwardTask, pairs);
+  if (stages & kProjectBackward) add(kProjectBackwardTask, parts * plan.project_backward_chunks());
+
+  // Splits need a partial each; the finishing task reads them in order.
+  const int64_t partials =
+      (stages & kProject ? plan.splits : 0) + (stages & kAttendBackward ? plan.backward_splits : 0);
+  const auto reserve = [&plan](int64_t bytes) {
+    const int64_t at = plan.workspace_bytes;
+    plan.workspace_bytes += round_to(bytes, 64);
+    return at;
+  };
+  plan.partials = reserve(pairs * partials * Partial(plan, nullptr).bytes);
+  plan.panels_stride = Panels<float>(plan, nullptr).bytes;
+  plan.panels = reserve(pairs * plan.panels_stride);
+  plan.scratch_stride = scratch_bytes<float>(plan);
+  plan.scratch = reserve(threads * plan.scratch_stride);
+  return plan;
+}
+
+void run_plan(const Plan& plan, int threads, const ParallelFor& parallel) {
+  const KernelTable& table = kernel_table();
+  const TaskFunction* tasks = table.tasks[static_cast<int>(plan.problem.dtype)];
+  int64_t total = 0;
+  for (int i = 0; i < plan.phase_count; ++i) total += plan.phases[i].tasks;
+
+  // Threads draw tickets in the order of the phases. A ticket waits until every task of the phases before it is done:
+  // those tickets were drawn earlier, by threads that are running, so the wait ends however few threads there are.
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+  parallel(std::min<int64_t>(threads, total), [&](int64_t worker) {
+    std::byte* scratch = plan.workspace + plan.scratch + worker * plan.scratch_stride;
+    for (;;) {
+      int64_t ticket = next.fetch_add(1, std::memory_order_relaxed);
+      if (ticket >= total) return;
+      int phase = 0;
+      int64_t before = 0;
+      while (ticket - before >= plan.phases[phase].tasks) before += plan.phases[phase++].tasks;
+      // acquire pairs with the release below: what the earlier phases wrote is visible.
+      for (int spins = 0; done.load(std::memory_order_acquire) < before; ++spins) {
+        if (spins > 1000) std::this_thread::yield();
+      }
+      tasks[plan.phases[phase].kind](plan, ticket - before, scratch);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  });
+}
+
+}    // namespace linformer::cpu

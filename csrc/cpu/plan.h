@@ -1,0 +1,90 @@
+// The CPU plan: which tasks an operation consists of, in which order, and where each finds its memory.
+//
+// make_plan is a pure function of the problem, the stages wanted, the machine's vector shape and the number of threads.
+// run_plan is the one place that executes tasks: a single parallel region in which threads draw tickets.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "../problem.h"
+
+namespace linformer::cpu {
+
+// Stages an operation may ask for; attention is kProject | kAttend, its backward kAttendBackward | kProjectBackward.
+enum Stage : unsigned { kProject = 1, kAttend = 2, kAttendBackward = 4, kProjectBackward = 8 };
+
+// What a kernel build can do. A word is 32 bits of one operand of a matrix product: one fp32, or two 16-bit values that
+// are neighbours along the summed dimension.
+struct Shape {
+  int64_t tile_rows = 0;       // rows of the register tile
+  int64_t tile_columns = 0;    // columns of the register tile, the width of a packed panel
+  bool paired_bf16 = false;    // bf16 problems keep bf16 operands, two to a word
+};
+
+enum TaskKind {
+  kProjectTask,            // (b, head group, split): partial K' and V' of some chunks of the sequence
+  kFinishProjectTask,      // (b, kv head): sum of the partials, K' and V' written, panels for kAttendTask
+  kAttendTask,             // (b, head, query block): out
+  kPrepareBackwardTask,    // (b, kv head): panels of K' and V' for kAttendBackwardTask
+  kAttendBackwardTask,     // (b, kv head, split): dQ, partial dK' and dV'
+  kFinishBackwardTask,     // (b, kv head): sum of the partials, dK' and dV' written, panels for kProjectBackwardTask
+  kProjectBackwardTask,    // (which of E and F, head, chunk): dK or dV of the chunk, dE or dF of its columns
+  kTaskKinds
+};
+
+struct Phase {
+  TaskKind kind = kProjectTask;
+  int64_t tasks = 0;
+};
+
+struct Plan {
+  Problem problem;
+  Shape shape;
+  unsigned stages = 0;
+
+  int64_t words_per_value = 1;    // values in a word
+  int64_t padded_k = 0;           // K, D and D_v rounded up to whole panels
+  int64_t padded_d = 0;
+  int64_t padded_dv = 0;
+  int64_t chunk = 0;             // rows of the sequence projected at a time
+  int64_t splits = 1;            // independent parts of a sequence in kProjectTask
+  int64_t heads_in_group = 1;    // heads that share one copy of a chunk of E
+  int64_t query_tile = 0;        // query rows whose scores are in cache together
+  int64_t query_block = 0;       // query rows of a kAttendTask
+  int64_t backward_tile = 0;     // as query_tile, in kAttendBackwardTask
+  int64_t backward_splits = 1;
+  int64_t backward_chunk = 0;         // rows of the sequence in kProjectBackwardTask
+  bool need_grad_key_proj = false;    // dK' or dV' is wanted by somebody
+  bool need_grad_value_proj = false;
+
+  Phase phases[4];
+  int phase_count = 0;
+
+  // Memory, in bytes from the start of the workspace.
+  int64_t partials = 0;    // fp32 (b, kv head, split, K, padded D + padded D_v)
+  int64_t panels = 0;      // words, one set of panels a (b, kv head)
+  int64_t panels_stride = 0;
+  int64_t scratch = 0;    // one piece a thread
+  int64_t scratch_stride = 0;
+  int64_t workspace_bytes = 0;
+  std::byte* workspace = nullptr;    // set by the caller, aligned to 64 bytes
+
+  int64_t words(int64_t values) const { return (values + words_per_value - 1) / words_per_value; }
+  int64_t project_backward_chunks() const {
+    // Columns of E beyond the longest sequence have a gradient too: zero.
+    const bool all = problem.grad_proj_key.data || problem.grad_proj_value.data;
+    return ((all ? problem.seq_len_max : problem.len_k) + backward_chunk - 1) / backward_chunk;
+  }
+  int64_t group_count() const { return (problem.heads_kv + heads_in_group - 1) / heads_in_group; }
+};
+
+Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int threads);
+
+// parallel(n, body) must call body(i) for every i in [0, n), on as many threads as it likes.
+using ParallelFor = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
+
+void run_plan(const Plan& plan, int threads, const ParallelFor& parallel);
+
+}    // namespace linformer::cpu

@@ -1,0 +1,391 @@
+// The operators: what torch calls, on top of what the devices run. The only C++ file that knows torch, and of torch
+// only the stable ABI, so that one library serves every torch from the version it was compiled for.
+//
+// Schemas and shape rules for fake tensors stand in linformer_kernels/_ops.py; arguments arrive validated from there.
+// What is checked again here is what memory safety needs, because an operator can be called without its public
+// function.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+#include "problem.h"
+
+namespace linformer {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: STD_TORCH_CHECK(false, "linformer_kernels: tensors must be float32, float16 or bfloat16");
+  }
+}
+
+// A (B, H, N, D) or packed (total, H, D) tensor.
+struct View {
+  Rows rows;
+  int64_t batch = 0, heads = 0, length = 0, columns = 0;
+};
+
+View view_of(const Tensor& tensor, const char* name, const Tensor& like, bool packed) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "linformer_kernels: ", name, " must be a CPU tensor");
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "linformer_kernels: ", name, " differs in dtype");
+  STD_TORCH_CHECK(tensor.dim() == (packed ? 3 : 4), "linformer_kernels: ", name, " has ", tensor.dim(),
+                  " dimensions, expected ", packed ? 3 : 4);
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(tensor.size(last) <= 1 || tensor.numel() == 0 || tensor.stride(last) == 1,
+                  "linformer_kernels: ", name, " needs adjacent elements in its last dimension");
+  View view;
+  view.rows.data = tensor.data_ptr();
+  if (packed) {
+    view.rows.head_stride = tensor.stride(1);
+    view.rows.row_stride = tensor.stride(0);
+    view.batch = 1;
+    view.length = tensor.size(0);
+    view.heads = tensor.size(1);
+    view.columns = tensor.size(2);
+  } else {
+    view.rows.batch_stride = tensor.stride(0);
+    view.rows.head_stride = tensor.stride(1);
+    view.rows.row_stride = tensor.stride(2);
+    view.batch = tensor.size(0);
+    view.heads = tensor.size(1);
+    view.length = tensor.size(2);
+    view.columns = tensor.size(3);
+  }
+  return view;
+}
+
+// A gradient or result in the layout of `like`: heads adjacent to columns where they are so in `like`. The same rule as
+// _like in linformer_kernels/_ops.py.
+Tensor empty_like(const Tensor& like, int64_t columns) {
+  if (like.dim() == 3) return torch::stable::new_empty(like, {like.size(0), like.size(1), columns});
+  const bool heads_inner = like.size(1) > 1 && like.size(2) > 1 && like.stride(1) < like.stride(2);
+  if (!heads_inner) return torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2), columns});
+  return torch::stable::transpose(torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), columns}),
+                                  1, 2);
+}
+
+Tensor empty_contiguous(const Tensor& like) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < like.dim(); ++i) sizes.push_back(like.size(i));
+  return torch::stable::new_empty(like, sizes);
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+const int64_t* offsets_of(const OptionalTensor& offsets, const char* name, int64_t total, int64_t batch,
+                          int64_t* longest) {
+  if (!offsets) return nullptr;
+  STD_TORCH_CHECK(offsets->is_cpu() && offsets->scalar_type() == ScalarType::Long && offsets->dim() == 1 &&
+                      offsets->is_contiguous() && offsets->size(0) == batch + 1,
+                  "linformer_kernels: ", name, " must be a contiguous int64 CPU tensor of batch + 1 offsets");
+  const int64_t* at = static_cast<const int64_t*>(offsets->data_ptr());
+  STD_TORCH_CHECK(at[0] == 0 && at[batch] == total, "linformer_kernels: ", name, " must go from 0 to ", total);
+  *longest = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(at[b] <= at[b + 1], "linformer_kernels: ", name, " decreases after sequence ", b);
+    if (at[b + 1] - at[b] > *longest) *longest = at[b + 1] - at[b];
+  }
+  return at;
+}
+
+int64_t batch_of(const OptionalTensor& offsets, int64_t padded_batch) {
+  if (!offsets) return padded_batch;
+  STD_TORCH_CHECK(offsets->dim() == 1 && offsets->size(0) >= 1, "linformer_kernels: offsets need at least one element");
+  return offsets->size(0) - 1;
+}
+
+void set_query(Problem& p, const Tensor& query, const OptionalTensor& cu_seqlens_q) {
+  const View view = view_of(query, "query", query, cu_seqlens_q.has_value());
+  p.dtype = dtype_of(query);
+  p.query = view.rows;
+  p.batch = batch_of(cu_seqlens_q, view.batch);
+  p.heads = view.heads;
+  p.len_q = view.length;
+  p.head_dim = view.columns;
+  p.cu_seqlens_q = offsets_of(cu_seqlens_q, "cu_seqlens_q", view.length, p.batch, &p.len_q);
+}
+
+// E or F, or a gradient of theirs.
+Rows projection_rows(const Tensor& proj, const char* name, const Tensor& like, const Problem& p) {
+  STD_TORCH_CHECK(proj.is_cpu() && proj.scalar_type() == like.scalar_type(), "linformer_kernels: ", name,
+                  " differs in device or dtype");
+  STD_TORCH_CHECK(proj.dim() == (p.per_head_proj ? 3 : 2), "linformer_kernels: ", name,
+                  " has the wrong number of dimensions");
+  const int64_t rows = proj.dim() - 2, columns = proj.dim() - 1;
+  STD_TORCH_CHECK(proj.size(rows) == p.proj_dim && proj.size(columns) == p.seq_len_max &&
+                      (!p.per_head_proj || proj.size(0) == p.heads_kv),
+                  "linformer_kernels: ", name, " has the wrong shape");
+  STD_TORCH_CHECK(proj.size(columns) <= 1 || proj.stride(columns) == 1, "linformer_kernels: ", name,
+                  " needs adjacent elements in its last dimension");
+  return {proj.data_ptr(), 0, p.per_head_proj ? proj.stride(0) : 0, proj.stride(rows)};
+}
+
+void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tensor& proj_key,
+                  const OptionalTensor& proj_value, const OptionalTensor& mask, const OptionalTensor& cu_seqlens_k) {
+  const bool packed = cu_seqlens_k.has_value();
+  const View k = view_of(key, "key", key, packed), v = view_of(value, "value", key, packed);
+  STD_TORCH_CHECK(k.batch == v.batch && k.heads == v.heads && k.length == v.length,
+                  "linformer_kernels: key and value differ in shape");
+  p.dtype = dtype_of(key);
+  p.batch = batch_of(cu_seqlens_k, k.batch);
+  p.heads_kv = k.heads;
+  p.len_k = k.length;
+  p.head_dim = k.columns;
+  p.value_dim = v.columns;
+  p.key = k.rows;
+  p.value = v.rows;
+  p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", k.length, p.batch, &p.len_k);
+  STD_TORCH_CHECK(proj_key.dim() == 2 || proj_key.dim() == 3,
+                  "linformer_kernels: proj_key must have 2 or 3 dimensions");
+  p.per_head_proj = proj_key.dim() == 3;
+  p.proj_dim = proj_key.size(proj_key.dim() - 2);
+  p.seq_len_max = proj_key.size(proj_key.dim() - 1);
+  STD_TORCH_CHECK(p.len_k <= p.seq_len_max, "linformer_kernels: a sequence of ", p.len_k, " is longer than proj_key's ",
+                  p.seq_len_max, " columns");
+  STD_TORCH_CHECK(p.proj_dim >= 1 && p.head_dim >= 1 && p.value_dim >= 1,
+                  "linformer_kernels: proj_dim and head dimensions must be at least 1");
+  p.proj_key = projection_rows(proj_key, "proj_key", key, p);
+  p.shared_kv = !proj_value.has_value();
+  p.proj_value = p.shared_kv ? p.proj_key : projection_rows(*proj_value, "proj_value", key, p);
+  if (mask) {
+    STD_TORCH_CHECK(!packed && mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
+                        mask->size(0) == p.batch && mask->size(1) == p.len_k,
+                    "linformer_kernels: key_padding_mask must be a bool CPU tensor of shape (batch, key length)");
+    p.mask = static_cast<const bool*>(mask->data_ptr());
+    p.mask_batch_stride = mask->stride(0);
+    p.mask_row_stride = mask->stride(1);
+  }
+}
+
+// query meets K' and V', which come from set_sequence in the fused operators.
+void check_query(const Problem& p, const Problem& sequence) {
+  STD_TORCH_CHECK(p.batch == sequence.batch && p.head_dim == sequence.head_dim && p.dtype == sequence.dtype,
+                  "linformer_kernels: query does not match key in batch, head_dim or dtype");
+}
+
+void check_heads(const Problem& p) {
+  STD_TORCH_CHECK(p.heads_kv > 0 ? p.heads % p.heads_kv == 0 : p.heads == 0,
+                  "linformer_kernels: query heads must be a multiple of key heads");
+}
+
+Rows projected_rows(const Tensor& tensor, const char* name, const Tensor& like, const Problem& p, int64_t columns) {
+  const View view = view_of(tensor, name, like, false);
+  STD_TORCH_CHECK(
+      view.batch == p.batch && view.heads == p.heads_kv && view.length == p.proj_dim && view.columns == columns,
+      "linformer_kernels: ", name, " has the wrong shape");
+  return view.rows;
+}
+
+void set_projected(Problem& p, const Tensor& key_proj, const Tensor& value_proj) {
+  STD_TORCH_CHECK(key_proj.dim() == 4 && value_proj.dim() == 4, "linformer_kernels: K' and V' must have 4 dimensions");
+  p.heads_kv = key_proj.size(1);
+  p.proj_dim = key_proj.size(2);
+  p.value_dim = value_proj.size(3);
+  STD_TORCH_CHECK(p.proj_dim >= 1 && p.head_dim >= 1 && p.value_dim >= 1,
+                  "linformer_kernels: proj_dim and head dimensions must be at least 1");
+  p.key_proj = projected_rows(key_proj, "key_proj", key_proj, p, p.head_dim);
+  p.value_proj = projected_rows(value_proj, "value_proj", key_proj, p, p.value_dim);
+}
+
+void set_softmax(Problem& p, const OptionalTensor& rng_state, double dropout_p, double scale) {
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "linformer_kernels: dropout_p must be in [0, 1)");
+  p.scale = static_cast<float>(scale);
+  p.dropout_p = dropout_p;
+  if (dropout_p > 0) {
+    STD_TORCH_CHECK(rng_state && rng_state->is_cpu() && rng_state->scalar_type() == ScalarType::Long &&
+                        rng_state->is_contiguous() && rng_state->numel() == 2,
+                    "linformer_kernels: dropout needs rng_state, an int64 CPU tensor (seed, offset)");
+    const int64_t* state = static_cast<const int64_t*>(rng_state->data_ptr());
+    p.seed = static_cast<uint64_t>(state[0]);
+    p.offset = static_cast<uint64_t>(state[1]);
+  }
+}
+
+void set_grad_out(Problem& p, const Tensor& grad_out, const Tensor& query, bool packed) {
+  const View view = view_of(grad_out, "grad_out", query, packed), q = view_of(query, "query", query, packed);
+  STD_TORCH_CHECK(
+      view.batch == q.batch && view.heads == q.heads && view.length == q.length && view.columns == p.value_dim,
+      "linformer_kernels: grad_out has the wrong shape");
+  p.grad_out = view.rows;
+}
+
+Rows rows_of(const Tensor& tensor) { return view_of(tensor, "result", tensor, tensor.dim() == 3).rows; }
+
+void run(const Problem& problem, unsigned stages, const Tensor& like) {
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  cpu::Plan plan = cpu::make_plan(problem, stages, cpu::kernel_table().shape, threads);
+  constexpr int64_t kAlign = 64;
+  // As fp32, so that torch's fill of uninitialised memory poisons it with NaN.
+  const Tensor workspace = torch::stable::empty({(plan.workspace_bytes + kAlign) / 4}, ScalarType::Float, std::nullopt,
+                                                like.device(), std::nullopt, std::nullopt);
+  const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
+  plan.workspace = reinterpret_cast<std::byte*>((address + kAlign - 1) / kAlign * kAlign);
+  cpu::run_plan(plan, threads, [](int64_t count, const std::function<void(int64_t)>& body) {
+    torch::stable::parallel_for(0, count, 1, [&body](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
+  });
+}
+
+bool needed(int64_t needs, int bit) { return (needs >> bit & 1) != 0; }
+
+// A wanted gradient: its tensor, entered in the problem. An unwanted one: an empty tensor.
+Tensor gradient(bool wanted, const Tensor& like, Rows& rows) {
+  if (!wanted) return nothing(like);
+  Tensor result = empty_like(like, like.size(like.dim() - 1));
+  rows = rows_of(result);
+  return result;
+}
+
+Tensor projection_gradient(bool wanted, const Tensor& like, const Problem& p, Rows& rows) {
+  if (!wanted) return nothing(like);
+  Tensor result = empty_contiguous(like);
+  rows = projection_rows(result, "gradient", like, p);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor proj_key,
+                                             OptionalTensor proj_value, OptionalTensor key_padding_mask,
+                                             OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                             OptionalTensor rng_state, double dropout_p, double scale) {
+  Problem p;
+  set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
+  const Problem sequence = p;
+  set_query(p, query, cu_seqlens_q);
+  check_query(p, sequence);
+  check_heads(p);
+  set_softmax(p, rng_state, dropout_p, scale);
+  Tensor out = empty_like(query, p.value_dim);
+  Tensor key_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
+  Tensor value_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
+  p.out = rows_of(out);
+  p.key_proj = rows_of(key_proj);
+  p.value_proj = rows_of(value_proj);
+  run(p, cpu::kProject | cpu::kAttend, query);
+  return {out, key_proj, value_proj};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor proj_key, OptionalTensor proj_value,
+    OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor rng_state,
+    Tensor key_proj, Tensor value_proj, double dropout_p, double scale, int64_t needs) {
+  Problem p;
+  set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
+  const Problem sequence = p;
+  set_query(p, query, cu_seqlens_q);
+  check_query(p, sequence);
+  p.key_proj = projected_rows(key_proj, "key_proj", key, p, p.head_dim);
+  p.value_proj = projected_rows(value_proj, "value_proj", key, p, p.value_dim);
+  check_heads(p);
+  set_softmax(p, rng_state, dropout_p, scale);
+  set_grad_out(p, grad_out, query, cu_seqlens_q.has_value());
+  Tensor grad_query = gradient(needed(needs, 0), query, p.grad_query);
+  Tensor grad_key = gradient(needed(needs, 1), key, p.grad_key);
+  Tensor grad_value = gradient(needed(needs, 2), value, p.grad_value);
+  Tensor grad_proj_key = projection_gradient(needed(needs, 3), proj_key, p, p.grad_proj_key);
+  Tensor grad_proj_value = projection_gradient(needed(needs, 4) && proj_value, proj_key, p, p.grad_proj_value);
+  run(p, cpu::kAttendBackward | cpu::kProjectBackward, query);
+  return {grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value};
+}
+
+std::tuple<Tensor, Tensor> project(Tensor key, Tensor value, Tensor proj_key, OptionalTensor proj_value,
+                                   OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_k) {
+  Problem p;
+  set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
+  Tensor key_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
+  Tensor value_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
+  p.key_proj = rows_of(key_proj);
+  p.value_proj = rows_of(value_proj);
+  run(p, cpu::kProject, key);
+  return {key_proj, value_proj};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(Tensor grad_key_proj, Tensor grad_value_proj, Tensor key,
+                                                            Tensor value, Tensor proj_key, OptionalTensor proj_value,
+                                                            OptionalTensor key_padding_mask,
+                                                            OptionalTensor cu_seqlens_k, int64_t needs) {
+  Problem p;
+  set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
+  p.grad_key_proj = projected_rows(grad_key_proj, "grad_key_proj", key, p, p.head_dim);
+  p.grad_value_proj = projected_rows(grad_value_proj, "grad_value_proj", key, p, p.value_dim);
+  Tensor grad_key = gradient(needed(needs, 0), key, p.grad_key);
+  Tensor grad_value = gradient(needed(needs, 1), value, p.grad_value);
+  Tensor grad_proj_key = projection_gradient(needed(needs, 2), proj_key, p, p.grad_proj_key);
+  Tensor grad_proj_value = projection_gradient(needed(needs, 3) && proj_value, proj_key, p, p.grad_proj_value);
+  run(p, cpu::kProjectBackward, key);
+  return {grad_key, grad_value, grad_proj_key, grad_proj_value};
+}
+
+Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, OptionalTensor cu_seqlens_q,
+                           OptionalTensor rng_state, double dropout_p, double scale) {
+  Problem p;
+  set_query(p, query, cu_seqlens_q);
+  STD_TORCH_CHECK(key_proj.scalar_type() == query.scalar_type(), "linformer_kernels: key_proj differs in dtype");
+  set_projected(p, key_proj, value_proj);
+  check_heads(p);
+  set_softmax(p, rng_state, dropout_p, scale);
+  Tensor out = empty_like(query, p.value_dim);
+  p.out = rows_of(out);
+  run(p, cpu::kAttend, query);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out, Tensor query, Tensor key_proj,
+                                                                Tensor value_proj, OptionalTensor cu_seqlens_q,
+                                                                OptionalTensor rng_state, double dropout_p,
+                                                                double scale, int64_t needs) {
+  Problem p;
+  set_query(p, query, cu_seqlens_q);
+  STD_TORCH_CHECK(key_proj.scalar_type() == query.scalar_type(), "linformer_kernels: key_proj differs in dtype");
+  set_projected(p, key_proj, value_proj);
+  check_heads(p);
+  set_softmax(p, rng_state, dropout_p, scale);
+  set_grad_out(p, grad_out, query, cu_seqlens_q.has_value());
+  Tensor grad_query = gradient(needed(needs, 0), query, p.grad_query);
+  Tensor grad_key_proj = nothing(query), grad_value_proj = nothing(query);
+  if (needed(needs, 1)) {
+    grad_key_proj = empty_contiguous(key_proj);
+    p.grad_key_proj = rows_of(grad_key_proj);
+  }
+  if (needed(needs, 2)) {
+    grad_value_proj = empty_contiguous(value_proj);
+    p.grad_value_proj = rows_of(grad_value_proj);
+  }
+  run(p, cpu::kAttendBackward, query);
+  return {grad_query, grad_key_proj, grad_value_proj};
+}
+
+std::string cpu_capability() { return cpu::kernel_table().name; }
+
+double cpu_peak_gflops(std::string dtype) { return cpu::kernel_table().peak_gflops(dtype == "bfloat16"); }
+
+}    // namespace
+}    // namespace linformer
+
+STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CPU, m) {
+  m.impl("attention", TORCH_BOX(&linformer::attention));
+  m.impl("attention_backward", TORCH_BOX(&linformer::attention_backward));
+  m.impl("project", TORCH_BOX(&linformer::project));
+  m.impl("project_backward", TORCH_BOX(&linformer::project_backward));
+  m.impl("projected_attention", TORCH_BOX(&linformer::projected_attention));
+  m.impl("projected_attention_backward", TORCH_BOX(&linformer::projected_attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
+  m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
+}

@@ -1,0 +1,62 @@
+// The problem handed from ops.cpp to a device: plain pointers, sizes and strides. Both devices read it; neither knows
+// torch.
+#pragma once
+
+#include <cstdint>
+
+namespace linformer {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// Rows of a (batch, head, row, column) tensor. Strides count elements; columns are adjacent. A packed (total, head,
+// column) tensor has batch stride 0 and finds its sequences through the offsets in Problem.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+};
+
+// Every operation of the package is this problem with some of the stages below. A tensor that a stage does not need, or
+// a gradient that nobody wants, has data == nullptr.
+struct Problem {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t heads = 0;    // query heads, a multiple of heads_kv
+  int64_t heads_kv = 0;
+  int64_t len_q = 0;          // longest query sequence
+  int64_t len_k = 0;          // longest key sequence
+  int64_t seq_len_max = 0;    // columns of E and F
+  int64_t proj_dim = 0;       // K
+  int64_t head_dim = 0;       // D
+  int64_t value_dim = 0;      // D_v
+
+  Rows query, key, value, out;
+  Rows proj_key,
+      proj_value;    // E and F: rows are the K projections, batch stride 0, head stride 0 where heads share one
+  Rows key_proj, value_proj;    // K' and V'
+  Rows grad_out, grad_query, grad_key, grad_value;
+  Rows grad_proj_key, grad_proj_value;    // dE and dF
+  Rows grad_key_proj, grad_value_proj;    // dK' and dV'
+
+  bool per_head_proj = false;    // E and F have a head dimension
+  bool shared_kv = false;        // F is E
+
+  const int64_t* cu_seqlens_q = nullptr;    // batch + 1 offsets, or nullptr for padded tensors
+  const int64_t* cu_seqlens_k = nullptr;
+  const bool* mask = nullptr;    // (batch, len_k), true = take part
+  int64_t mask_batch_stride = 0;
+  int64_t mask_row_stride = 0;
+
+  float scale = 1.0f;
+  double dropout_p = 0.0;
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+
+  int64_t query_length(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : len_q; }
+  int64_t key_length(int64_t b) const { return cu_seqlens_k ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : len_k; }
+  int64_t query_row(int64_t b, int64_t row) const { return cu_seqlens_q ? cu_seqlens_q[b] + row : row; }
+  int64_t key_row(int64_t b, int64_t row) const { return cu_seqlens_k ? cu_seqlens_k[b] + row : row; }
+};
+
+}    // namespace linformer

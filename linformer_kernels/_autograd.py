@@ -1,0 +1,133 @@
+"""Derivatives of the ops, as torch.autograd.Functions registered at the ops' Autograd dispatch key.
+
+Registered there, a raw op differentiates like the public function, and torch.compile and torch.export see one op
+where they would otherwise trace a Function. Only the inputs, K' and V' are saved: nothing of size N x K.
+Each Function takes `ctx` in forward: the setup_context form costs an inspect.signature a call, about 30 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from ._ops import LIBRARY, unit_stride
+
+_ops = torch.ops.linformer_kernels
+
+
+def _below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _wanted(needs_input_grad: tuple[bool, ...], count: int) -> int:
+    """The ops' `needs` mask for their first `count` inputs."""
+    return sum(1 << i for i in range(count) if needs_input_grad[i])
+
+
+def _returned(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The wanted gradients, and None for every other input."""
+    needed = ctx.needs_input_grad
+    return tuple(grads[i] if i < len(grads) and needed[i] else None for i in range(len(needed)))
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        out, key_proj, value_proj = _below_autograd(_ops.attention.default, *args)
+        *tensors, ctx.dropout_p, ctx.scale = args
+        ctx.save_for_backward(*tensors, key_proj, value_proj)
+        ctx.mark_non_differentiable(key_proj, value_proj)
+        ctx.set_materialize_grads(False)
+        return out, key_proj, value_proj
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> Any:
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+        needs = _wanted(ctx.needs_input_grad, 5)
+        grads = attention_backward(unit_stride(grad_out), *ctx.saved_tensors, ctx.dropout_p, ctx.scale, needs)
+        return _returned(ctx, grads)
+
+
+class _Project(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.save_for_backward(*args)
+        return _below_autograd(_ops.project.default, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_key_proj: Tensor, grad_value_proj: Tensor) -> Any:
+        needs = _wanted(ctx.needs_input_grad, 4)
+        grads = project_backward(unit_stride(grad_key_proj), unit_stride(grad_value_proj), *ctx.saved_tensors, needs)
+        return _returned(ctx, grads)
+
+
+class _ProjectedAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *tensors, ctx.dropout_p, ctx.scale = args
+        ctx.save_for_backward(*tensors)
+        return _below_autograd(_ops.projected_attention.default, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        needs = _wanted(ctx.needs_input_grad, 3)
+        grads = projected_attention_backward(unit_stride(grad_out), *ctx.saved_tensors, ctx.dropout_p, ctx.scale, needs)
+        return _returned(ctx, grads)
+
+
+_REMEDY = (
+    'call the forward with backend="reference" (or within use_backend("reference")), which is plain PyTorch and '
+    "differentiable in every way, any number of times"
+)
+
+
+class _Gradient(Function):
+    """A backward op run with create_graph=True: right values, and a clear error if they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Callable[..., Any], *args: Any) -> Any:
+        return _below_autograd(op, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"the fused backends are differentiable once; for higher derivatives {_REMEDY}")
+
+
+def _register(op: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `differentiable` the op's Autograd kernel, and return the op as the backends call it."""
+
+    def kernel(*args: Any) -> Any:
+        tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        # Tangents do not set requires_grad: passing them on to the op would drop them silently.
+        if forward_ad._current_level >= 0 or (tracked and torch._C._are_functorch_transforms_active()):
+            raise NotImplementedError(
+                f"the fused backends have no forward-mode derivatives and none for torch.func transforms; {_REMEDY}"
+            )
+        return differentiable(*args) if tracked else _below_autograd(op, *args)
+
+    def call(*args: Any) -> Any:
+        # Compilers want the op. Eager code skips the dispatcher's detour to the kernel, a third of a call's overhead.
+        return op(*args) if torch.compiler.is_compiling() else kernel(*args)
+
+    LIBRARY.impl(op, kernel, "Autograd")
+    return call
+
+
+attention = _register(_ops.attention.default, _Attention.apply)
+project = _register(_ops.project.default, _Project.apply)
+projected_attention = _register(_ops.projected_attention.default, _ProjectedAttention.apply)
+attention_backward, project_backward, projected_attention_backward = (
+    _register(op, partial(_Gradient.apply, op))
+    for op in (
+        _ops.attention_backward.default,
+        _ops.project_backward.default,
+        _ops.projected_attention_backward.default,
+    )
+)

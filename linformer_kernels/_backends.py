@@ -1,0 +1,123 @@
+"""The backends, in order of preference, and how one is chosen: argument, then `use_backend`, then LINFORMER_BACKEND.
+
+Without any of the three, the first backend that has no reason to refuse a call serves it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _autograd, _library, reference
+from ._validation import Call
+
+ENVIRONMENT_VARIABLE = "LINFORMER_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The three operations of one backend, with the arguments of the ops in `_ops`, and what it cannot do."""
+
+    name: str
+    missing: str | None
+    """Why this installation lacks it, else None."""
+    limits: Callable[[Call], str | None]
+    """Why it refuses one call, else None."""
+    attention: Callable[..., Any]
+    project: Callable[..., Any]
+    projected_attention: Callable[..., Any]
+
+    def supports(self, call: Call) -> str | None:
+        """The reason for which this backend refuses the call, or None if it takes it."""
+        return self.missing or self.limits(call)
+
+
+def _native(name: str, missing: str | None) -> Backend:
+    """A backend whose kernels implement the ops for its device; the dispatcher finds them by the tensors' device."""
+
+    def limits(call: Call) -> str | None:
+        if call.device.type != device_type:
+            return f"its kernels run on {device_type} tensors and these are on {call.device}"
+        if call.dtype == torch.float64:
+            return 'its kernels take float32, float16 and bfloat16, and these tensors are float64: use "reference"'
+        return None
+
+    device_type = "cpu" if name == "cpu" else "cuda"
+    return Backend(name, missing, limits, _autograd.attention, _autograd.project, _autograd.projected_attention)
+
+
+# Read once, here: a compiler that traces a call must not meet the loading of a library.
+_LIBRARY_MISSING = _library.load()
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        _native("cuda", _LIBRARY_MISSING or "this version has no CUDA kernels"),
+        _native("triton", "this version has no Triton kernels"),
+        _native("cpu", _LIBRARY_MISSING),
+        Backend(
+            "reference",
+            None,
+            lambda call: None,
+            reference.attention,
+            reference.project,
+            reference.projected_attention,
+        ),
+    )
+}
+
+# A thread of its own choice; and unlike a ContextVar, torch.compile can read it and guards on what it read.
+_chosen = threading.local()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, this thread's calls run on backend `name` unless the call itself names another.
+
+    Compiled code follows it too (but keeps what the environment variable said when it was compiled). A backward pass
+    runs where its forward ran, except under activation checkpointing, which repeats the forward during backward: keep
+    that inside the block as well.
+
+    Raises ValueError for an unknown name.
+    """
+    _lookup(name, "use_backend")
+    previous = getattr(_chosen, "name", None)
+    _chosen.name = name
+    try:
+        yield
+    finally:
+        _chosen.name = previous
+
+
+def choose(call: Call, backend: str | None) -> Backend:
+    """The backend for a call. Raises if the one that was asked for is unknown, is missing, or refuses."""
+    name, source = backend, "argument backend"
+    if name is None:
+        name, source = getattr(_chosen, "name", None), "use_backend"
+    if name is None:
+        name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
+    if name is None:
+        for candidate in BACKENDS.values():
+            if candidate.supports(call) is None:
+                return candidate
+        raise AssertionError("the reference takes every validated call")
+    forced = _lookup(name, source)
+    if forced.missing is not None:
+        raise RuntimeError(f'{source}: "{name}" is not available: {forced.missing}')
+    refusal = forced.limits(call)
+    if refusal is not None:
+        raise NotImplementedError(f'{source}: "{name}" refuses this call: {refusal}')
+    return forced
+
+
+def _lookup(name: object, source: str) -> Backend:
+    if not isinstance(name, str) or name not in BACKENDS:
+        wanted = ", ".join(f'"{known}"' for known in BACKENDS)
+        raise ValueError(f"{source} is {name!r}; wanted: one of {wanted}")
+    return BACKENDS[name]

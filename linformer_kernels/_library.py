@@ -1,0 +1,32 @@
+"""Finds and loads the native library, and remembers why it could not."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+_PATH = Path(__file__).with_name("_native.so")
+
+
+def path() -> Path | None:
+    """The native library's file, or None where the package was installed without one."""
+    return _PATH if _PATH.exists() else None
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the native library once. Returns None when it is loaded, else the reason why not; never raises."""
+    if not _PATH.exists():
+        return f"the native library is missing ({_PATH.name} is not beside the package); reinstall linformer_kernels"
+    try:
+        torch.ops.load_library(str(_PATH))
+    except OSError as error:
+        return f"the native library did not load in torch {torch.__version__}: {error}"
+    return None
+
+
+def has_cuda() -> bool:
+    """Whether the native library holds CUDA kernels. None are part of this version."""
+    return False

@@ -1,0 +1,198 @@
+"""The ops: schemas (their only definition), fakes, and FLOP formulas for torch.utils.flop_counter.
+
+The native library registers implementations for these schemas; `_autograd` registers their derivatives. Arguments
+arrive validated and cast (`_validation`), so nothing here reports a user's mistake.
+
+`needs` is a bit mask: bit i asks for gradient i of the op's returns. A gradient that is not wanted comes back with
+shape (0,), and so does the gradient of `proj_value` where it is None (the gradient of `proj_key` is then the sum).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("linformer_kernels", "DEF")
+
+# The strides of results follow those of the arguments, so a compiler may not hand over other strides than it traced.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_PROJECT_ARGS = (
+    "Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, Tensor? cu_seqlens_k"
+)
+_ATTENTION_ARGS = (
+    "Tensor query, Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng_state"
+)
+_PROJECTED_ARGS = "Tensor query, Tensor key_proj, Tensor value_proj, Tensor? cu_seqlens_q, Tensor? rng_state"
+_SCALARS = "float dropout_p, float scale"
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last stride is 1, as the ops require, else a contiguous copy."""
+    if tensor.stride(-1) == 1:
+        return tensor
+    # contiguous() would return a tensor whose last dimension has size 1 as it is, whatever the stride.
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _like(like: Tensor, last: int) -> Tensor:
+    """A result shaped like `like` with `last` columns, in its storage order: (B, N, H, D) or (B, H, N, D)."""
+    shape = [*like.shape[:-1], last]
+    if like.dim() == 4 and like.size(1) > 1 and like.size(2) > 1 and like.stride(1) < like.stride(2):
+        b, h, n, d = shape
+        return like.new_empty((b, n, h, d)).transpose(1, 2)
+    return like.new_empty(shape)
+
+
+def _empty_grads(needs: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    first = inputs[0]
+    assert first is not None  # for mypy: only proj_value, never the first, may be None
+    return tuple(
+        _like(like, like.size(-1)) if like is not None and needs >> i & 1 else first.new_empty(0)
+        for i, like in enumerate(inputs)
+    )
+
+
+def _empty_projections(
+    key: Tensor, value: Tensor, proj_key: Tensor, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch = key.size(0) if cu_seqlens_k is None else cu_seqlens_k.size(0) - 1
+    shape = (batch, key.size(1), proj_key.size(-2))
+    return key.new_empty((*shape, key.size(-1))), key.new_empty((*shape, value.size(-1)))
+
+
+LIBRARY.define(f"attention({_ATTENTION_ARGS}, {_SCALARS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+
+
+@torch.library.register_fake("linformer_kernels::attention", lib=LIBRARY)
+def _(query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale):  # type: ignore[no-untyped-def]
+    return _like(query, value.size(-1)), *_empty_projections(key, value, proj_key, cu_seqlens_k)
+
+
+LIBRARY.define(
+    f"attention_backward(Tensor grad_out, {_ATTENTION_ARGS}, Tensor key_proj, Tensor value_proj, {_SCALARS}, int needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("linformer_kernels::attention_backward", lib=LIBRARY)
+def _(grad_out, query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+    return _empty_grads(needs, query, key, value, proj_key, proj_value)
+
+
+LIBRARY.define(f"project({_PROJECT_ARGS}) -> (Tensor, Tensor)", tags=_TAGS)
+
+
+@torch.library.register_fake("linformer_kernels::project", lib=LIBRARY)
+def _(key, value, proj_key, proj_value, mask, cu_seqlens_k):  # type: ignore[no-untyped-def]
+    return _empty_projections(key, value, proj_key, cu_seqlens_k)
+
+
+LIBRARY.define(
+    f"project_backward(Tensor grad_key_proj, Tensor grad_value_proj, {_PROJECT_ARGS}, int needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("linformer_kernels::project_backward", lib=LIBRARY)
+def _(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, mask, cu_seqlens_k, needs):  # type: ignore[no-untyped-def]
+    return _empty_grads(needs, key, value, proj_key, proj_value)
+
+
+LIBRARY.define(f"projected_attention({_PROJECTED_ARGS}, {_SCALARS}) -> Tensor", tags=_TAGS)
+
+
+@torch.library.register_fake("linformer_kernels::projected_attention", lib=LIBRARY)
+def _(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale):  # type: ignore[no-untyped-def]
+    return _like(query, value_proj.size(-1))
+
+
+LIBRARY.define(
+    f"projected_attention_backward(Tensor grad_out, {_PROJECTED_ARGS}, {_SCALARS}, int needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.register_fake("linformer_kernels::projected_attention_backward", lib=LIBRARY)
+def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, needs):  # type: ignore[no-untyped-def]
+    # Gradients of K' and V' are sums over query tiles: contiguous, as K' and V' themselves.
+    grad_query, *grads = _empty_grads(needs, query, key_proj.contiguous(), value_proj.contiguous())
+    return grad_query, *grads
+
+
+# What the CPU kernels will use, and the measured peak of one thread: native only, no tensors, so no fakes.
+LIBRARY.define("cpu_capability() -> str")
+LIBRARY.define("cpu_peak_gflops(str dtype) -> float")
+
+
+def _rows(shape: Sequence[int]) -> int:
+    """Rows over all heads and sequences, padded (B, H, N, D) or packed (total, H, D)."""
+    return math.prod(shape[:-1])
+
+
+def _project_flops(key: Sequence[int], value: Sequence[int], proj_len: int) -> int:
+    return 2 * proj_len * _rows(key) * (key[-1] + value[-1])
+
+
+def _project_backward_flops(key: Sequence[int], value: Sequence[int], proj_len: int, needs: int, shared: bool) -> int:
+    """`needs` as in project_backward; `shared`: E serves as F, so its gradient takes two products."""
+    want_key, want_value, want_e, want_f = (bool(needs >> i & 1) for i in range(4))
+    width = key[-1] * (want_key + want_e) + value[-1] * (want_value + (want_e if shared else want_f))
+    return 2 * proj_len * _rows(key) * width
+
+
+def _attend_flops(query: Sequence[int], value_width: int, proj_len: int) -> int:
+    return 2 * proj_len * _rows(query) * (query[-1] + value_width)
+
+
+def _attend_backward_flops(
+    query: Sequence[int], value_width: int, proj_len: int, want_query: bool, want_key_proj: bool, want_value_proj: bool
+) -> int:
+    """Scores recomputed, dP where dS is wanted, and one product for each gradient."""
+    scores = want_query or want_key_proj
+    width = query[-1] * (1 + want_query + want_key_proj) + value_width * (scores + want_value_proj)
+    return 2 * proj_len * _rows(query) * width if scores or want_value_proj else 0
+
+
+@register_flop_formula(torch.ops.linformer_kernels.attention)
+def _attention_flop_formula(query, key, value, proj_key, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _project_flops(key, value, proj_key[-2]) + _attend_flops(query, value[-1], proj_key[-2])
+
+
+@register_flop_formula(torch.ops.linformer_kernels.attention_backward)
+def _attention_backward_flop_formula(grad_out, query, key, value, proj_key, proj_value, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+    needs, shared = args[-1], proj_value is None
+    want_query, want_key, want_value, want_e, want_f = (bool(needs >> i & 1) for i in range(5))
+    want_key_proj, want_value_proj = want_key or want_e, want_value or (want_e if shared else want_f)
+    return _attend_backward_flops(
+        query, value[-1], proj_key[-2], want_query, want_key_proj, want_value_proj
+    ) + _project_backward_flops(key, value, proj_key[-2], needs >> 1, shared)
+
+
+@register_flop_formula(torch.ops.linformer_kernels.project)
+def _project_flop_formula(key, value, proj_key, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _project_flops(key, value, proj_key[-2])
+
+
+@register_flop_formula(torch.ops.linformer_kernels.project_backward)
+def _project_backward_flop_formula(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+    return _project_backward_flops(key, value, proj_key[-2], args[-1], proj_value is None)
+
+
+@register_flop_formula(torch.ops.linformer_kernels.projected_attention)
+def _projected_flop_formula(query, key_proj, value_proj, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _attend_flops(query, value_proj[-1], key_proj[-2])
+
+
+@register_flop_formula(torch.ops.linformer_kernels.projected_attention_backward)
+def _projected_backward_flop_formula(grad_out, query, key_proj, value_proj, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]  # fmt: skip
+    wants = (bool(args[-1] >> i & 1) for i in range(3))
+    return _attend_backward_flops(query, value_proj[-1], key_proj[-2], *wants)

@@ -1,0 +1,343 @@
+"""Every mistake a user can make, reported with the argument's name, what came, what is wanted and what to do.
+
+The result is a `Call`: arguments in the form that the ops expect, read by the backend choice and by the backends.
+Checks are written so that torch.compile folds them into guards; only the values in cu_seqlens need data, so they are
+checked in eager mode on a CPU tensor alone, and the CPU ops check them again where they index memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ._ops import unit_stride
+
+FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_PADDED = {"query": "(B, H, N_q, D)", "key": "(B, H_kv, N, D)", "value": "(B, H_kv, N, D_v)"}
+_PACKED = {"query": "(total_q, H, D)", "key": "(total_k, H_kv, D)", "value": "(total_k, H_kv, D_v)"}
+_PROJ = "(K, N_max) or (H_kv, K, N_max), with K of at least 1"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One validated call. Tensors that the operation does not take are None."""
+
+    dtype: torch.dtype
+    device: torch.device
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    proj_key: Tensor | None = None
+    proj_value: Tensor | None = None
+    key_proj: Tensor | None = None
+    value_proj: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    dropout_p: float = 0.0
+    scale: float = 1.0
+
+
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_key: Tensor,
+    proj_value: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    is_causal: bool,
+    packed: bool,
+) -> Call:
+    """A linformer_attention call or, packed, a linformer_attention_varlen call."""
+    refuse_causal(is_causal)
+    _check_floating(query=query, key=key, value=value, proj_key=proj_key, proj_value=proj_value)
+    other = "padded tensors go to linformer_attention" if packed else "packed ones go to linformer_attention_varlen"
+    _check_rank("query", query, packed, other)
+    _check_key_value(key, value, packed, other)
+    _check_query(query, "key", key)
+    _check_projections(proj_key, proj_value, heads=key.size(1))
+    if packed:
+        cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
+        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, proj_key.size(-1))
+        if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
+            _fail(
+                f"cu_seqlens_q has {cu_seqlens_q.size(0)} entries but cu_seqlens_k has {cu_seqlens_k.size(0)}",
+                "B + 1 entries in both",
+                "give a sequence without queries or keys a length of 0 by repeating an entry",
+            )
+    else:
+        if query.size(0) != key.size(0):
+            _fail_batch("query has batch size", query.size(0), "key", key.size(0))
+        _check_length("key", key.size(2), proj_key.size(-1))
+        _check_mask(key_padding_mask, key)
+    return Call(
+        dtype=query.dtype,
+        device=query.device,
+        query=unit_stride(query),
+        key=unit_stride(key),
+        value=unit_stride(value),
+        proj_key=unit_stride(proj_key),
+        proj_value=None if proj_value is None else unit_stride(proj_value),
+        key_padding_mask=key_padding_mask,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        dropout_p=_checked_dropout(dropout_p),
+        scale=_checked_scale(scale, query),
+    )
+
+
+def check_project(
+    key: Tensor,
+    value: Tensor,
+    proj_key: Tensor,
+    proj_value: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Call:
+    """A project_kv call, padded or, with cu_seqlens_k, packed."""
+    _check_floating(key=key, value=value, proj_key=proj_key, proj_value=proj_value)
+    packed = cu_seqlens_k is not None
+    _check_key_value(key, value, packed, "packed tensors come with cu_seqlens_k, padded ones without")
+    _check_projections(proj_key, proj_value, heads=key.size(1))
+    if not packed:
+        _check_length("key", key.size(2), proj_key.size(-1))
+        _check_mask(key_padding_mask, key)
+    elif key_padding_mask is not None:
+        _fail("key_padding_mask came with cu_seqlens_k", "one of the two", "leave the masked rows out when packing")
+    else:
+        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, proj_key.size(-1))
+    return Call(
+        dtype=key.dtype,
+        device=key.device,
+        key=unit_stride(key),
+        value=unit_stride(value),
+        proj_key=unit_stride(proj_key),
+        proj_value=None if proj_value is None else unit_stride(proj_value),
+        key_padding_mask=key_padding_mask,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+
+
+def check_projected_attention(
+    query: Tensor,
+    key_proj: Tensor,
+    value_proj: Tensor,
+    cu_seqlens_q: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> Call:
+    """A projected_attention call, padded or, with cu_seqlens_q, packed."""
+    _check_floating(query=query, key_proj=key_proj, value_proj=value_proj)
+    packed = cu_seqlens_q is not None
+    _check_rank("query", query, packed, "a packed query comes with cu_seqlens_q, a padded one without")
+    if key_proj.dim() != 4 or 0 in key_proj.shape[1:]:
+        _fail(_shape("key_proj", key_proj), "(B, H_kv, K, D), none but B zero", "use K' as project_kv returns it")
+    if value_proj.dim() != 4 or value_proj.shape[:-1] != key_proj.shape[:-1] or value_proj.size(-1) == 0:
+        _fail(
+            f"{_shape('value_proj', value_proj)} but {_shape('key_proj', key_proj)}",
+            "(B, H_kv, K, D_v), as key_proj but for the last dimension",
+            "take both from one project_kv call",
+        )
+    _check_query(query, "key_proj", key_proj)
+    if packed:
+        cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
+        source, batch = "cu_seqlens_q describes a batch of", cu_seqlens_q.size(0) - 1
+    else:
+        source, batch = "query has batch size", query.size(0)
+    if batch != key_proj.size(0):
+        _fail_batch(source, batch, "key_proj", key_proj.size(0))
+    return Call(
+        dtype=query.dtype,
+        device=query.device,
+        query=unit_stride(query),
+        key_proj=unit_stride(key_proj),
+        value_proj=unit_stride(value_proj),
+        cu_seqlens_q=cu_seqlens_q,
+        dropout_p=_checked_dropout(dropout_p),
+        scale=_checked_scale(scale, query),
+    )
+
+
+def check_pooling(key: Tensor, value: Tensor, key_padding_mask: Tensor | None, n_max: int) -> None:
+    """The arguments of a projection that is no matrix."""
+    _check_floating(key=key, value=value)
+    _check_key_value(key, value, False, "view the columns of each head as a dimension of its own")
+    _check_length("key", key.size(2), n_max)
+    _check_mask(key_padding_mask, key)
+
+
+def refuse_causal(is_causal: bool) -> None:
+    """Linformer attention cannot be causal: say why."""
+    if is_causal:
+        _fail(
+            "is_causal=True came",
+            "False: each row of K' = E @ key mixes all positions, so no mask on the (N_q, K) scores hides the future",
+            "use exact attention (torch.nn.functional.scaled_dot_product_attention) for causal models",
+            NotImplementedError,
+        )
+
+
+def _fail(got: str, wanted: str, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{got}; wanted: {wanted}. To fix it: {remedy}.")
+
+
+def _fail_batch(source: str, batch: int, name: str, other: int) -> NoReturn:
+    remedy = "expand the smaller one with .expand(B, -1, -1, -1)"
+    _fail(f"{source} {batch} but {name} has batch size {other}", "the same number of sequences in both", remedy)
+
+
+def _shape(name: str, tensor: Tensor) -> str:
+    return f"{name} has shape {tuple(tensor.shape)}"
+
+
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        _fail(f"{name} is a {type(tensor).__name__}", "a torch.Tensor", f"pass {name} as a tensor", TypeError)
+
+
+def _check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    if tensor.device != first.device:
+        got = f"{name} is on {tensor.device} but {first_name} is on {first.device}"
+        _fail(got, "all tensors on one device", f"use {name}.to({first_name}.device)")
+
+
+def _check_floating(**tensors: Tensor | None) -> None:
+    """Dense tensors of one floating dtype on one device. proj_value alone may be None."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor is None and name == "proj_value":
+            continue
+        _check_tensor(name, tensor)
+        assert tensor is not None and first is not None  # for mypy: they have been refused
+        if tensor.dtype not in FLOATING_DTYPES:
+            wanted = "float32, float16, bfloat16 or float64"
+            _fail(f"{name} has dtype {tensor.dtype}", wanted, f"convert it, for example with {name}.float()", TypeError)
+        if tensor.layout != torch.strided or tensor.is_nested:
+            remedy = "use .to_dense() or .to_padded_tensor(), or linformer_attention_varlen for ragged batches"
+            _fail(f"{name} is a sparse or nested tensor", "a dense tensor", remedy, TypeError)
+        if tensor.dtype != first.dtype:
+            got = f"{name} has dtype {tensor.dtype} but {first_name} has {first.dtype}"
+            remedy = f"use {name}.to({first_name}.dtype), or run under torch.autocast"
+            _fail(got, "one dtype for all tensors", remedy, TypeError)
+        _check_device(name, tensor, first_name, first)
+
+
+def _check_rank(name: str, tensor: Tensor, packed: bool, remedy: str) -> None:
+    rank, shapes = (3, _PACKED) if packed else (4, _PADDED)
+    if tensor.dim() != rank:
+        _fail(_shape(name, tensor), f"{rank} dimensions, {shapes[name]}", remedy)
+
+
+def _check_key_value(key: Tensor, value: Tensor, packed: bool, remedy: str) -> None:
+    _check_rank("key", key, packed, remedy)
+    _check_rank("value", value, packed, remedy)
+    if key.shape[:-1] != value.shape[:-1]:
+        wanted = "the same shape but for the last dimension"
+        _fail(f"{_shape('value', value)} but {_shape('key', key)}", wanted, "take both from the same rows and heads")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.size(1) == 0 or tensor.size(-1) == 0:
+            _fail(_shape(name, tensor), "at least one head and one column", "check the order of the dimensions")
+
+
+def _check_query(query: Tensor, key_name: str, key: Tensor) -> None:
+    if query.size(-1) != key.size(-1):
+        got = f"query has head width {query.size(-1)} but {key_name} has {key.size(-1)}"
+        _fail(got, "the same head width D in both", "project query and key to one width (value may have another)")
+    if query.size(1) == 0 or query.size(1) % key.size(1) != 0:
+        _fail(
+            f"query has {query.size(1)} heads but {key_name} has {key.size(1)}",
+            "a multiple of the key heads (grouped-query: query head h reads key head h // (H // H_kv))",
+            "check that dimension 1 is the head dimension",
+        )
+
+
+def _check_projections(proj_key: Tensor, proj_value: Tensor | None, heads: int) -> None:
+    if proj_key.dim() not in (2, 3) or proj_key.size(-2) == 0:
+        _fail(_shape("proj_key", proj_key), _PROJ, "use one matrix for all heads or one for each key head")
+    if proj_key.dim() == 3 and proj_key.size(0) != heads:
+        got = f"{_shape('proj_key', proj_key)} but key has {heads} heads"
+        _fail(got, _PROJ, "give each key head its matrix, or one (K, N_max) matrix to all")
+    if proj_value is not None and proj_value.shape != proj_key.shape:
+        got = f"{_shape('proj_value', proj_value)} but {_shape('proj_key', proj_key)}"
+        _fail(got, "the same shape in both", "leave proj_value out to use proj_key for keys and values")
+
+
+def _check_length(name: str, length: int, n_max: int) -> None:
+    if length > n_max:
+        got = f"{name} has sequence length N = {length} but the projection is made for N_max = {n_max}"
+        _fail(got, "N <= N_max (the columns of proj_key)", "make a longer projection, or cut the sequence")
+
+
+def _check_mask(key_padding_mask: Tensor | None, key: Tensor) -> None:
+    if key_padding_mask is None:
+        return
+    _check_tensor("key_padding_mask", key_padding_mask)
+    if key_padding_mask.dtype != torch.bool:
+        wanted = "bool, where True means that the position takes part"
+        remedy = "use key_padding_mask.bool(), inverted if 1 stood for padding"
+        _fail(f"key_padding_mask has dtype {key_padding_mask.dtype}", wanted, remedy, TypeError)
+    if key_padding_mask.shape != (key.size(0), key.size(2)):
+        wanted = f"(B, N) = {(key.size(0), key.size(2))}"
+        remedy = "masks of (query, key) pairs do not exist here: K' mixes all positions"
+        _fail(_shape("key_padding_mask", key_padding_mask), wanted, remedy)
+    _check_device("key_padding_mask", key_padding_mask, "key", key)
+
+
+def _checked_cu_seqlens(
+    name: str, cu_seqlens: Tensor | None, rows_name: str, rows: Tensor, n_max: int | None
+) -> Tensor:
+    """As int64. n_max bounds the length of a sequence."""
+    _check_tensor(name, cu_seqlens)
+    assert cu_seqlens is not None  # for mypy: it has been refused
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        _fail(f"{name} has dtype {cu_seqlens.dtype}", "int32 or int64", f"use {name}.to(torch.int64)", TypeError)
+    if cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
+        _fail(_shape(name, cu_seqlens), "(B + 1,)", "start with 0, then add each sequence's length to the last entry")
+    _check_device(name, cu_seqlens, rows_name, rows)
+    # Reading values would break the graph of a compiler, has no meaning on a fake tensor, and would stall a GPU.
+    if not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
+        _check_bounds(name, cu_seqlens.tolist(), rows_name, rows.size(0), n_max)
+    return unit_stride(cu_seqlens.to(torch.int64))
+
+
+def _check_bounds(name: str, bounds: list[int], rows_name: str, total: int, n_max: int | None) -> None:
+    if bounds[0] != 0:
+        _fail(f"{name} starts with {bounds[0]}", "0 as the first entry", "prepend 0 to the cumulative lengths")
+    for i in range(1, len(bounds)):
+        length = bounds[i] - bounds[i - 1]
+        if length < 0:
+            got = f"{name} falls from {bounds[i - 1]} to {bounds[i]} at entry {i}"
+            _fail(got, "entries that never decrease", "use the cumulative sum of the lengths")
+        if n_max is not None and length > n_max:
+            _check_length(f"sequence {i - 1} of {rows_name} (by {name})", length, n_max)
+    if bounds[-1] != total:
+        got = f"{name} ends with {bounds[-1]} but {rows_name} has {total} rows"
+        _fail(got, "the number of rows as the last entry", "pack exactly the rows that the lengths describe")
+
+
+def _checked_dropout(dropout_p: float) -> float:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        _fail(f"dropout_p is a {type(dropout_p).__name__}", "a float in [0, 1)", "pass a Python number", TypeError)
+    if not 0.0 <= dropout_p < 1.0:
+        _fail(f"dropout_p is {dropout_p}", "a float in [0, 1)", "pass the probability of dropping an element")
+    return dropout_p
+
+
+def _checked_scale(scale: float | None, query: Tensor) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(query.size(-1))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        remedy = "pass a Python number; a learned scale is multiplied into the query"
+        _fail(f"scale is a {type(scale).__name__}", "a float, or None for 1 / sqrt(D)", remedy, TypeError)
+    if not abs(scale) < math.inf:
+        _fail(f"scale is {scale}", "a finite float, or None for 1 / sqrt(D)", "check how the scale was computed")
+    return scale

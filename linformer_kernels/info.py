@@ -1,0 +1,71 @@
+"""`python -m linformer_kernels.info [--json]`: what this installation can do, and why not what it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from . import __version__, _library
+from ._backends import BACKENDS
+
+
+def collect() -> dict[str, Any]:
+    """Everything that the command prints, as plain data."""
+    not_loaded = _library.load()
+    library = _library.path()
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "versions": {
+            "linformer_kernels": __version__,
+            "torch": torch.__version__,
+            "triton": triton,
+            "python": platform.python_version(),
+        },
+        "backends": {
+            name: {"available": backend.missing is None, "reason": backend.missing}
+            for name, backend in BACKENDS.items()
+        },
+        "library": {
+            "path": None if library is None else str(library),
+            "loaded": not_loaded is None,
+            "reason": not_loaded,
+        },
+        "cpu": {
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "kernels": None if not_loaded is not None else torch.ops.linformer_kernels.cpu_capability(),
+            "torch": torch.backends.cpu.get_cpu_capability(),
+        },
+    }
+
+
+def main() -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(prog="python -m linformer_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    data = collect()
+    if parser.parse_args().json:
+        print(json.dumps(data, indent=2))
+        return
+    lines = {name: text or "not installed" for name, text in data["versions"].items()}
+    library, cpu = data["library"], data["cpu"]
+    lines["native library"] = library["path"] if library["loaded"] else f"not loaded: {library['reason']}"
+    lines["CPU"] = (
+        f"{cpu['machine']}, {cpu['threads']} threads; kernels use {cpu['kernels']}, torch uses {cpu['torch']}"
+    )
+    for name, backend in data["backends"].items():
+        lines[f"backend {name}"] = "available" if backend["available"] else f"not available: {backend['reason']}"
+    for label, text in lines.items():
+        print(f"{label:18} {text}")
+
+
+if __name__ == "__main__":
+    main()

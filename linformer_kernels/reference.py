@@ -1,0 +1,134 @@
+"""The formula in plain PyTorch: the yardstick of the kernels, and the backend that runs anywhere.
+
+Same arguments and results as the ops in `_ops`, for any floating dtype, differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_key: Tensor,
+    proj_value: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    rng_state: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, K' and V'."""
+    key_proj, value_proj = project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k)
+    out = projected_attention(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale)
+    return out, key_proj, value_proj
+
+
+def project(
+    key: Tensor,
+    value: Tensor,
+    proj_key: Tensor,
+    proj_value: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """K' = E[:, :N] @ key and V' = F[:, :N] @ value."""
+    proj_value = proj_key if proj_value is None else proj_value
+    if cu_seqlens_k is None:
+        return _compress(proj_key, key, key_padding_mask), _compress(proj_value, value, key_padding_mask)
+    batch = cu_seqlens_k.size(0) - 1
+    spans = _spans(cu_seqlens_k) or [(0, 0)]  # torch.stack wants at least one; an empty batch is cut back to size 0
+    key_proj = [_compress(proj_key, key[start:stop].transpose(0, 1), None) for start, stop in spans]
+    value_proj = [_compress(proj_value, value[start:stop].transpose(0, 1), None) for start, stop in spans]
+    return torch.stack(key_proj)[:batch], torch.stack(value_proj)[:batch]
+
+
+def projected_attention(
+    query: Tensor,
+    key_proj: Tensor,
+    value_proj: Tensor,
+    cu_seqlens_q: Tensor | None,
+    rng_state: Tensor | None,
+    dropout_p: float,
+    scale: float,
+) -> Tensor:
+    """softmax(scale * query @ K'^T) @ V', with dropout after the softmax."""
+    if cu_seqlens_q is None:
+        return _attend(query, key_proj, value_proj, rng_state, dropout_p, scale)
+    outs = [
+        _attend(query[start:stop].transpose(0, 1)[None], key_proj[[b]], value_proj[[b]], rng_state, dropout_p, scale, b)
+        for b, (start, stop) in enumerate(_spans(cu_seqlens_q))
+    ] or [_attend(query.transpose(0, 1)[None][:0], key_proj, value_proj, rng_state, dropout_p, scale)]
+    return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs])
+
+
+def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    return list(pairwise(cu_seqlens.tolist()))
+
+
+def _compress(proj: Tensor, rows: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    if key_padding_mask is not None:
+        # Selected, not multiplied: 0 * NaN is NaN, and a NaN behind the mask must reach neither value nor gradient.
+        rows = torch.where(key_padding_mask[:, None, :, None], rows, 0)
+    return proj[..., : rows.size(-2)] @ rows
+
+
+def _attend(
+    query: Tensor,
+    key_proj: Tensor,
+    value_proj: Tensor,
+    rng_state: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    first_sequence: int = 0,
+) -> Tensor:
+    group = query.size(1) // key_proj.size(1)
+    if group != 1:
+        key_proj, value_proj = (t.repeat_interleave(group, dim=1) for t in (key_proj, value_proj))
+    probs = torch.softmax(query @ key_proj.transpose(-2, -1) * scale, dim=-1)
+    if rng_state is not None:
+        keep = dropout_mask(rng_state, dropout_p, probs.shape, first_sequence)
+        probs = torch.where(keep, probs * (1.0 / (1.0 - dropout_p)), 0)
+    return probs @ value_proj
+
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _philox4x32(key: tuple[Tensor, Tensor], counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox 4x32 (Salmon et al. 2011) on 32-bit words held in int64."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(10):
+        # The 64-bit product wraps around in int64, which keeps every bit; masking after the shift makes it logical.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
+            p1 & _MASK32,
+            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
+            p0 & _MASK32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def dropout_mask(rng_state: Tensor, dropout_p: float, shape: tuple[int, ...], first_sequence: int = 0) -> Tensor:
+    """Which elements of P (B, H, N_q, K) are kept; a function of position and seed alone, the same on every backend."""
+    batch, heads, rows, columns = shape
+    device = rng_state.device
+    quads = (columns + 3) // 4
+    column = torch.arange(quads, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    head = torch.arange(batch * heads, device=device)[:, None, None] + first_sequence * heads
+    seed, offset = rng_state[0], rng_state[1]
+    words = _philox4x32((seed & _MASK32, (seed >> 32) & _MASK32), (column, row, head, offset & _MASK32))
+    word = torch.stack(torch.broadcast_tensors(*words), dim=-1).reshape(batch, heads, rows, quads * 4)
+    threshold = min(math.floor(dropout_p * 2**32), _MASK32)
+    return word[..., :columns] >= threshold

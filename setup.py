@@ -1,0 +1,76 @@
+"""Builds the native library with CMake and puts it into the package. Everything else stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_dir() -> Path | None:
+    """Where torch is installed, found without importing it.
+
+    pip's isolated build environment hides the installed packages, but not where they lie: an installed torch is used from
+    there, and only where there is none does the isolated environment get one of its own (gigabytes, for its headers).
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0])
+    for scheme in ("purelib", "platlib"):
+        candidate = Path(sysconfig.get_path(scheme)) / "torch"
+        if (candidate / "include").is_dir():
+            return candidate
+    return None
+
+
+class CMakeBuild(build_ext):
+    """Drives CMakeLists.txt; ninja is used where it is installed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            sys.exit("linformer_kernels: cmake was not found; install it with: pip install cmake")
+        torch = torch_dir()
+        if torch is None:
+            sys.exit("linformer_kernels: torch is not installed; install torch, then linformer_kernels")
+        build = Path(self.build_temp).resolve()
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DTORCH_DIR={torch}", "-DCMAKE_BUILD_TYPE=Release"]
+        for name in ("LINFORMER_CUDA", "LINFORMER_CUDA_ARCHS"):
+            if name in os.environ:
+                configure.append(f"-D{name}={os.environ[name]}")
+        if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
+            configure += ["-G", "Ninja"]
+        subprocess.run(configure, check=True)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / "_native.so", target)
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        # One name on every Python: the library does not use Python's ABI, only torch's stable one.
+        return str(Path(*ext_name.split("."))) + ".so"
+
+
+class PlatformWheel(bdist_wheel):
+    """The wheel depends on the platform, but on no Python version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    setup_requires=[] if torch_dir() else ["torch>=2.10"],
+    ext_modules=[Extension("linformer_kernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)

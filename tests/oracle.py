@@ -1,0 +1,183 @@
+"""The third opinion: the operation, its gradients and its dropout in float64 NumPy, and the one rule of accuracy.
+
+Independent of the package's reference: no PyTorch, one head of one sequence at a time, masked rows dropped by
+index instead of zeroed, gradients derived by hand. With x = the rows that take part:
+
+    K' = E x_k        S = scale Q K'^T       P = softmax(S)     O = (M P) V'       M: 0 or 1 / (1 - p)
+    dV' = (M P)^T dO  dP = M (dO V'^T)       dS = P (dP - rowsum(P dP))            dQ = scale dS K'    dK' = scale dS^T Q
+    dx_k = E^T dK'    dE = dK' x_k^T         and so for V', F
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+FLOAT32 = float(np.finfo(np.float32).eps)
+
+
+def philox(counter: tuple, key: tuple) -> tuple[Array, ...]:
+    """Philox4x32-10 (Salmon et al., 2011): four 32-bit words for each counter, held in uint64."""
+    low = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(c, np.uint64) & low for c in counter))
+    k0, k1 = (np.uint64(k) for k in key)
+    for _ in range(10):
+        left, right = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (right >> np.uint64(32)) ^ c1 ^ k0, right & low, (left >> np.uint64(32)) ^ c3 ^ k1, left & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return c0, c1, c2, c3
+
+
+def dropout_multiplier(rng_state, p: float, sequence: int, head: int, heads: int, rows: int, columns: int) -> Array:
+    """(rows, columns) of 0 and 1 / (1 - p)."""
+    seed, offset = (int(x) for x in rng_state)
+    column, row = np.arange((columns + 3) // 4)[None, :], np.arange(rows)[:, None]
+    words = philox((column, row, sequence * heads + head, offset & 0xFFFFFFFF), (seed & 0xFFFFFFFF, seed >> 32))
+    words = np.stack(words, axis=-1).reshape(rows, 4 * column.size)[:, :columns]
+    return (words >= min(int(p * 2**32), 2**32 - 1)) / (1 - p)
+
+
+def _of_sequence(x: Array, b: int, cu_seqlens) -> Array:
+    """A (heads, N_b, D) view of sequence b."""
+    return x[b] if cu_seqlens is None else x[cu_seqlens[b] : cu_seqlens[b + 1]].transpose(1, 0, 2)
+
+
+def _of_head(proj: Array, h: int) -> Array:
+    return proj if proj.ndim == 2 else proj[h]
+
+
+def _rows_taking_part(mask, b: int, n: int) -> Array:
+    return np.arange(n) if mask is None else np.flatnonzero(mask[b])
+
+
+def _sequences(x: Array, cu_seqlens) -> int:
+    return len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def project(x: Array, proj: Array, mask=None, cu_seqlens=None) -> Array:
+    """K' of key and E, or V' of value and F: (B, H_kv, K, D)."""
+    heads = x.shape[1]
+    result = np.zeros((_sequences(x, cu_seqlens), heads, proj.shape[-2], x.shape[-1]))
+    for b in range(len(result)):
+        rows_of = _of_sequence(x, b, cu_seqlens)
+        rows = _rows_taking_part(mask, b, rows_of.shape[1])
+        for h in range(heads):
+            result[b, h] = _of_head(proj, h)[:, rows] @ rows_of[h, rows]
+    return result
+
+
+def project_backward(grad: Array, x: Array, proj: Array, mask=None, cu_seqlens=None) -> tuple[Array, Array]:
+    """Gradients of x and of the projection."""
+    grad_x, grad_proj = np.zeros_like(x), np.zeros_like(proj)
+    for b in range(len(grad)):
+        rows_of, grad_rows = _of_sequence(x, b, cu_seqlens), _of_sequence(grad_x, b, cu_seqlens)
+        rows = _rows_taking_part(mask, b, rows_of.shape[1])
+        for h in range(x.shape[1]):
+            grad_rows[h, rows] = _of_head(proj, h)[:, rows].T @ grad[b, h]
+            _of_head(grad_proj, h)[:, rows] += grad[b, h] @ rows_of[h, rows].T
+    return grad_x, grad_proj
+
+
+def attend(
+    query, key_proj, value_proj, grad_out=None, *, scale, cu_seqlens=None, dropout_p=0.0, rng_state=None, rounded=False
+):  # fmt: skip
+    """out, and with grad_out also the gradients of query, key_proj, value_proj.
+
+    `rounded`: scores and rowsum(P dP) are off by one float32 rounding of their largest terms, where it does most: the
+    largest score of a row upward and the others downward.
+    """
+    unit = FLOAT32 if rounded else 0.0
+    heads, group = query.shape[1], query.shape[1] // max(key_proj.shape[1], 1)
+    out = np.zeros((*query.shape[:-1], value_proj.shape[-1]))
+    grad_query, grad_key_proj, grad_value_proj = (np.zeros_like(x) for x in (query, key_proj, value_proj))
+    for b in range(len(key_proj)):
+        for h in range(heads):
+            q, k, v = _of_sequence(query, b, cu_seqlens)[h], key_proj[b, h // group], value_proj[b, h // group]
+            scores = scale * (q @ k.T)
+            largest = scores.max(axis=1, keepdims=True, initial=-np.inf)
+            scores += np.where(scores == largest, unit, -unit) * np.abs(scores).max(axis=1, keepdims=True, initial=0)
+            p = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
+            p /= p.sum(axis=1, keepdims=True)
+            m = dropout_multiplier(rng_state, dropout_p, b, h, heads, *p.shape) if dropout_p else np.ones_like(p)
+            _of_sequence(out, b, cu_seqlens)[h] = (m * p) @ v
+            if grad_out is None:
+                continue
+            g = _of_sequence(grad_out, b, cu_seqlens)[h]
+            grad_p = m * (g @ v.T)
+            delta = (p * (grad_p + unit * np.abs(grad_p))).sum(axis=1, keepdims=True)
+            grad_scores = scale * p * (grad_p - delta)
+            _of_sequence(grad_query, b, cu_seqlens)[h] = grad_scores @ k
+            grad_key_proj[b, h // group] += grad_scores.T @ q
+            grad_value_proj[b, h // group] += (m * p).T @ g
+    return out if grad_out is None else (out, grad_query, grad_key_proj, grad_value_proj)
+
+
+def attention(
+    query, key, value, proj_key, proj_value=None, grad_out=None, *, mask=None, scale=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, dropout_p=0.0, rng_state=None, rounded=False,
+) -> dict[str, Array]:  # fmt: skip
+    """All results by name: out, key_proj, value_proj, and with grad_out `grad_<argument>`."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    f = proj_key if proj_value is None else proj_value
+    options = dict(scale=scale, cu_seqlens=cu_seqlens_q, dropout_p=dropout_p, rng_state=rng_state, rounded=rounded)
+    with np.errstate(invalid="ignore", over="ignore"):
+        key_proj, value_proj = project(key, proj_key, mask, cu_seqlens_k), project(value, f, mask, cu_seqlens_k)
+        result = {"key_proj": key_proj, "value_proj": value_proj}
+        if grad_out is None:
+            return result | {"out": attend(query, key_proj, value_proj, **options)}
+        out, grad_query, grad_k, grad_v = attend(query, key_proj, value_proj, grad_out, **options)
+        grad_key, grad_e = project_backward(grad_k, key, proj_key, mask, cu_seqlens_k)
+        grad_value, grad_f = project_backward(grad_v, value, f, mask, cu_seqlens_k)
+    result |= {"out": out, "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
+    if proj_value is None:
+        return result | {"grad_proj_key": grad_e + grad_f}
+    return result | {"grad_proj_key": grad_e, "grad_proj_value": grad_f}
+
+
+def assert_close(actual: torch.Tensor, exact: Array, plain: torch.Tensor | None, what: str, rounded=None) -> None:
+    """The error against float64 is at most twice the error of plain PyTorch in the same type, plus a rounding floor.
+
+    Measured over the whole tensor in two norms, largest and root mean square: the largest finds one wrong element,
+    the mean finds an error that is small and everywhere. Errors of single elements are not compared with each
+    other: plain PyTorch is exact in some elements by luck. The floor is for results that are so small, or depend so
+    much on a rounding (huge scores, sums that cancel), that plain PyTorch is lucky altogether: one rounding of the
+    result, and four times what one float32 rounding does, relative to the size of the tensor and, given `rounded`, as
+    measured by the oracle. Infinities and NaN must stand where they stand in `exact`. `plain` None:
+    `actual` is itself plain PyTorch in float64, where the formula is in question and not its rounding.
+    """
+    got = _array(actual)
+    assert got.shape == exact.shape, f"{what}: shape {got.shape}, wanted {exact.shape}"
+    finite = np.isfinite(exact)
+    wrong = ~np.where(finite, np.isfinite(got), (got == exact) | (np.isnan(got) & np.isnan(exact)))
+    if wrong.any():
+        at = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{what} {tuple(got.shape)}: {wrong.sum()} of {wrong.size} elements are finite, infinite or NaN where they "
+            f"should not be; the first at {at}: {got[at]}, wanted {exact[at]}"
+        )
+    if not finite.any():
+        return
+    off = lambda other: np.zeros(1) if other is None else np.abs(other[finite] - exact[finite])  # noqa: E731
+    error, baseline, noise = off(got), off(None if plain is None else _array(plain)), off(rounded)
+    if plain is None:
+        assert actual.dtype == torch.float64, f"{what}: {actual.dtype} needs the plain result in the same type"
+        unit = 2.0**-30
+    else:
+        assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, plain PyTorch gives {plain.dtype}"
+        unit = torch.finfo(actual.dtype).eps + 4 * FLOAT32
+    for name, norm in (("largest", np.max), ("root mean square", lambda x: np.sqrt(np.mean(np.square(x))))):
+        size = norm(np.abs(exact[finite]))
+        limit = 2 * norm(baseline) + unit * size + 4 * norm(noise)
+        if not norm(error) <= limit:
+            at = tuple(int(i) for i in np.argwhere(finite)[error.argmax()])
+            raise AssertionError(
+                f"{what} {tuple(got.shape)} {actual.dtype}: {name} error {norm(error):.3e}, limit {limit:.3e} (plain "
+                f"PyTorch {norm(baseline):.3e}, {name} value {size:.3e}, rounding {norm(noise):.3e}); "
+                f"{(error > limit).sum()} of {error.size} elements over it; the worst at {at}: {got[at]:.9g}, wanted "
+                f"{exact[at]:.9g}"
+            )
+
+
+def _array(x: torch.Tensor) -> Array:
+    return x.detach().to(torch.float64).cpu().numpy()

@@ -1,0 +1,99 @@
+"""Output and gradients of the native backend against the oracle: chosen corners, and a new sample of the cross product
+in every run."""
+
+import dataclasses
+
+import cases
+import numpy as np
+import pytest
+import torch
+from cases import Case
+
+BF16, FP16 = torch.bfloat16, torch.float16
+DTYPES = (torch.float32, BF16, FP16)
+
+WIDTHS = [Case(d=d, k=16, n=33, n_q=33, extra=2) for d in (1, 8, 17, 32, 64, 96, 128, 256)]
+WIDTHS += [Case(d=d, d_v=d_v, k=16, n=33, n_q=35) for d, d_v in ((64, 1), (1, 64), (17, 32), (96, 40), (24, 256))]
+LENGTHS = [Case(n=n, n_q=n, k=24, d=16) for n in (1, 2, 31, 255, 256, 257, 1000)]
+LENGTHS += [Case(n=n, n_q=n_q, k=24, d=16, kv_heads=2) for n, n_q in ((1, 300), (513, 1), (64, 127), (1000, 17))]
+PROJECTED = [Case(k=k, n=70, n_q=50, d=16, heads=2, kv_heads=2) for k in (1, 7, 64, 127, 128, 129, 256, 511, 512, 513, 1000)]
+EMPTY = [Case(batch=0), Case(n_q=0), Case(n=0), Case(n=0, extra=3, sharing="key-value"), Case(n=0, n_q=0), Case(batch=0, n_q=0)]
+EMPTY += [Case(lengths=()), Case(lengths=(0,)), Case(lengths=(0, 0), extra=4), Case(lengths=(0, 5, 0), lengths_q=(3, 0, 0))]
+SHARINGS = [
+    Case(sharing=sharing, kv_heads=kv_heads, extra=extra, n=65, n_q=65)
+    for sharing in ("headwise", "key-value", "per-head", "per-head-key-value", "same")
+    for kv_heads, extra in ((4, 0), (2, 7), (1, 3))
+]
+MASKS = [Case(mask=mask, n=67, batch=3) for mask in ("random", "prefix", "alternate", "one", "all", "nothing")]
+MASKS += [
+    Case(mask=mask, n=67, batch=3, kv_heads=2, sharing=sharing, layout="bnhd", extra=5)
+    for mask, sharing in (("random", "key-value"), ("nothing", "per-head"), ("prefix", "per-head-key-value"))
+]
+LAYOUTS = [
+    Case(layout=layout, grad=grad, sharing=sharing, n=65, n_q=63, d=d, kv_heads=2)
+    for layout, grad, sharing, d in (
+        ("bnhd", "bnhd", "headwise", 64), ("padded", "padded", "headwise", 32), ("padded", "strided", "per-head", 17),
+        ("offset", "offset", "headwise", 32), ("offset", "scalar", "key-value", 17), ("expanded", "expanded", "headwise", 32),
+        ("expanded", "scalar", "per-head", 8), ("strided", "strided", "headwise", 32), ("bnhd", "scalar", "per-head", 16),
+    )
+]  # fmt: skip
+ALIASES = [Case(alias=alias, sharing=sharing) for alias, sharing in
+           (("kv", "headwise"), ("kv", "key-value"), ("qk", "headwise"), ("qkv", "key-value"), ("qkv", "same"))]  # fmt: skip
+SCALES = [Case(scale=scale) for scale in (0.0, -0.3, 1.0, 40.0)] + [Case(size=1e3), Case(size=1e3, d=64, k=600)]
+PACKED = [
+    Case(lengths=(5, 0, 64, 31), lengths_q=(7, 3, 0, 40)),
+    Case(lengths=(257,), kv_heads=2, sharing="key-value"),
+    Case(lengths=(1, 1, 1, 130), lengths_q=(1, 200, 2, 3), kv_heads=1, sharing="per-head", extra=9),
+    Case(lengths=(12, 40), layout="padded", grad="padded", sharing="per-head-key-value"),
+    Case(lengths=(12, 40), layout="offset", grad="scalar", alias="kv"),
+    Case(lengths=(30, 70), layout="strided", grad="strided", d=17, d_v=9),
+]
+CHOSEN = WIDTHS + LENGTHS + PROJECTED + EMPTY + SHARINGS + MASKS + LAYOUTS + ALIASES + SCALES + PACKED
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_chosen(case, dtype, device, native):
+    cases.check(dataclasses.replace(case, dtype=dtype), device, native)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("case", [
+    Case(mask="random", kv_heads=2, extra=5, n=130, d_v=40, layout="bnhd"),
+    Case(lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, sharing="key-value", k=129, layout="padded"),
+    Case(dropout_p=0.3, sharing="per-head", layout="offset", mask="nothing"),
+    Case(batch=0), Case(n=0), Case(n_q=0),
+], ids=str)  # fmt: skip
+def test_the_two_halves(case, dtype, device, native):
+    cases.check(dataclasses.replace(case, dtype=dtype), device, native, cases.run_halves)
+
+
+def sampled(rng: np.random.Generator) -> Case:
+    """A case out of the whole cross product, with at most 60 million scores times width."""
+    pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
+    kv_heads = int(pick(1, 2, 3, 4))
+    packed = rng.random() < 0.3
+    case = Case(
+        batch=int(rng.integers(1, 4)), heads=kv_heads * int(pick(1, 1, 2, 3)), kv_heads=kv_heads,
+        n=pick(1, 2, 31, 64, 100, 255, 256, 257, 1000, int(rng.integers(1, 700))),
+        n_q=pick(1, 2, 31, 64, 100, 255, 256, 257, 1000, int(rng.integers(1, 700))),
+        extra=pick(0, 0, 1, 64), k=pick(1, 7, 64, 128, 256, 512, 1000, int(rng.integers(1, 300))),
+        d=pick(1, 8, 17, 32, 64, 96, 128, 256), d_v=pick(None, None, None, 16, 33, 64, 128), dtype=pick(*DTYPES),
+        sharing=pick("headwise", "key-value", "per-head", "per-head-key-value", "same"),
+        mask=None if packed else pick(None, None, "random", "prefix", "alternate", "one", "nothing"),
+        layout=pick("bhnd", "bnhd", "bnhd", "padded", "offset", "expanded", "strided"),
+        grad=pick("bhnd", "bnhd", "padded", "offset", "expanded", "scalar"),
+        scale=pick(None, None, None, 0.0, -1.0, 3.0),
+        dropout_p=pick(0.0, 0.0, 0.0, 0.1, 0.9), size=pick(1.0, 1.0, 1.0, 100.0),
+    )  # fmt: skip
+    if packed:
+        several = lambda: tuple(int(rng.integers(0, pick(2, 50, 200))) for _ in range(4))  # noqa: E731
+        case = dataclasses.replace(case, lengths=several(), lengths_q=pick(None, several()))
+    rows = max(case.n, case.n_q) if not packed else 200
+    cost = case.batch * case.heads * rows * case.k * max(case.d, case.d_v or 0)
+    return case if cost < 6e7 else sampled(rng)
+
+
+@pytest.mark.parametrize("index", range(50))
+def test_sampled(index, seed, device, native):
+    cases.check(sampled(np.random.default_rng(seed)), device, native)

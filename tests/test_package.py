@@ -1,0 +1,174 @@
+"""The package from outside: import, info, backend choice, broken installs, instruction sets, bench and examples."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from cases import Case, Inputs, Spy
+
+import linformer_kernels as lk
+from linformer_kernels import _library
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("LINFORMER_")} | environment
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=cwd)
+
+
+def succeeded(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_import_prints_nothing():
+    done = python("-W", "error", "-c", "import linformer_kernels")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_info():
+    report = json.loads(succeeded(python("-m", "linformer_kernels.info", "--json")))
+    text = succeeded(python("-m", "linformer_kernels.info"))
+    for word in (lk.__version__, torch.__version__, "cuda", "triton", "cpu", "reference"):
+        assert word in text and word in json.dumps(report)
+    assert torch.ops.linformer_kernels.cpu_capability() in text
+
+
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_a_damaged_install_imports_and_says_why(damage, tmp_path):
+    package = shutil.copytree(Path(lk.__file__).parent, tmp_path / "linformer_kernels")
+    library = package / _library.path().name
+    library.unlink()
+    if damage == "broken":
+        library.write_bytes(b"not a library")
+    run = lambda code: python("-c", f"import torch, linformer_kernels as lk; {code}", PYTHONPATH=str(tmp_path), cwd=tmp_path)  # noqa: E731
+    where = run("print(lk.__file__)")
+    assert (succeeded(where).strip(), where.stderr) == (str(package / "__init__.py"), "")
+    call = "lk.linformer_attention(*(torch.ones(1, 1, 4, 8) for _ in range(3)), torch.ones(2, 4){})"
+    assert succeeded(run(f"print({call.format('')}.shape)")).strip() == "torch.Size([1, 1, 4, 8])"
+    forced = run(call.format(", backend='cpu'"))
+    assert forced.returncode == 1 and library.name.split(".")[0] in forced.stderr.strip().splitlines()[-1]
+    report = json.loads(succeeded(python("-m", "linformer_kernels.info", "--json", PYTHONPATH=str(tmp_path), cwd=tmp_path)))
+    assert library.name.split(".")[0] in json.dumps(report)
+
+
+def chosen_native(x: Inputs, backend=None) -> bool:
+    with Spy() as spy:
+        lk.linformer_attention(*x.positional(), backend=backend)
+    return bool(spy.calls)
+
+
+def test_argument_wins_over_context_wins_over_environment(device, native, monkeypatch):
+    x = Inputs(Case(), device)
+    monkeypatch.delenv("LINFORMER_BACKEND", raising=False)
+    assert chosen_native(x) and not chosen_native(x, "reference")
+    monkeypatch.setenv("LINFORMER_BACKEND", "reference")
+    assert not chosen_native(x) and chosen_native(x, native or "cpu")
+    with lk.use_backend(native or "cpu"):
+        assert chosen_native(x) and not chosen_native(x, "reference")
+        with lk.use_backend("reference"):
+            assert not chosen_native(x)
+        assert chosen_native(x)
+    with pytest.raises(KeyError), lk.use_backend(native or "cpu"):
+        raise KeyError
+    assert not chosen_native(x)
+    monkeypatch.setenv("LINFORMER_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match="LINFORMER_BACKEND.*cudnn"):
+        chosen_native(x)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_forced_backend_says_why_it_refuses(backend, device):
+    x = Inputs(Case(), device)
+    with pytest.raises((NotImplementedError, RuntimeError), match=f"{backend}.{{10,}}"):
+        lk.linformer_attention(*x.positional(), backend=backend)
+
+
+def test_float64_goes_to_the_reference(device, native):
+    x = Inputs(Case(dtype=torch.float64), device)
+    assert not chosen_native(x)
+    with pytest.raises((NotImplementedError, RuntimeError), match="float64"):
+        chosen_native(x, native)
+
+
+def test_results_of_the_ops_are_poisoned(device, native):
+    """The poison of conftest.py reaches what C++ allocates: every result is filled before the kernel writes."""
+    x = Inputs(Case(), device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ops.linformer_kernels.attention(*x.positional(), None, None, None, None, 0.0, 1.0)
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::fill_") >= 3 and names.count("aten::empty") + names.count("aten::new_empty") >= 3, names
+
+
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = """
+import sys, torch, cases, test_attention as t, test_properties as p
+torch.use_deterministic_algorithms(True)
+torch.manual_seed(int(sys.argv[1]))
+print(torch.ops.linformer_kernels.cpu_capability())
+for i, case in enumerate(t.CHOSEN + p.REPEATED):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if (i + int(sys.argv[1])) % 3 == 0 or dtype == case.dtype or dtype == torch.bfloat16:
+            cases.check(cases.dataclasses.replace(case, dtype=dtype), "cpu", "cpu")
+"""
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16"])
+def test_instruction_set(level, seed):
+    """Each path that this machine can run, with memory from malloc filled with rubbish (glibc's MALLOC_PERTURB_)."""
+    ask = ("-c", "import torch, linformer_kernels; print(torch.ops.linformer_kernels.cpu_capability())")
+    machine = succeeded(python(*ask)).strip()
+    if level in LEVELS and LEVELS.index(level) > LEVELS.index(machine):
+        assert succeeded(python(*ask, LINFORMER_CPU_CAPABILITY=level)).strip() == machine  # it caps, it never raises
+        pytest.skip(f"this machine has {machine} only")
+    done = python("-c", INSTRUCTION_SETS, str(seed), cwd=ROOT / "tests", LINFORMER_CPU_CAPABILITY=level, MALLOC_PERTURB_="1")
+    assert succeeded(done).strip() == level
+
+
+TINY = ("--op", "full", "--seq-len", "96", "--heads", "2", "--proj-dim", "8", "--head-dim", "16", "--rivals", "eager,sdpa_proj")
+
+
+def test_bench_dry_run():
+    out = succeeded(python("-m", "bench", *TINY, "--dry-run", cwd=ROOT))
+    assert "96" in out
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_bench_refcheck(dtype, tmp_path):
+    where = tmp_path / "rows.json"
+    succeeded(python("-m", "bench", *TINY, "--dtype", dtype, "--refcheck", "--json", str(where), cwd=ROOT))
+    assert "ours:auto" in where.read_text() and "sdpa_proj" in where.read_text()
+
+
+def test_bench_rejects_a_wrong_answer(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import options
+    from bench.candidates import Candidate, eager, make_inputs
+    from bench.check import Checker
+
+    settings = options.parse([*TINY])
+    (cell,) = options.cells(settings)
+    check = Checker(cell, make_inputs(cell, settings), exact=False)
+    assert all(verdict.right for verdict in check(Candidate("right", eager)))
+    wrong = lambda query, *rest: eager(query * 1.001, *rest)  # noqa: E731
+    assert not all(verdict.right for verdict in check(Candidate("wrong", wrong)))
+
+
+def test_bench_percentiles(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.measure import percentiles
+
+    assert percentiles([float(i) for i in range(100, -1, -1)]) == pytest.approx((20.0, 50.0, 80.0))
+    assert percentiles([3.0, 3.0, 3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_quickstart_runs():
+    succeeded(python(ROOT / "examples" / "quickstart.py"))

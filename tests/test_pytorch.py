@@ -1,0 +1,240 @@
+"""Good citizenship: opcheck, fakes, compile, export, autocast, checkpointing, FLOP counts, double backward, DDP."""
+
+import subprocess
+import sys
+
+import cases
+import oracle
+import pytest
+import torch
+from cases import Case, Inputs, Spy
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import linformer_kernels as lk
+
+ops = torch.ops.linformer_kernels
+
+
+def recorded_calls(device, native) -> dict[str, tuple]:
+    """Arguments that the public functions pass to every op, over padded, masked, packed, dropped and (B, N, H, D) calls."""
+    several = [
+        Case(mask="random", kv_heads=2, layout="bnhd", extra=3, d_v=24),
+        Case(sharing="key-value", dropout_p=0.2, dtype=torch.bfloat16),
+        Case(sharing="per-head", lengths=(7, 0, 20), lengths_q=(3, 4, 9), layout="padded", kv_heads=2),
+        Case(batch=0),
+    ]
+    calls = {}
+    for case in several:
+        x = Inputs(case, device)
+        with Spy() as spy:
+            cases.run(x, native)
+            cases.run_halves(x, native)
+        for name, arguments in spy.calls:
+            plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments.values())
+            calls[f"{name}-{case}"] = (getattr(ops, name), plain)
+    assert {name.split("-")[0] for name in calls} == {
+        half + end for half in ("attention", "project", "projected_attention") for end in ("", "_backward")
+    }
+    return calls
+
+
+def halves(x: Inputs, native) -> torch.Tensor:
+    return cases.run_halves(x, native)["out"]
+
+
+def test_opcheck(device, native):
+    for op, arguments in recorded_calls(device, native).values():
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_fakes_have_the_shapes_types_and_strides_of_the_real(device, native):
+    for name, (op, arguments) in recorded_calls(device, native).items():
+        real = op(*arguments)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        for r, f in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (real, fake)), strict=True):
+            assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device), name
+
+
+def loss_and_gradients(function, x: Inputs, *arguments) -> list[torch.Tensor]:
+    out = function(*x.positional(), *arguments)
+    return [out, *torch.autograd.grad(out, list(x.leaves().values()), x.grad_out)]
+
+
+def padded(query, key, value, proj_key, proj_value, mask):
+    query = query * 1.5  # something for the compiler to do around the op
+    return lk.linformer_attention(query, key, value, proj_key, proj_value, key_padding_mask=mask) + 0.25
+
+
+def packed(query, key, value, proj_key, proj_value, cu_seqlens_q, cu_seqlens_k):
+    return lk.linformer_attention_varlen(
+        query, key, value, proj_key, proj_value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_is_eager_with_few_recompilations(backend, device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(padded, fullgraph=True, dynamic=True, backend=counter)
+    for n, n_q, batch, layout in ((65, 40, 2, "bnhd"), (130, 50, 3, "bnhd"), (257, 31, 4, "bnhd"), (90, 91, 5, "bnhd")):
+        x = Inputs(Case(n=n, n_q=n_q, batch=batch, layout=layout, mask="random", kv_heads=2, extra=4), device)
+        for got, want in zip(*(loss_and_gradients(f, x, x.mask) for f in (compiled, padded)), strict=True):
+            assert torch.equal(got, want)
+    assert counter.frame_count <= 2
+
+
+def test_compile_packed(device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ((5, 0, 40), (30, 9, 2, 60), (8, 1)):
+        x = Inputs(Case(lengths=lengths, kv_heads=2, sharing="key-value", extra=70 - max(lengths)), device)
+        for got, want in zip(*(loss_and_gradients(f, x, *x.cu_seqlens().values()) for f in (compiled, packed)), strict=True):
+            assert torch.equal(got, want)
+    assert counter.frame_count <= 2
+
+
+def test_compile_with_dropout_draws_anew(device):
+    torch._dynamo.reset()
+    x = Inputs(Case(), device)
+    function = lambda: lk.linformer_attention(*x.positional(), dropout_p=0.5)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    first, second = compiled(), compiled()
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    once = compiled()
+    torch.manual_seed(5)
+    assert torch.equal(once, compiled())
+
+
+class Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projection = torch.nn.Parameter(torch.randn(16, 80))
+
+    def forward(self, query, key, value, mask):
+        return lk.linformer_attention(query, key, value, self.projection, key_padding_mask=mask)
+
+
+def test_export_with_a_dynamic_shape(device):
+    module = Module().to(device)
+    inputs = lambda n: (*(torch.randn(2, 4, n, 8, device=device) for _ in range(3)), torch.rand(2, n, device=device) < 0.7)  # noqa: E731
+    n = torch.export.Dim("n", min=2, max=80)
+    program = torch.export.export(module, inputs(33), dynamic_shapes=(*({2: n} for _ in range(3)), {1: n}))
+    for length in (17, 80):
+        given = inputs(length)
+        assert torch.equal(program.module()(*given), module(*given))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=("bf16", "fp16"))
+def test_autocast_computes_in_the_lower_type(dtype, device, native):
+    x = Inputs(Case(mask="random", kv_heads=2), device)
+    with torch.autocast(device, dtype):
+        got = x.results(lk.linformer_attention(*x.positional(), key_padding_mask=x.mask, backend=native).float())
+        whole = lk.linformer_attention(*x.positional(), key_padding_mask=x.mask, backend=native)
+        half, packed_out = halves(x, native), lk.linformer_attention_varlen(
+            *(t[0].transpose(0, 1) for t in (x.query, x.key, x.value)), x.proj_key, x.proj_value, backend=native,
+            **{f"cu_seqlens_{s}": torch.tensor([0, 96], device=device) for s in "qk"},
+        )  # fmt: skip
+    assert whole.dtype == half.dtype == packed_out.dtype == dtype
+    lower = lk.linformer_attention(*(t.to(dtype) for t in x.positional()), key_padding_mask=x.mask, backend=native)
+    assert torch.equal(whole, lower) and torch.equal(half, lower)
+    want = x.results(lower.float())
+    assert all(got[name].dtype == torch.float32 and torch.equal(got[name], want[name]) for name in got)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_dropout(reentrant, device, native):
+    x = Inputs(Case(dropout_p=0.5, kv_heads=2), device)
+    function = lambda *tensors: lk.linformer_attention(*tensors, dropout_p=0.5, backend=native)  # noqa: E731
+    torch.manual_seed(11)
+    want = loss_and_gradients(function, x)
+    torch.manual_seed(11)
+    leaves = list(x.leaves().values())
+    out = checkpoint(function, *leaves, use_reentrant=reentrant, preserve_rng_state=True)
+    out.backward(x.grad_out)
+    assert all(torch.equal(a, b) for a, b in zip((out, *(t.grad for t in leaves)), want, strict=True))
+
+
+def test_a_second_derivative_names_the_remedy(device, native):
+    x = Inputs(Case(), device)
+    out = lk.linformer_attention(*x.positional(), backend=native)
+    (grad,) = torch.autograd.grad(out.sum(), x.query, create_graph=True)
+    with pytest.raises(RuntimeError, match="reference"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_reference_has_second_derivatives(shared, device):
+    make = lambda *shape: torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)  # noqa: E731
+    inputs = make(2, 2, 3, 2), make(2, 1, 4, 2), make(2, 1, 4, 3), make(3, 5), None if shared else make(1, 3, 5)
+    mask = torch.tensor([[True, True, False, True], [False] * 4], device=device)
+    function = lambda *tensors: lk.linformer_attention(*tensors, key_padding_mask=mask, backend="reference")  # noqa: E731
+    assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+    with lk.use_backend("reference"):
+        out = lk.linformer_attention(*inputs)
+        (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+        assert torch.autograd.grad(grad.square().sum(), inputs[1])[0].isfinite().all()
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("sharing", ["headwise", "key-value", "per-head"])
+def test_flop_counts(sharing, device, native):
+    """By hand, 2 a multiplication. Backward recomputes the scores; a gradient that nobody wants costs nothing."""
+    b, h, kv, n_q, n, k, d, d_v = 2, 4, 2, 30, 50, 16, 8, 24
+    x = Inputs(Case(b, h, kv, n_q, n, 9, k, d, d_v, sharing=sharing), device)
+    project, attend = 2 * b * kv * k * n, 2 * b * h * n_q * k
+    call = lambda: lk.linformer_attention(*x.positional(), backend=native)  # noqa: E731
+    forward = project * (d + d_v) + attend * (d + d_v)
+    assert flops(call) == forward
+    assert flops(lambda: halves(x, native)) == forward
+    backward = 2 * project * (d + d_v) + attend * (3 * d + 2 * d_v)
+    assert flops(lambda: x.results(call())) == forward + backward
+    assert flops(lambda: halves(x, native).backward(x.grad_out)) == forward + backward
+    only_query = call()
+    assert flops(lambda: torch.autograd.grad(only_query, x.query, x.grad_out)) == attend * (2 * d + d_v)
+
+
+DDP = """
+import sys, tempfile, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from linformer_kernels import LinformerEncoderLayer, LinformerProjection
+
+def model():
+    torch.manual_seed(0)
+    shared = LinformerProjection(32, 8)
+    layers = [LinformerEncoderLayer(16, 2, 32, 8, dim_feedforward=32, dropout=0.0, projection=shared) for _ in range(2)]
+    return torch.nn.Sequential(*layers)
+
+def worker(rank, where):
+    dist.init_process_group("gloo", init_method="file://" + where, rank=rank, world_size=2)
+    data = torch.randn(4, 32, 16, generator=torch.Generator().manual_seed(1))
+    alone, together = model(), DistributedDataParallel(model())
+    alone(data).square().mean().backward()
+    together(data[2 * rank : 2 * rank + 2]).square().mean().backward()
+    names = [name for name, _ in alone.named_parameters()]
+    assert sum("proj_key" in name for name in names) == 1, names  # one matrix, however many layers
+    for (name, a), b in zip(alone.named_parameters(), together.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m: name + m)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(worker, (folder + "/rendezvous",), 2)
+"""
+
+
+def test_ddp_with_a_projection_shared_between_layers(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
