@@ -2,9 +2,8 @@
 # at the first call and renewed when what it was made from has changed.
 
 PYTHON ?= python3
-# PyTorch's index of builds without CUDA, far smaller than the usual ones; not used where it has nothing for the
-# platform or cannot be reached. `make demo TORCH_INDEX=` takes what PyPI has.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Another package index to look for PyTorch in, e.g. PyTorch's own of builds without CUDA, which are far smaller.
+TORCH_INDEX ?=
 PYTEST_ARGS ?=
 TRAIN_ARGS ?= --minutes 2
 
@@ -67,7 +66,7 @@ build:
 	'$(PYTHON)' -m venv .venv
 	$(BIN)/python -m pip install 'pip>=23.1'
 	$(call step,'PyTorch')
-	$(BIN)/pip install --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$(grep '^torch==' $<)
+	$(BIN)/pip install --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$(grep '^torch==' $<)
 	$(call step,'Everything else that development needs')
 	$(BIN)/pip install -r $<
 	@touch $@

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.resolve()
 def torch_dir() -> Path | None:
     """Where torch is installed, found without importing it.
 
-    pip's isolated build environment hides the installed packages, but not where they lie: an installed torch is used from
-    there, and only where there is none does the isolated environment get one of its own (gigabytes, for its headers).
+    pip's isolated build environment hides the installed packages, but not where they lie: an installed torch is used
+    from there, and only where there is none does that environment get one of its own, gigabytes for a few headers.
     """
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:

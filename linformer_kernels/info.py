@@ -59,7 +59,7 @@ def main() -> None:
     library, cpu = data["library"], data["cpu"]
     lines["native library"] = library["path"] if library["loaded"] else f"not loaded: {library['reason']}"
     lines["CPU"] = (
-        f"{cpu['machine']}, {cpu['threads']} threads; kernels use {cpu['kernels']}, torch uses {cpu['torch']}"
+        f"{cpu['machine']}, {cpu['threads']} threads; kernels use {cpu['kernels'] or 'none'}, torch uses {cpu['torch']}"
     )
     for name, backend in data["backends"].items():
         lines[f"backend {name}"] = "available" if backend["available"] else f"not available: {backend['reason']}"

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("LINFORMER_")} | environment
+    """With the package under test on the path, and no LINFORMER_ variable but the given ones."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("LINFORMER_")}
+    variables |= {"PYTHONPATH": str(Path(lk.__file__).parent.parent)} | environment
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=variables, cwd=cwd)
 
 
@@ -141,10 +143,9 @@ def test_bench_dry_run():
     assert "96" in out
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_bench_refcheck(dtype, tmp_path):
+def test_bench_refcheck(tmp_path):
     where = tmp_path / "rows.json"
-    succeeded(python("-m", "bench", *TINY, "--dtype", dtype, "--refcheck", "--json", str(where), cwd=ROOT))
+    succeeded(python("-m", "bench", *TINY, "--dtype", "fp32,bf16", "--refcheck", "--json", str(where), cwd=ROOT))
     assert "ours:auto" in where.read_text() and "sdpa_proj" in where.read_text()
 
 
@@ -154,12 +155,11 @@ def test_bench_rejects_a_wrong_answer(monkeypatch):
     from bench.candidates import Candidate, eager, make_inputs
     from bench.check import Checker
 
-    settings = options.parse([*TINY])
-    (cell,) = options.cells(settings)
-    check = Checker(cell, make_inputs(cell, settings), exact=False)
-    assert all(verdict.right for verdict in check(Candidate("right", eager)))
+    (cell,) = options.cells(options.parse([*TINY, "--device", "cpu"]))
+    check = Checker(cell, make_inputs(cell, "cpu"), exact=False)
+    assert all(verdict.right for verdict in check(Candidate("right", eager, "ours")))
     wrong = lambda query, *rest: eager(query * 1.001, *rest)  # noqa: E731
-    assert not all(verdict.right for verdict in check(Candidate("wrong", wrong)))
+    assert not all(verdict.right for verdict in check(Candidate("wrong", wrong, "ours")))
 
 
 def test_bench_percentiles(monkeypatch):
@@ -170,5 +170,6 @@ def test_bench_percentiles(monkeypatch):
     assert percentiles([3.0, 3.0, 3.0]) == (3.0, 3.0, 3.0)
 
 
-def test_quickstart_runs():
-    succeeded(python(ROOT / "examples" / "quickstart.py"))
+@pytest.mark.parametrize("example", ["quickstart", "varlen", "cross_attention_cached"])
+def test_example_runs(example):
+    succeeded(python(ROOT / "examples" / f"{example}.py"))

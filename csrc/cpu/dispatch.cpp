@@ -17,22 +17,28 @@ extern const KernelTable kAvx512Bf16;
 
 namespace {
 
+// What this machine can run, best first.
 const KernelTable& choose() {
-  const char* wanted = std::getenv("LINFORMER_CPU_CAPABILITY");
-  const auto allowed = [wanted](const KernelTable& table) {
-    return wanted == nullptr || *wanted == 0 || std::strcmp(wanted, table.name) == 0;
-  };
-  if (wanted != nullptr && std::strcmp(wanted, kEmulatedAvx512Bf16.name) == 0) return kEmulatedAvx512Bf16;
+  const KernelTable* found[4];
+  int count = 0;
 #ifdef LINFORMER_CPU_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed(kAvx512Bf16)) return kAvx512Bf16;
-  if (avx512 && allowed(kAvx512)) return kAvx512;
-  if (avx2 && allowed(kAvx2)) return kAvx2;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found[count++] = &kAvx512Bf16;
+  if (avx512) found[count++] = &kAvx512;
+  if (avx2) found[count++] = &kAvx2;
 #endif
-  return kGeneric;
+  found[count++] = &kGeneric;
+
+  const char* wanted = std::getenv("LINFORMER_CPU_CAPABILITY");
+  if (wanted == nullptr) return *found[0];
+  if (std::strcmp(wanted, kEmulatedAvx512Bf16.name) == 0) return kEmulatedAvx512Bf16;
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(wanted, found[i]->name) == 0) return *found[i];
+  }
+  return *found[0];
 }
 
 }    // namespace

@@ -1,0 +1,228 @@
+"""LinformerProjection, LinformerAttention and LinformerEncoderLayer against their formulas written out by hand."""
+
+import copy
+import itertools
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import linformer_kernels as lk
+from linformer_kernels import LinformerAttention, LinformerEncoderLayer, LinformerProjection
+
+KINDS = ("learned", "fixed", "mean", "max", "conv")
+
+
+def windows(seq_len: int, proj_dim: int) -> list[slice]:
+    edges = [k * seq_len // proj_dim for k in range(proj_dim + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def projected_by_hand(projection, rows, weight, mask):
+    """(B, H, K, D) of rows (B, H, N, D), window by window, head by head."""
+    batch, heads, n, d = rows.shape
+    mask = torch.ones(batch, n, dtype=torch.bool, device=rows.device) if mask is None else mask
+    kept = torch.where(mask[:, None, :, None], rows, 0)
+    if projection.kind in ("learned", "fixed"):
+        matrix = weight if weight.dim() == 3 else weight.expand(heads, -1, -1)
+        return torch.einsum("hkn,bhnd->bhkd", matrix[..., :n], kept)
+    out = torch.zeros(batch, heads, projection.proj_dim, d, dtype=rows.dtype, device=rows.device)
+    for k, window in enumerate(windows(projection.seq_len, projection.proj_dim)):
+        part = kept[:, :, window]
+        if projection.kind == "mean":
+            out[:, :, k] = part.sum(2) / (window.stop - window.start)
+        elif projection.kind == "conv":
+            taps = weight if weight.dim() == 3 else weight.expand(heads, -1, -1)
+            out[:, :, k] = torch.einsum("bhwd,hdw->bhd", part, taps[..., : part.shape[2]])
+        elif part.shape[2]:
+            least = torch.where(mask[:, None, window, None], part, -torch.inf).amax(2)
+            out[:, :, k] = torch.where(mask[:, window].any(1)[:, None, None], least, 0)
+    return out
+
+
+def attention_by_hand(module, query, key, value, mask):
+    """The layer as in the paper: linear layers on all N rows, then the projection, then softmax."""
+    heads = lambda x, h: x.unflatten(-1, (h, -1)).transpose(1, 2)  # noqa: E731
+    q = heads(module.q_proj(query), module.num_heads)
+    k, v = heads(module.k_proj(key), module.num_kv_heads), heads(module.v_proj(value), module.num_kv_heads)
+    e, f = module.projection.proj_key, module.projection.proj_value
+    k = projected_by_hand(module.projection, k, e, mask)
+    v = projected_by_hand(module.projection, v, e if f is None else f, mask)
+    k, v = (x.repeat_interleave(module.num_heads // module.num_kv_heads, 1) for x in (k, v))
+    p = torch.softmax(q @ k.mT / module.head_dim**0.5, -1)
+    return module.out_proj((p @ v).transpose(1, 2).flatten(2))
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        if "bias" in name:  # they start as zero
+            nn.init.normal_(parameter)
+    return module
+
+
+def compare(module, by_hand, inputs, options):
+    """Module and formula in float32 against the formula in float64: output, gradients of inputs and parameters.
+
+    What one rounding does is seen by rounding all inputs and parameters, up or down, in float64. The gradients of
+    biases count as one tensor: that of k_proj can be zero, as it moves all scores of a row alike.
+    """
+
+    def results(model, function, dtype):
+        xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = function(model, *xs)
+        grad_out = torch.linspace(-1, 1, out.numel(), dtype=dtype, device=out.device).view_as(out)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(out, [*xs, *parameters], grad_out)
+        found = {"out": out} | dict(zip(["query", "key", "value"][: len(xs)] + list(names), grads, strict=True))
+        biases = [found.pop(name).flatten() for name in names if name.endswith("bias")]
+        return found | ({"biases": torch.cat(biases)} if biases else {})
+
+    got = results(module, lambda m, *xs: m(*xs, **options), torch.float32)
+    plain = results(module, by_hand, torch.float32)
+    double = copy.deepcopy(module).double()
+    exact = results(double, by_hand, torch.float64)
+    with torch.no_grad():
+        for x in (inputs := [x.double() for x in inputs]) + list(double.parameters()):
+            x.mul_(1 + oracle.FLOAT32 * torch.randn_like(x).sign())
+    rounded = results(double, by_hand, torch.float64)
+    for name, tensor in got.items():
+        want, off = (x[name].detach().cpu().numpy() for x in (exact, rounded))
+        oracle.assert_close(tensor, want, plain[name], f"{name} of {type(module).__name__}", off)
+
+
+OWN = [dict(sharing=sharing, seq_len=50, proj_dim=proj_dim) for sharing in ("headwise", "key_value", "none") for proj_dim in (7, 40)]
+SHARED = [dict(kind=kind, seq_len=50, proj_dim=7) | more for kind, more in (
+    ("learned", {}), ("learned", {"share_kv": True, "num_heads": 2}), ("fixed", {}), ("fixed", {"num_heads": 2}), ("mean", {}),
+    ("max", {}), ("conv", {"head_dim": 8}), ("conv", {"head_dim": 8, "num_heads": 2, "share_kv": True}))]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", OWN + SHARED, ids=lambda o: "-".join(map(str, o.values())))
+def test_attention_is_the_formula(options, masked, bias, device):
+    """Whichever of the two orders it takes; N < seq_len, grouped heads, other widths of key and value."""
+    if "kind" in options:
+        options = {"projection": LinformerProjection(**options)}
+    module = LinformerAttention(32, 4, **options, bias=bias, kdim=20, vdim=28, num_kv_heads=2).to(device)
+    inputs = [torch.randn(3, n, width, device=device) for n, width in ((9, 32), (43, 20), (43, 28))]
+    mask = torch.rand(3, 43, device=device) < 0.6 if masked else None
+    if masked:
+        mask[0] = False
+    hand = lambda m, *xs: attention_by_hand(m, *xs, mask)  # noqa: E731
+    compare(randomized(module), hand, inputs, {"key_padding_mask": mask})
+
+
+@pytest.mark.parametrize("sharing", ["headwise", "key_value"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_self_attention_and_compress_first(sharing, batch_first, device):
+    """One tensor for query, key and value; and the layer does compress first where that is cheaper."""
+    module = LinformerAttention(32, 4, 50, 7, sharing, batch_first=batch_first).to(device)
+    assert module.compress_first
+    assert not LinformerAttention(32, 4, 50, 7, "none").compress_first
+    turn = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
+    hand = lambda m, x: turn(attention_by_hand(m, *[turn(x)] * 3, None))  # noqa: E731
+    compare(randomized(module), hand, [torch.randn(*((2, 43) if batch_first else (43, 2)), 32, device=device)], {})
+
+
+@pytest.mark.parametrize("sharing", ["headwise", "key_value", "none"])
+def test_a_nan_behind_the_mask_stays_there(sharing, device):
+    module = LinformerAttention(32, 4, 50, 7, sharing).to(device)
+    rows = torch.randn(2, 43, 32, device=device)
+    mask = torch.rand(2, 43, device=device) < 0.6
+    clean = module(torch.ones(2, 5, 32, device=device), rows, key_padding_mask=mask)
+    poisoned = module(torch.ones(2, 5, 32, device=device), rows.masked_fill(~mask[..., None], torch.nan), key_padding_mask=mask)
+    assert torch.equal(clean, poisoned) and clean.isfinite().all()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_encoder_layer_is_the_composition(norm_first, activation, device):
+    layer = LinformerEncoderLayer(
+        32, 4, 50, 7, dim_feedforward=48, dropout=0.0, activation=activation, norm_first=norm_first
+    ).to(device)
+    mask = torch.rand(2, 43, device=device) < 0.6
+
+    def by_hand(m, x):
+        attend = lambda y: attention_by_hand(m.self_attn, y, y, y, mask)  # noqa: E731
+        feed = lambda y: m.linear2(getattr(nn.functional, activation)(m.linear1(y)))  # noqa: E731
+        if norm_first:
+            x = x + attend(m.norm1(x))
+            return x + feed(m.norm2(x))
+        x = m.norm1(x + attend(x))
+        return m.norm2(x + feed(x))
+
+    compare(randomized(layer), by_hand, [torch.randn(2, 43, 32, device=device)], {"src_key_padding_mask": mask})
+
+
+def test_dropout_in_training_only(device):
+    layer = LinformerEncoderLayer(32, 4, 50, 7, dim_feedforward=48, dropout=0.3).to(device)
+    x = torch.randn(2, 50, 32, device=device)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    attention = LinformerAttention(32, 4, 50, 7, dropout=0.3).to(device)
+    assert not torch.equal(attention(x), attention(x)) and not torch.equal(attention(x), attention.eval()(x))
+
+
+@pytest.mark.parametrize("options", OWN + SHARED, ids=lambda o: "-".join(map(str, o.values())))
+def test_state_dict_round_trip(options, device):
+    make = lambda: LinformerAttention(  # noqa: E731
+        32, 4, num_kv_heads=2, **({"projection": LinformerProjection(**options)} if "kind" in options else options)
+    ).to(device)
+    first, second, x = make(), make(), torch.randn(2, 50, 32, device=device)
+    assert options.get("kind") in ("mean", "max") or not torch.equal(first(x), second(x))
+    assert second.load_state_dict(first.state_dict()) == ([], [])
+    assert torch.equal(first(x), second(x))
+    saved = any("projection.proj" in name for name in first.state_dict())
+    assert saved == (options.get("kind") not in ("mean", "max"))
+
+
+def test_one_projection_for_several_layers_with_their_own_k(device):
+    """Layerwise sharing is one parameter; another layer may have another K."""
+    shared = LinformerProjection(50, 7, share_kv=True)
+    layers = [LinformerEncoderLayer(32, 4, projection=shared, dim_feedforward=8, dropout=0.0) for _ in range(2)]
+    model = nn.Sequential(*layers, LinformerEncoderLayer(32, 4, 50, 19, dim_feedforward=8, dropout=0.0)).to(device)
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if "projection" in name]
+    assert shapes == [(7, 50), (19, 50), (19, 50)]
+    model(torch.randn(2, 50, 32, device=device)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    again = copy.deepcopy(model)
+    assert again[0].self_attn.projection.proj_key is again[1].self_attn.projection.proj_key
+
+
+@pytest.mark.parametrize("kind", ["learned", "fixed"])
+def test_the_start_keeps_the_spread_of_the_keys(kind, device):
+    projection = LinformerProjection(4000, 64, kind=kind).to(device)
+    for matrix in projection.matrices():
+        assert matrix.std().item() == pytest.approx(4000**-0.5, rel=0.02) and abs(matrix.mean()) < 1e-3
+        assert isinstance(matrix, nn.Parameter) == (kind == "learned")
+    keys, _ = projection(*(torch.randn(1, 2, 4000, 16, device=device) for _ in range(2)))
+    assert keys.std().item() == pytest.approx(1, rel=0.15)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: LinformerProjection(0, 4), lambda: LinformerProjection(8, 4, kind="median"), lambda: LinformerProjection(4, 8, kind="mean"),
+    lambda: LinformerProjection(8, 4, kind="conv"), lambda: LinformerProjection(8, 4, kind="max", num_heads=2),
+    lambda: LinformerAttention(30, 4, 8, 4), lambda: LinformerAttention(32, 4, 8, 4, "all"), lambda: LinformerAttention(32, 4),
+    lambda: LinformerAttention(32, 4, 8, 4, "layerwise"), lambda: LinformerAttention(32, 4, 8, 4, num_kv_heads=3),
+    lambda: LinformerAttention(32, 4, 8, 4, dropout=1.0), lambda: LinformerAttention(32, 4, projection=nn.Linear(2, 2)),
+    lambda: LinformerAttention(32, 4, 8, 4, "headwise", projection=LinformerProjection(8, 4)),
+    lambda: LinformerEncoderLayer(32, 4, 8, 4, activation="tanh"), lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 8, 31)),
+    lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 9, 32)), lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(8, 32)),
+    lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 8, 32), is_causal=True),
+    lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 8, 32), need_weights=True),
+    lambda: LinformerProjection(8, 4, kind="max")(*[torch.ones(1, 1, 9, 2)] * 2),
+])  # fmt: skip
+def test_mistakes_are_refused_with_what_is_wanted(make):
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match="wanted: "):
+        make()
+
+
+def test_compiled_layer_is_eager(device):
+    torch._dynamo.reset()
+    layer = LinformerEncoderLayer(32, 4, 50, 7, dim_feedforward=48, dropout=0.0).to(device)
+    x = torch.randn(2, 50, 32, device=device)
+    assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), atol=1e-6)
+    with lk.use_backend("reference"):
+        assert torch.allclose(layer(x), layer(x).detach(), atol=1e-6)
