@@ -23,7 +23,7 @@ def load() -> str | None:
     try:
         torch.ops.load_library(str(_PATH))
     except OSError as error:
-        return f"the native library did not load in torch {torch.__version__}: {error}"
+        return f"the native library did not load in torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
 

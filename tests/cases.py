@@ -40,8 +40,8 @@ class Case:
     dropout_p: float = 0.0
 
     def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return ",".join(f"{f.name}={str(getattr(self, f.name)).removeprefix('torch.')}" for f in changed).replace(" ", "")
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{name}={value}" for name, value in values.items()).replace(" ", "").replace("torch.", "")
 
 
 def strided(shape, layout: str, dtype: torch.dtype, device: str, size: float = 1.0) -> torch.Tensor:
@@ -240,5 +240,5 @@ class Spy(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == NAMESPACE:
             names = [argument.name for argument in func._schema.arguments]
-            self.calls.append((func._opname, dict(zip(names, args)) | (kwargs or {})))
+            self.calls.append((func._opname, dict(zip(names, args, strict=False)) | (kwargs or {})))
         return func(*args, **(kwargs or {}))

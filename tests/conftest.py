@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic mode without it
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +55,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(seed: int):
-    """Every torch.empty is NaN (test_package.py shows that the native ops' results are too); torch starts from `seed`."""
+    """Every torch.empty is NaN, and so are the results of native ops (test_package.py); torch starts from `seed`."""
     torch.manual_seed(seed)
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)

@@ -4,7 +4,7 @@ Independent of the package's reference: no PyTorch, one head of one sequence at 
 index instead of zeroed, gradients derived by hand. With x = the rows that take part:
 
     K' = E x_k        S = scale Q K'^T       P = softmax(S)     O = (M P) V'       M: 0 or 1 / (1 - p)
-    dV' = (M P)^T dO  dP = M (dO V'^T)       dS = P (dP - rowsum(P dP))            dQ = scale dS K'    dK' = scale dS^T Q
+    dV' = (M P)^T dO  dP = M (dO V'^T)       dS = P (dP - rowsum(P dP))           dQ = scale dS K'    dK' = scale dS^T Q
     dx_k = E^T dK'    dE = dK' x_k^T         and so for V', F
 """
 

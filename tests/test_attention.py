@@ -16,9 +16,11 @@ WIDTHS = [Case(d=d, k=16, n=33, n_q=33, extra=2) for d in (1, 8, 17, 32, 64, 96,
 WIDTHS += [Case(d=d, d_v=d_v, k=16, n=33, n_q=35) for d, d_v in ((64, 1), (1, 64), (17, 32), (96, 40), (24, 256))]
 LENGTHS = [Case(n=n, n_q=n, k=24, d=16) for n in (1, 2, 31, 255, 256, 257, 1000)]
 LENGTHS += [Case(n=n, n_q=n_q, k=24, d=16, kv_heads=2) for n, n_q in ((1, 300), (513, 1), (64, 127), (1000, 17))]
-PROJECTED = [Case(k=k, n=70, n_q=50, d=16, heads=2, kv_heads=2) for k in (1, 7, 64, 127, 128, 129, 256, 511, 512, 513, 1000)]
-EMPTY = [Case(batch=0), Case(n_q=0), Case(n=0), Case(n=0, extra=3, sharing="key-value"), Case(n=0, n_q=0), Case(batch=0, n_q=0)]
-EMPTY += [Case(lengths=()), Case(lengths=(0,)), Case(lengths=(0, 0), extra=4), Case(lengths=(0, 5, 0), lengths_q=(3, 0, 0))]
+SIZES_OF_K = (1, 7, 64, 127, 128, 129, 256, 511, 512, 513, 1000)
+PROJECTED = [Case(k=k, n=70, n_q=50, d=16, heads=2, kv_heads=2) for k in SIZES_OF_K]
+EMPTY = [Case(batch=0), Case(n_q=0), Case(n=0), Case(n=0, extra=3, sharing="key-value"), Case(n=0, n_q=0)]
+EMPTY += [Case(batch=0, n_q=0), Case(lengths=()), Case(lengths=(0,)), Case(lengths=(0, 0), extra=4)]
+EMPTY += [Case(lengths=(0, 5, 0), lengths_q=(3, 0, 0))]
 SHARINGS = [
     Case(sharing=sharing, kv_heads=kv_heads, extra=extra, n=65, n_q=65)
     for sharing in ("headwise", "key-value", "per-head", "per-head-key-value", "same")
@@ -32,13 +34,14 @@ MASKS += [
 LAYOUTS = [
     Case(layout=layout, grad=grad, sharing=sharing, n=65, n_q=63, d=d, kv_heads=2)
     for layout, grad, sharing, d in (
-        ("bnhd", "bnhd", "headwise", 64), ("padded", "padded", "headwise", 32), ("padded", "strided", "per-head", 17),
-        ("offset", "offset", "headwise", 32), ("offset", "scalar", "key-value", 17), ("expanded", "expanded", "headwise", 32),
-        ("expanded", "scalar", "per-head", 8), ("strided", "strided", "headwise", 32), ("bnhd", "scalar", "per-head", 16),
+        ("bnhd", "bnhd", "headwise", 64), ("bnhd", "scalar", "per-head", 16), ("strided", "strided", "headwise", 32),
+        ("padded", "padded", "headwise", 32), ("padded", "strided", "per-head", 17),
+        ("offset", "offset", "headwise", 32), ("offset", "scalar", "key-value", 17),
+        ("expanded", "expanded", "headwise", 32), ("expanded", "scalar", "per-head", 8),
     )
 ]  # fmt: skip
-ALIASES = [Case(alias=alias, sharing=sharing) for alias, sharing in
-           (("kv", "headwise"), ("kv", "key-value"), ("qk", "headwise"), ("qkv", "key-value"), ("qkv", "same"))]  # fmt: skip
+ALIASES = [Case(alias="kv"), Case(alias="kv", sharing="key-value"), Case(alias="qk")]
+ALIASES += [Case(alias="qkv", sharing="key-value"), Case(alias="qkv", sharing="same")]
 SCALES = [Case(scale=scale) for scale in (0.0, -0.3, 1.0, 40.0)] + [Case(size=1e3), Case(size=1e3, d=64, k=600)]
 PACKED = [
     Case(lengths=(5, 0, 64, 31), lengths_q=(7, 3, 0, 40)),

@@ -1,6 +1,7 @@
 """Every mistake a user can make: the type and the very words of the error (tests/snapshots/errors.txt, rewritten with
 --update-snapshots), and raw ops called with nonsense, which must raise and never touch memory that is not theirs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ MISTAKES = {
     "N_max differs": attention(proj_value=R(3, 8)),
     "N beyond N_max": attention(proj_key=R(3, 4), proj_value=R(3, 4)),
     "integer query": attention(query=torch.ones(2, 4, 6, 8, dtype=torch.int64)),
-    "integers throughout": attention(**{n: torch.ones(2, 2, 5, 8, dtype=torch.int32) for n in ("query", "key", "value")}),
+    "integers throughout": attention(**dict.fromkeys(("query", "key", "value"), R(2, 2, 5, 8).int())),
     "complex key": attention(key=torch.ones(2, 2, 5, 8, dtype=torch.complex64)),
     "mixed types": attention(key=R(2, 2, 5, 8, dtype=torch.float64)),
     "mixed types in proj_key": attention(proj_key=R(3, 7, dtype=torch.bfloat16)),
@@ -175,22 +176,26 @@ forward = dict(query=R(2, 4, 6, 8), key=R(2, 2, 5, 8), value=R(2, 2, 5, 8), proj
     key_padding_mask=None, cu_seqlens_q=None, cu_seqlens_k=None, rng_state=None, dropout_p=0.0, scale=1.0)
 big = 10**6
 shapes = [dict(query=R(2, 4, 6, 9)), dict(query=R(3, 4, 6, 8)), dict(query=R(2, 3, 6, 8)), dict(query=R(4, 6, 8)),
-    dict(key=R(2, 2, 5, 7)), dict(key=R(2, 2, big, 8)), dict(key=R(1, 2, 5, 8)), dict(key=R(8)), dict(value=R(2, 2, 4, 8)),
+    dict(key=R(2, 2, 5, 7)), dict(key=R(2, 2, big, 8)), dict(key=R(1, 2, 5, 8)), dict(key=R(8)),
+    dict(value=R(2, 2, 4, 8)), dict(cu_seqlens_q=I(0, 6)),
     dict(value=R(2, 1, 5, 8)), dict(value=R(1, 2, 5, 8)), dict(value=R(2, 2, 5, 8).bfloat16()), dict(proj_key=R(3, 4)),
     dict(proj_key=R(3)), dict(proj_key=R(1, 3, 7)), dict(proj_key=R(7, 3).t()), dict(proj_value=R(3, 4)),
     dict(proj_value=R(4, 7)), dict(proj_value=R(5, 3, 7)), dict(key=torch.ones(2, 2, 5, 8, dtype=torch.int32)),
-    dict(key_padding_mask=torch.ones(2, 4, dtype=torch.bool)), dict(key_padding_mask=torch.ones(1, 5, dtype=torch.bool)),
-    dict(key_padding_mask=torch.ones(2, 5)), dict(key_padding_mask=torch.ones(5, dtype=torch.bool)),
+    dict(key_padding_mask=R(2, 4) > 9), dict(key_padding_mask=R(1, 5) > 9),
+    dict(key_padding_mask=R(2, 5)), dict(key_padding_mask=R(5) > 9),
     dict(rng_state=I(1), dropout_p=0.5), dict(rng_state=None, dropout_p=0.5), dict(rng_state=R(2), dropout_p=0.5),
-    dict(query=R(2, 4, 8, 6).mT), dict(key=R(2, 2, 8, 5).mT), dict(cu_seqlens_q=I(0, 6))]
+    dict(query=R(2, 4, 8, 6).mT), dict(key=R(2, 2, 8, 5).mT)]
 wrong(ops.attention, forward, shapes)
-packed = dict(forward, query=R(9, 4, 8), key=R(9, 2, 8), value=R(9, 2, 8), cu_seqlens_q=I(0, 4, 9), cu_seqlens_k=I(0, 4, 9))
-bad_cu = [I(0, 4, 10), I(0, 4, 2**40), I(-5, 4, 9), I(0, 10, 9), I(0, -3, 9), I(0, 4, 9).int(), I(0, 9), I([0, 4, 9]), I(0, 0, 9)]
+packed = dict(forward, query=R(9, 4, 8), key=R(9, 2, 8), value=R(9, 2, 8))
+packed |= dict(cu_seqlens_q=I(0, 4, 9), cu_seqlens_k=I(0, 4, 9))
+bad_cu = [I(0, 4, 10), I(0, 4, 2**40), I(-5, 4, 9), I(0, 10, 9), I(0, -3, 9), I(0, 4, 9).int(), I(0, 9), I([0, 4, 9]),
+    I(0, 0, 9)]
 wrong(ops.attention, packed, [{name: cu} for name in ("cu_seqlens_q", "cu_seqlens_k") for cu in bad_cu[:-1]])
 wrong(ops.attention, packed, [dict(cu_seqlens_k=bad_cu[-1]), dict(cu_seqlens_q=None), dict(cu_seqlens_k=None)])
 out, key_proj, value_proj = ops.attention(**forward)
 backward = dict(forward, grad_out=out, key_proj=key_proj, value_proj=value_proj, needs=31)
-more = [dict(grad_out=R(2, 4, 5, 8)), dict(grad_out=R(2, 4, 6, 9)), dict(grad_out=R(2, 4, 6)), dict(key_proj=R(2, 2, 4, 8)),
+more = [dict(grad_out=R(2, 4, 5, 8)), dict(grad_out=R(2, 4, 6, 9)), dict(grad_out=R(2, 4, 6)),
+    dict(key_proj=R(2, 2, 4, 8)),
     dict(key_proj=R(2, 1, 3, 8)), dict(value_proj=R(2, 2, 3, 7)), dict(value_proj=R(3)), dict(grad_out=out.double())]
 wrong(ops.attention_backward, backward, shapes + more)
 wrong(ops.attention_backward, dict(packed, grad_out=R(9, 4, 8), key_proj=key_proj, value_proj=value_proj, needs=31),
@@ -202,8 +207,9 @@ usable = [s for s in usable if "key" not in s or s["key"].shape[-1] != 7]  # pro
 wrong(ops.project, project, usable)
 wrong(ops.project_backward, dict(project, grad_key_proj=key_proj, grad_value_proj=value_proj, needs=15),
     usable + [dict(grad_key_proj=R(2, 2, 4, 8)), dict(grad_value_proj=R(2, 1, 3, 8)), dict(grad_key_proj=R(3))])
-attend = dict(pick(forward, "query", "cu_seqlens_q", "rng_state", "dropout_p", "scale"), key_proj=key_proj, value_proj=value_proj)
-attended = [dict(query=R(2, 4, 6, 9)), dict(query=R(3, 4, 6, 8)), dict(query=R(2, 3, 6, 8)), dict(key_proj=R(2, 2, 4, 8)),
+attend = pick(backward, "query", "cu_seqlens_q", "rng_state", "dropout_p", "scale", "key_proj", "value_proj")
+attended = [dict(query=R(2, 4, 6, 9)), dict(query=R(3, 4, 6, 8)), dict(query=R(2, 3, 6, 8)),
+    dict(key_proj=R(2, 2, 4, 8)),
     dict(value_proj=R(2, 1, 3, 8)), dict(value_proj=R(3)), dict(rng_state=None, dropout_p=0.5)]
 wrong(ops.projected_attention, attend, attended + [dict(query=R(9, 4, 8), cu_seqlens_q=cu) for cu in bad_cu[:-1]])
 wrong(ops.projected_attention_backward, dict(attend, grad_out=out, needs=7), attended + more[:3])
@@ -222,5 +228,6 @@ assert caught == len(calls)
 
 def test_raw_ops_refuse_nonsense():
     """In a process of its own: a crash is a failure, not the end of the run."""
-    done = subprocess.run([sys.executable, "-c", RAW], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", RAW], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -91,10 +91,12 @@ def compare(module, by_hand, inputs, options):
         oracle.assert_close(tensor, want, plain[name], f"{name} of {type(module).__name__}", off)
 
 
-OWN = [dict(sharing=sharing, seq_len=50, proj_dim=proj_dim) for sharing in ("headwise", "key_value", "none") for proj_dim in (7, 40)]
-SHARED = [dict(kind=kind, seq_len=50, proj_dim=7) | more for kind, more in (
-    ("learned", {}), ("learned", {"share_kv": True, "num_heads": 2}), ("fixed", {}), ("fixed", {"num_heads": 2}), ("mean", {}),
-    ("max", {}), ("conv", {"head_dim": 8}), ("conv", {"head_dim": 8, "num_heads": 2, "share_kv": True}))]  # fmt: skip
+OWN = [dict(sharing=sharing, seq_len=50, proj_dim=k) for sharing in ("headwise", "key_value", "none") for k in (7, 40)]
+SHARED = [dict(kind=kind, seq_len=50, proj_dim=7) for kind in ("learned", "fixed", "mean", "max")]
+SHARED += [dict(kind=kind, seq_len=50, proj_dim=7, num_heads=2) for kind in ("learned", "fixed")]
+SHARED += [dict(kind="learned", seq_len=50, proj_dim=7, num_heads=2, share_kv=True)]
+SHARED += [dict(kind="conv", seq_len=50, proj_dim=7, head_dim=8)]
+SHARED += [dict(kind="conv", seq_len=50, proj_dim=7, head_dim=8, num_heads=2, share_kv=True)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -130,8 +132,9 @@ def test_a_nan_behind_the_mask_stays_there(sharing, device):
     module = LinformerAttention(32, 4, 50, 7, sharing).to(device)
     rows = torch.randn(2, 43, 32, device=device)
     mask = torch.rand(2, 43, device=device) < 0.6
-    clean = module(torch.ones(2, 5, 32, device=device), rows, key_padding_mask=mask)
-    poisoned = module(torch.ones(2, 5, 32, device=device), rows.masked_fill(~mask[..., None], torch.nan), key_padding_mask=mask)
+    query = torch.randn(2, 5, 32, device=device)
+    clean = module(query, rows, key_padding_mask=mask)
+    poisoned = module(query, rows.masked_fill(~mask[..., None], torch.nan), key_padding_mask=mask)
     assert torch.equal(clean, poisoned) and clean.isfinite().all()
 
 
@@ -201,17 +204,21 @@ def test_the_start_keeps_the_spread_of_the_keys(kind, device):
     assert keys.std().item() == pytest.approx(1, rel=0.15)
 
 
+def used(*shape, **options):
+    return LinformerAttention(32, 4, 8, 4)(torch.ones(shape or (2, 8, 32)), **options)
+
+
 @pytest.mark.parametrize("make", [
-    lambda: LinformerProjection(0, 4), lambda: LinformerProjection(8, 4, kind="median"), lambda: LinformerProjection(4, 8, kind="mean"),
-    lambda: LinformerProjection(8, 4, kind="conv"), lambda: LinformerProjection(8, 4, kind="max", num_heads=2),
-    lambda: LinformerAttention(30, 4, 8, 4), lambda: LinformerAttention(32, 4, 8, 4, "all"), lambda: LinformerAttention(32, 4),
+    lambda: LinformerProjection(0, 4), lambda: LinformerProjection(8, 4, kind="median"),
+    lambda: LinformerProjection(4, 8, kind="mean"), lambda: LinformerProjection(8, 4, kind="conv"),
+    lambda: LinformerProjection(8, 4, kind="max", num_heads=2), lambda: LinformerAttention(30, 4, 8, 4),
+    lambda: LinformerAttention(32, 4, 8, 4, "all"), lambda: LinformerAttention(32, 4),
     lambda: LinformerAttention(32, 4, 8, 4, "layerwise"), lambda: LinformerAttention(32, 4, 8, 4, num_kv_heads=3),
     lambda: LinformerAttention(32, 4, 8, 4, dropout=1.0), lambda: LinformerAttention(32, 4, projection=nn.Linear(2, 2)),
     lambda: LinformerAttention(32, 4, 8, 4, "headwise", projection=LinformerProjection(8, 4)),
-    lambda: LinformerEncoderLayer(32, 4, 8, 4, activation="tanh"), lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 8, 31)),
-    lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 9, 32)), lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(8, 32)),
-    lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 8, 32), is_causal=True),
-    lambda: LinformerAttention(32, 4, 8, 4)(torch.ones(2, 8, 32), need_weights=True),
+    lambda: LinformerEncoderLayer(32, 4, 8, 4, activation="tanh"), lambda: used(2, 8, 31),
+    lambda: used(2, 9, 32), lambda: used(8, 32), lambda: used(is_causal=True),
+    lambda: used(need_weights=True), lambda: used(key_padding_mask=torch.ones(2, 8)),
     lambda: LinformerProjection(8, 4, kind="max")(*[torch.ones(1, 1, 9, 2)] * 2),
 ])  # fmt: skip
 def test_mistakes_are_refused_with_what_is_wanted(make):

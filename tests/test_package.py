@@ -1,5 +1,6 @@
 """The package from outside: import, info, backend choice, broken installs, instruction sets, bench and examples."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import pytest
 import torch
 from cases import Case, Inputs, Spy
@@ -43,6 +43,20 @@ def test_info():
     assert torch.ops.linformer_kernels.cpu_capability() in text
 
 
+DAMAGED = """
+import json, linformer_kernels as lk, torch
+from linformer_kernels.info import collect
+x = torch.ones(1, 1, 4, 8)
+print(lk.__file__)
+print(lk.linformer_attention(x, x, x, torch.ones(2, 4)).shape)
+try:
+    lk.linformer_attention(x, x, x, torch.ones(2, 4), backend="cpu")
+except RuntimeError as error:
+    print(repr(error))
+print(json.dumps(collect()))
+"""
+
+
 @pytest.mark.parametrize("damage", ["missing", "broken"])
 def test_a_damaged_install_imports_and_says_why(damage, tmp_path):
     package = shutil.copytree(Path(lk.__file__).parent, tmp_path / "linformer_kernels")
@@ -50,15 +64,10 @@ def test_a_damaged_install_imports_and_says_why(damage, tmp_path):
     library.unlink()
     if damage == "broken":
         library.write_bytes(b"not a library")
-    run = lambda code: python("-c", f"import torch, linformer_kernels as lk; {code}", PYTHONPATH=str(tmp_path), cwd=tmp_path)  # noqa: E731
-    where = run("print(lk.__file__)")
-    assert (succeeded(where).strip(), where.stderr) == (str(package / "__init__.py"), "")
-    call = "lk.linformer_attention(*(torch.ones(1, 1, 4, 8) for _ in range(3)), torch.ones(2, 4){})"
-    assert succeeded(run(f"print({call.format('')}.shape)")).strip() == "torch.Size([1, 1, 4, 8])"
-    forced = run(call.format(", backend='cpu'"))
-    assert forced.returncode == 1 and library.name.split(".")[0] in forced.stderr.strip().splitlines()[-1]
-    report = json.loads(succeeded(python("-m", "linformer_kernels.info", "--json", PYTHONPATH=str(tmp_path), cwd=tmp_path)))
-    assert library.name.split(".")[0] in json.dumps(report)
+    done = python("-c", DAMAGED, PYTHONPATH=str(tmp_path), cwd=tmp_path)
+    where, shape, forced, report = succeeded(done).splitlines()
+    assert done.stderr == "" and where == str(package / "__init__.py") and shape == "torch.Size([1, 1, 4, 8])"
+    assert library.stem in forced and library.stem in json.loads(report)["backends"]["cpu"]["reason"]
 
 
 def chosen_native(x: Inputs, backend=None) -> bool:
@@ -82,7 +91,7 @@ def test_argument_wins_over_context_wins_over_environment(device, native, monkey
         raise KeyError
     assert not chosen_native(x)
     monkeypatch.setenv("LINFORMER_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match="LINFORMER_BACKEND.*cudnn"):
+    with pytest.raises(ValueError, match=r"LINFORMER_BACKEND.*cudnn"):
         chosen_native(x)
 
 
@@ -110,32 +119,37 @@ def test_results_of_the_ops_are_poisoned(device, native):
     assert names.count("aten::fill_") >= 3 and names.count("aten::empty") + names.count("aten::new_empty") >= 3, names
 
 
+@functools.cache
+def capability(**environment) -> str:
+    code = "import torch, linformer_kernels; print(torch.ops.linformer_kernels.cpu_capability())"
+    return succeeded(python("-c", code, **environment)).strip()
+
+
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 INSTRUCTION_SETS = """
-import sys, torch, cases, test_attention as t, test_properties as p
+import sys, torch, cases, test_attention as t
 torch.use_deterministic_algorithms(True)
 torch.manual_seed(int(sys.argv[1]))
 print(torch.ops.linformer_kernels.cpu_capability())
-for i, case in enumerate(t.CHOSEN + p.REPEATED):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if (i + int(sys.argv[1])) % 3 == 0 or dtype == case.dtype or dtype == torch.bfloat16:
-            cases.check(cases.dataclasses.replace(case, dtype=dtype), "cpu", "cpu")
+for i, case in enumerate(t.CHOSEN):
+    cases.check(cases.dataclasses.replace(case, dtype=t.DTYPES[(i + int(sys.argv[1])) % 3]), "cpu", "cpu")
 """
 
 
 @pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16"])
 def test_instruction_set(level, seed):
-    """Each path that this machine can run, with memory from malloc filled with rubbish (glibc's MALLOC_PERTURB_)."""
-    ask = ("-c", "import torch, linformer_kernels; print(torch.ops.linformer_kernels.cpu_capability())")
-    machine = succeeded(python(*ask)).strip()
+    """Each path that this machine can run, every case in one type, with memory from malloc filled with rubbish (glibc's
+    MALLOC_PERTURB_). A level beyond the machine gives what the machine has."""
+    machine = capability()
     if level in LEVELS and LEVELS.index(level) > LEVELS.index(machine):
-        assert succeeded(python(*ask, LINFORMER_CPU_CAPABILITY=level)).strip() == machine  # it caps, it never raises
-        pytest.skip(f"this machine has {machine} only")
-    done = python("-c", INSTRUCTION_SETS, str(seed), cwd=ROOT / "tests", LINFORMER_CPU_CAPABILITY=level, MALLOC_PERTURB_="1")
+        assert capability(LINFORMER_CPU_CAPABILITY=level) == machine
+        return
+    environment = {"LINFORMER_CPU_CAPABILITY": level, "MALLOC_PERTURB_": "1"}
+    done = python("-c", INSTRUCTION_SETS, str(seed), cwd=ROOT / "tests", **environment)
     assert succeeded(done).strip() == level
 
 
-TINY = ("--op", "full", "--seq-len", "96", "--heads", "2", "--proj-dim", "8", "--head-dim", "16", "--rivals", "eager,sdpa_proj")
+TINY = ("--op=full", "--seq-len=96", "--heads=2", "--proj-dim=8", "--head-dim=16", "--rivals=eager,sdpa_proj")
 
 
 def test_bench_dry_run():

@@ -20,7 +20,7 @@ ops = torch.ops.linformer_kernels
 
 
 def recorded_calls(device, native) -> dict[str, tuple]:
-    """Arguments that the public functions pass to every op, over padded, masked, packed, dropped and (B, N, H, D) calls."""
+    """Arguments that the public functions pass to every op: padded, masked, packed, dropped and (B, N, H, D) calls."""
     several = [
         Case(mask="random", kv_heads=2, layout="bnhd", extra=3, d_v=24),
         Case(sharing="key-value", dropout_p=0.2, dtype=torch.bfloat16),
@@ -85,7 +85,7 @@ def compile_anew(function, backend: str):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_is_eager_with_few_recompilations(backend, device):
     compiled = compile_anew(padded, backend)
-    for n, n_q, batch in ((65, 40, 3), (130, 50, 7), (257, 31, 5), (90, 91, 9)):  # all different, else it takes them for one
+    for n, n_q, batch in ((65, 40, 3), (130, 50, 7), (257, 31, 5), (90, 91, 9)):  # equal sizes would pass for one
         x = Inputs(Case(batch, 4, 2, n_q, n, 11, 16, d=8, layout="bnhd", mask="random"), device)
         for got, want in zip(*(loss_and_gradients(f, x, x.mask) for f in (compiled, padded)), strict=True):
             assert torch.equal(got, want)
@@ -95,9 +95,9 @@ def test_compile_is_eager_with_few_recompilations(backend, device):
 def test_compile_packed(device):
     compiled = compile_anew(packed, "aot_eager")
     for lengths in ((5, 0, 41, 7, 9), (30, 9, 2, 60, 1, 5, 6), (8, 1, 3, 12, 0, 2, 5, 5, 1)):
-        x = Inputs(Case(heads=4, kv_heads=2, k=16, d=8, lengths=lengths, sharing="key-value", extra=70 - max(lengths)), device)
-        for got, want in zip(*(loss_and_gradients(f, x, *x.cu_seqlens().values()) for f in (compiled, packed)), strict=True):
-            assert torch.equal(got, want)
+        x = Inputs(Case(k=16, d=8, kv_heads=2, lengths=lengths, sharing="key-value", extra=70 - max(lengths)), device)
+        both = (loss_and_gradients(f, x, *x.cu_seqlens().values()) for f in (compiled, packed))
+        assert all(torch.equal(got, want) for got, want in zip(*both, strict=True))
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -125,7 +125,8 @@ class Module(torch.nn.Module):
 
 def test_export_with_a_dynamic_shape(device):
     module = Module().to(device)
-    inputs = lambda n: (*(torch.randn(2, 4, n, 8, device=device) for _ in range(3)), torch.rand(2, n, device=device) < 0.7)  # noqa: E731
+    tensor = lambda *shape: torch.randn(shape, device=device)  # noqa: E731
+    inputs = lambda n: (*(tensor(2, 4, n, 8) for _ in range(3)), tensor(2, n) < 0.7)  # noqa: E731
     n = torch.export.Dim("n", min=2, max=80)
     program = torch.export.export(module, inputs(33), dynamic_shapes=(*({2: n} for _ in range(3)), {1: n}))
     for length in (17, 80):
@@ -241,6 +242,6 @@ if __name__ == "__main__":
 def test_ddp_with_a_projection_shared_between_layers(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    root = str(Path(__file__).parent.parent)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root})
+    environment = os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
