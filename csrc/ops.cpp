@@ -226,7 +226,7 @@ void set_grad_out(Problem& p, const Tensor& grad_out, const Tensor& query, bool 
 Rows rows_of(const Tensor& tensor) { return view_of(tensor, "result", tensor, tensor.dim() == 3).rows; }
 
 void run(const Problem& problem, unsigned stages, const Tensor& like) {
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  const int threads = cpu::threads_for(problem, static_cast<int>(torch::stable::get_num_threads()));
   cpu::Plan plan = cpu::make_plan(problem, stages, cpu::kernel_table().shape, threads);
   constexpr int64_t kAlign = 64;
   // As fp32, so that torch's fill of uninitialised memory poisons it with NaN.

@@ -114,6 +114,11 @@ LINFORMER_INLINE void copy_columns(float* target, int64_t ld, const T* source, i
       zero_words(row, padded);
       continue;
     }
+    if (columns == kTileColumns) {
+      store(row, load(source + s * stride));
+      store(row + kWidth, load(source + s * stride + kWidth));
+      continue;
+    }
     Fp32::copy_row(row, source + s * stride, columns);
     if (columns < padded) zero_words(row + columns, padded - columns);
   }
@@ -243,6 +248,14 @@ struct Prefetch {
         rows(row_count),
         bytes(columns * static_cast<int64_t>(sizeof(T))) {}
 
+  // The i-th of n nearly equal parts.
+  LINFORMER_INLINE Prefetch part(int64_t i, int64_t n) const {
+    Prefetch piece = *this;
+    piece.at += i * rows / n * stride;
+    piece.rows = (i + 1) * rows / n - i * rows / n;
+    return piece;
+  }
+
   LINFORMER_INLINE void fetch(int64_t count) {
     for (; count > 0 && rows > 0; --count, --rows, at += stride) {
       for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
@@ -276,6 +289,21 @@ void multiply(const typename Math::Word* a, int64_t lda, const typename Math::Wo
       }
       s += count;
     } while (s < steps);
+  }
+}
+
+// C (+)= A B with B packed from the rows of `source`, each panel just before it is used: it is written to L1 and read
+// from there.
+template <class Math, bool kByColumns, class T>
+void multiply_rows(const typename Math::Word* a, int64_t lda, const T* source, int64_t stride, int64_t summed,
+                   int64_t columns, RowMask mask, typename Math::Word* panel, int64_t rows, float* c, int64_t ldc,
+                   bool accumulate, Prefetch next = {}) {
+  const int64_t panels = (columns + kTileColumns - 1) / kTileColumns;
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t j = i * kTileColumns;
+    pack_panels<Math>(panel, source + j, stride, summed, smaller(kTileColumns, columns - j), mask);
+    multiply<Math, kByColumns>(a, lda, panel, rows, kTileColumns, (summed + Math::kValues - 1) / Math::kValues, c + j,
+                               ldc, accumulate, next.part(i, panels));
   }
 }
 

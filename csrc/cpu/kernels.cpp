@@ -150,33 +150,31 @@ struct Tasks {
     const int64_t last = smaller(length, first + chunks_a_split * plan.chunk);
     const int64_t head0 = group * plan.heads_in_group, head1 = smaller(p.heads_kv, head0 + plan.heads_in_group);
 
-    // A split without rows runs once with none, which leaves zeros in its partial.
+    // A split without rows runs once with none, which leaves zeros in its partial. Keys of all heads come before
+    // values, so that one chunk of E or F at a time is in L2.
     for (int64_t n0 = first; n0 == first || n0 < last; n0 += plan.chunk) {
       const int64_t n = last > n0 ? smaller(plan.chunk, last - n0) : 0;
       const RowMask mask = mask_of(p, b, n0);
-      for (int64_t h = head0; h < head1; ++h) {
-        const Partial partial(plan, partial_of(plan, b * p.heads_kv + h, split, plan.splits));
-        if (h == head0 || p.per_head_proj) {
-          copy_rows<Math>(scratch.proj_key, scratch.ld, row_of<const T>(p.proj_key, 0, h, 0) + n0,
-                          p.proj_key.row_stride, p.proj_dim, n);
-          if (!p.shared_kv) {
-            copy_rows<Math>(scratch.proj_value, scratch.ld, row_of<const T>(p.proj_value, 0, h, 0) + n0,
-                            p.proj_value.row_stride, p.proj_dim, n);
-          }
+      const auto multiply_heads = [&](const Rows& rows, const Rows& proj, bool copy, int64_t width, int64_t padded,
+                                      float* Partial::* sum, const Prefetch& next) {
+        if (copy) {
+          copy_rows<Math>(scratch.proj, scratch.ld, row_of<const T>(proj, 0, head0, 0) + n0, proj.row_stride,
+                          p.proj_dim, n);
         }
-        const T* key = row_of<const T>(p.key, b, h, p.key_row(b, n0));
-        const T* value = row_of<const T>(p.value, b, h, p.key_row(b, n0));
-        const int64_t next_n0 = h + 1 < head1 ? n0 : n0 + n;
-        const Prefetch next_key(row_of<const T>(p.key, b, h + 1 < head1 ? h + 1 : head0, p.key_row(b, next_n0)),
-                                p.key.row_stride, smaller(plan.chunk, last - next_n0), p.head_dim);
-        pack_panels<Math>(scratch.panel, key, p.key.row_stride, n, p.head_dim, mask);
-        multiply<Math, false>(scratch.proj_key, scratch.ld, scratch.panel, p.proj_dim, plan.padded_d, words(n),
-                              partial.key, plan.padded_d, n0 != first,
-                              Prefetch(value, p.value.row_stride, n, p.value_dim));
-        pack_panels<Math>(scratch.panel, value, p.value.row_stride, n, p.value_dim, mask);
-        multiply<Math, false>(scratch.proj_value, scratch.ld, scratch.panel, p.proj_dim, plan.padded_dv, words(n),
-                              partial.value, plan.padded_dv, n0 != first, next_key);
-      }
+        for (int64_t h = head0; h < head1; ++h) {
+          const Partial partial(plan, partial_of(plan, b * p.heads_kv + h, split, plan.splits));
+          const T* source = row_of<const T>(rows, b, h, p.key_row(b, n0));
+          multiply_rows<Math, false>(
+              scratch.proj, scratch.ld, source, rows.row_stride, n, width, mask, scratch.panel, p.proj_dim,
+              partial.*sum, padded, n0 != first,
+              h + 1 < head1 ? Prefetch(source + rows.head_stride, rows.row_stride, n, width) : next);
+        }
+      };
+      const Prefetch value(row_of<const T>(p.value, b, head0, p.key_row(b, n0)), p.value.row_stride, n, p.value_dim);
+      const Prefetch next_key(row_of<const T>(p.key, b, head0, p.key_row(b, n0 + n)), p.key.row_stride,
+                              smaller(plan.chunk, last - n0 - n), p.head_dim);
+      multiply_heads(p.key, p.proj_key, true, p.head_dim, plan.padded_d, &Partial::key, value);
+      multiply_heads(p.value, p.proj_value, !p.shared_kv, p.value_dim, plan.padded_dv, &Partial::value, next_key);
     }
   }
 
@@ -320,14 +318,14 @@ struct Tasks {
                         p.proj_dim);
       }
       if (plan.need_grad_value_proj) {
-        pack_panels<Math>(scratch.grad_out_panel, grad_out, p.grad_out.row_stride, rows, p.value_dim);
-        multiply<Math, true>(scratch.scores_columns, scratch.ld_scores, scratch.grad_out_panel, p.proj_dim,
-                             plan.padded_dv, words(rows), partial.value, plan.padded_dv, t != first);
+        multiply_rows<Math, true>(scratch.scores_columns, scratch.ld_scores, grad_out, p.grad_out.row_stride, rows,
+                                  p.value_dim, RowMask(), scratch.panel, p.proj_dim, partial.value, plan.padded_dv,
+                                  t != first);
       }
       if (plan.need_grad_key_proj) {
-        pack_panels<Math>(scratch.query_panel, query, p.query.row_stride, rows, p.head_dim);
-        multiply<Math, true>(scratch.grad_scores_columns, scratch.ld_scores, scratch.query_panel, p.proj_dim,
-                             plan.padded_d, words(rows), partial.key, plan.padded_d, t != first);
+        multiply_rows<Math, true>(scratch.grad_scores_columns, scratch.ld_scores, query, p.query.row_stride, rows,
+                                  p.head_dim, RowMask(), scratch.panel, p.proj_dim, partial.key, plan.padded_d,
+                                  t != first);
       }
       if (p.grad_query.data) {
         multiply<Math, false>(scratch.grad_scores_rows, scratch.ld_rows, panels.key, rows, plan.padded_d,

@@ -70,15 +70,13 @@ struct Panels {
 
 template <class Word>
 struct ProjectScratch {
-  Word *proj_key, *proj_value, *panel;
+  Word *proj, *panel;    // a chunk of E by rows; a panel of key or value
   int64_t ld, bytes;
   ProjectScratch(const Plan& plan, std::byte* base) {
     Carver carver(base);
     ld = padded_row(plan.words(plan.chunk));
-    proj_key = carver.take<Word>(plan.problem.proj_dim * ld);
-    proj_value = plan.problem.shared_kv ? proj_key : carver.take<Word>(plan.problem.proj_dim * ld);
-    panel =
-        carver.take<Word>((plan.padded_d > plan.padded_dv ? plan.padded_d : plan.padded_dv) * plan.words(plan.chunk));
+    proj = carver.take<Word>(plan.problem.proj_dim * ld);
+    panel = carver.take<Word>(plan.shape.tile_columns * plan.words(plan.chunk));
     bytes = carver.used();
   }
 };
@@ -117,8 +115,8 @@ struct AttendScratch {
 
 template <class Word>
 struct AttendBackwardScratch {
-  Word *query, *grad_out;                // by rows
-  Word *query_panel, *grad_out_panel;    // summed over the query rows
+  Word *query, *grad_out;    // by rows
+  Word* panel;               // of query or grad_out, summed over the query rows
   float *scores, *grad_scores, *grad_query, *keep, *inverse_sum;
   Word *scores_columns, *grad_scores_columns, *grad_scores_rows;    // P and dS as operands
   int64_t ld_query, ld_grad_out, ld_scores, ld_rows, bytes;
@@ -131,8 +129,7 @@ struct AttendBackwardScratch {
     ld_scores = padded_row(plan.padded_k);
     query = carver.take<Word>(tile * ld_query);
     grad_out = carver.take<Word>(tile * ld_grad_out);
-    query_panel = carver.take<Word>(plan.words(tile) * plan.padded_d);
-    grad_out_panel = carver.take<Word>(plan.words(tile) * plan.padded_dv);
+    panel = carver.take<Word>(plan.words(tile) * plan.shape.tile_columns);
     scores = carver.take<float>(tile * ld_scores);
     grad_scores = carver.take<float>(tile * ld_scores);
     grad_query = carver.take<float>(tile * plan.padded_d);

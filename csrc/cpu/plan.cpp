@@ -36,6 +36,14 @@ int64_t scratch_bytes(const Plan& plan) {
 
 }    // namespace
 
+int threads_for(const Problem& problem, int threads) {
+  const Problem& p = problem;
+  const double rows = static_cast<double>(p.batch) * static_cast<double>(p.heads * p.len_q + p.heads_kv * p.len_k);
+  const double operations = 2.0 * rows * static_cast<double>(p.proj_dim * (p.head_dim + p.value_dim));
+  constexpr double kOperationsPerThread = 2e6;    // 20 to 40 microseconds, about what a sleeping thread takes to come
+  return static_cast<int>(std::clamp(operations / kOperationsPerThread, 1.0, static_cast<double>(threads)));
+}
+
 Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int threads) {
   const Problem& p = problem;
   Plan plan;
@@ -51,7 +59,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int 
   const int64_t pairs = p.batch * p.heads_kv;
 
   plan.chunk = rows_of_block(kBlockValues, p.proj_dim, 64, 256, 16);
-  plan.heads_in_group = p.per_head_proj ? 1 : std::min<int64_t>(4, std::max<int64_t>(p.heads_kv, 1));
+  plan.heads_in_group = p.per_head_proj ? 1 : std::min<int64_t>(8, std::max<int64_t>(p.heads_kv, 1));
   const int64_t groups = std::max<int64_t>(p.batch * plan.group_count(), 1);
   plan.splits = std::clamp(ceil_div(wanted, groups), int64_t{1}, std::max<int64_t>(ceil_div(p.len_k, plan.chunk), 1));
 

@@ -80,6 +80,9 @@ struct Plan {
   int64_t group_count() const { return (problem.heads_kv + heads_in_group - 1) / heads_in_group; }
 };
 
+// Threads worth waking: a problem of microseconds is done sooner than a second thread is there.
+int threads_for(const Problem& problem, int threads);
+
 Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int threads);
 
 // parallel(n, body) must call body(i) for every i in [0, n), on as many threads as it likes.
