@@ -90,11 +90,44 @@ LINFORMER_INLINE void zero_words(Word* target, int64_t count) {
   std::memset(target, 0, static_cast<size_t>(count) * sizeof(Word));
 }
 
+// Rows that the next step of the caller will read or write first: a product, which leaves memory idle, fetches them
+// along the way, a few after each register tile. 78 -> 84 % of peak for the projection when the sequence comes from
+// memory.
+struct Prefetch {
+  const char* at = nullptr;
+  int64_t stride = 0, rows = 0, bytes = 0;
+
+  Prefetch() = default;
+  template <class T>
+  LINFORMER_INLINE Prefetch(const T* first, int64_t row_stride, int64_t row_count, int64_t columns)
+      : at(reinterpret_cast<const char*>(first)),
+        stride(row_stride * static_cast<int64_t>(sizeof(T))),
+        rows(row_count),
+        bytes(columns * static_cast<int64_t>(sizeof(T))) {}
+
+  // The i-th of n nearly equal parts.
+  LINFORMER_INLINE Prefetch part(int64_t i, int64_t n) const {
+    Prefetch piece = *this;
+    piece.at += i * rows / n * stride;
+    piece.rows = (i + 1) * rows / n - i * rows / n;
+    return piece;
+  }
+
+  LINFORMER_INLINE void fetch(int64_t count) {
+    for (; count > 0 && rows > 0; --count, --rows, at += stride) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    }
+  }
+};
+
 // A by rows: target row i = source row i.
 template <class Math, class T>
 void copy_rows(typename Math::Word* target, int64_t ld, const T* source, int64_t stride, int64_t rows, int64_t columns,
                RowMask mask = {}) {
+  // Rows of E lie far apart, so the processor does not guess the next one.
+  Prefetch ahead(source + 2 * stride, stride, rows - 2, columns);
   for (int64_t i = 0; i < rows; ++i) {
+    ahead.fetch(1);
     if (mask.kept(i)) {
       Math::copy_row(target + i * ld, source + i * stride, columns);
     } else {
@@ -232,36 +265,6 @@ LINFORMER_INLINE void multiply_tile_of(int64_t rows, const typename Math::Word* 
     multiply_tile_of<Math, kByColumns, kRows - 1>(rows, a, lda, b, steps, c, ldc, accumulate);
   }
 }
-
-// Rows that the next step of the caller will read or write first: a product, which leaves memory idle, fetches them
-// along the way, a few after each register tile. 78 -> 84 % of peak for the projection when the sequence comes from
-// memory.
-struct Prefetch {
-  const char* at = nullptr;
-  int64_t stride = 0, rows = 0, bytes = 0;
-
-  Prefetch() = default;
-  template <class T>
-  LINFORMER_INLINE Prefetch(const T* first, int64_t row_stride, int64_t row_count, int64_t columns)
-      : at(reinterpret_cast<const char*>(first)),
-        stride(row_stride * static_cast<int64_t>(sizeof(T))),
-        rows(row_count),
-        bytes(columns * static_cast<int64_t>(sizeof(T))) {}
-
-  // The i-th of n nearly equal parts.
-  LINFORMER_INLINE Prefetch part(int64_t i, int64_t n) const {
-    Prefetch piece = *this;
-    piece.at += i * rows / n * stride;
-    piece.rows = (i + 1) * rows / n - i * rows / n;
-    return piece;
-  }
-
-  LINFORMER_INLINE void fetch(int64_t count) {
-    for (; count > 0 && rows > 0; --count, --rows, at += stride) {
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-    }
-  }
-};
 
 // Steps summed in one go, from zero. A longer sum is cut, which keeps the error that of a short one and the panel in
 // L1.
