@@ -55,6 +55,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process that has the old library loaded keeps it
         shutil.copy2(build / "_native.so", target)
 
     def get_ext_filename(self, ext_name: str) -> str:
