@@ -40,7 +40,7 @@ int threads_for(const Problem& problem, int threads) {
   const Problem& p = problem;
   const double rows = static_cast<double>(p.batch) * static_cast<double>(p.heads * p.len_q + p.heads_kv * p.len_k);
   const double operations = 2.0 * rows * static_cast<double>(p.proj_dim * (p.head_dim + p.value_dim));
-  constexpr double kOperationsPerThread = 2e6;    // 20 to 40 microseconds, about what a sleeping thread takes to come
+  constexpr double kOperationsPerThread = 2e6;    // some tens of microseconds on one thread; chosen by judgment
   return static_cast<int>(std::clamp(operations / kOperationsPerThread, 1.0, static_cast<double>(threads)));
 }
 
