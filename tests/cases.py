@@ -183,13 +183,13 @@ def plain(x: Inputs) -> dict[str, torch.Tensor]:
     return x.results(out) | {"key_proj": torch.stack(key_projs), "value_proj": torch.stack(value_projs)}
 
 
-def exact(x: Inputs, rounded: bool = False) -> dict[str, np.ndarray]:
-    """What the oracle says, `rounded` as there."""
+def exact(x: Inputs, rounding: float = 0.0) -> dict[str, np.ndarray]:
+    """What the oracle says, `rounding` as there."""
     arrays = {name: as_array(getattr(x, name)) for name in ARGUMENTS}
     cu = {name: None if t is None else t.cpu().numpy() for name, t in x.cu_seqlens().items()}
     result = oracle.attention(
         **arrays, grad_out=as_array(x.grad_out), mask=as_array(x.mask, bool), scale=x.case.scale,
-        dropout_p=x.case.dropout_p, rng_state=as_array(x.rng_state, np.int64), rounded=rounded, **cu,
+        dropout_p=x.case.dropout_p, rng_state=as_array(x.rng_state, np.int64), rounding=rounding, **cu,
     )  # fmt: skip
     for name in ARGUMENTS:  # a tensor given twice has the sum for gradient
         for leaf, tensor in x.leaves().items():
@@ -208,7 +208,7 @@ def compare(results: dict[object, dict[str, torch.Tensor]], x: Inputs) -> None:
     """Several results for the same inputs, each under a name for messages."""
     want, usual, rounded = exact(x), {}, {}
     if x.case.dtype != torch.float64:
-        usual, rounded = plain(x), exact(x, rounded=True)
+        usual, rounded = plain(x), exact(x, torch.finfo(x.case.dtype).eps)
     for title, got in results.items():
         for name, tensor in got.items():
             oracle.assert_close(tensor, want[name], usual.get(name), f"{name} [{title}]", rounded.get(name))

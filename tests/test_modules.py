@@ -64,8 +64,8 @@ def randomized(module: nn.Module) -> nn.Module:
 def compare(module, by_hand, inputs, options):
     """Module and formula in float32 against the formula in float64: output, gradients of inputs and parameters.
 
-    What one rounding does is seen by rounding all inputs and parameters, up or down, in float64. The gradients of
-    biases count as one tensor: that of k_proj can be zero, as it moves all scores of a row alike.
+    What a rounding does is seen by moving all inputs and parameters half a rounding, up or down, in float64. The
+    gradients of biases count as one tensor: that of k_proj can be zero, as it moves all scores of a row alike.
     """
 
     def results(model, function, dtype):
@@ -84,7 +84,7 @@ def compare(module, by_hand, inputs, options):
     exact = results(double, by_hand, torch.float64)
     with torch.no_grad():
         for x in (inputs := [x.double() for x in inputs]) + list(double.parameters()):
-            x.mul_(1 + oracle.FLOAT32 * torch.randn_like(x).sign())
+            x.mul_(1 + oracle.FLOAT32 / 2 * torch.randn_like(x).sign())
     rounded = results(double, by_hand, torch.float64)
     for name, tensor in got.items():
         want, off = (x[name].detach().cpu().numpy() for x in (exact, rounded))

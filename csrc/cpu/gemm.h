@@ -259,9 +259,10 @@ LINFORMER_INLINE void multiply_tile_of(int64_t rows, const typename Math::Word* 
   }
 }
 
-// Steps summed in one go, from zero. A longer sum is cut, which keeps the error that of a short one and the panel in
-// L1.
-constexpr int64_t kStepsAtOnce = 256;
+// Steps summed in one go, from zero: a sum cut in short ones has a smaller error. Error of the op relative to plain
+// PyTorch at D = 256, K = 128, fp32 (median of the ratio): 256 steps 1.59, 128 steps 0.99, 64 steps 0.73. It costs 2 to
+// 5 % of the speed.
+constexpr int64_t kStepsAtOnce = 64;
 
 // C (+)= A B with A of `rows` x `steps` words and B of `columns` (whole panels).
 template <class Math, bool kByColumns>
