@@ -6,10 +6,12 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 TRAIN_ARGS ?= --minutes 2
+# Where nvcc is, the CUDA kernels are built for these; all architectures of a release take minutes more.
+export LINFORMER_CUDA_ARCHS ?= 80;90
 
 BIN := .venv/bin
 SOURCES := $(shell find csrc triton_kernels -type f 2>/dev/null)
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator -type f))
 step = @printf '\n==> %s\n' $(1)
 
 .PHONY: help demo bench test lint clean
