@@ -16,6 +16,13 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "problem.h"
+#ifdef LINFORMER_WITH_CUDA
+#include <dlfcn.h>
+
+#include <cstring>
+
+#include "cuda/launch.h"
+#endif
 
 namespace linformer {
 namespace {
@@ -33,6 +40,26 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
+#ifdef LINFORMER_WITH_CUDA
+// Takes the launches of the CUDA plans instead of a GPU; the tests' emulator is one. CPU tensors then stand for a
+// GPU's.
+using Emulator = void (*)(const char* kernel, uint32_t grid, uint32_t block, uint32_t shared_bytes,
+                          const void* arguments, uint64_t argument_bytes, const cuda::Region* regions, uint64_t count);
+struct Emulation {
+  Emulator launch = nullptr;
+  cuda::Device device;
+};
+Emulation emulation;
+
+bool on_gpu(const Tensor& tensor) { return tensor.is_cuda() || emulation.launch; }
+#else
+bool on_gpu(const Tensor&) { return false; }
+#endif
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index());
+}
+
 // A (B, H, N, D) or packed (total, H, D) tensor.
 struct View {
   Rows rows;
@@ -40,7 +67,7 @@ struct View {
 };
 
 View view_of(const Tensor& tensor, const char* name, const Tensor& like, bool packed) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "linformer_kernels: ", name, " must be a CPU tensor");
+  STD_TORCH_CHECK(same_device(tensor, like), "linformer_kernels: ", name, " is on another device");
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "linformer_kernels: ", name, " differs in dtype");
   STD_TORCH_CHECK(tensor.dim() == (packed ? 3 : 4), "linformer_kernels: ", name, " has ", tensor.dim(),
                   " dimensions, expected ", packed ? 3 : 4);
@@ -86,13 +113,16 @@ Tensor empty_contiguous(const Tensor& like) {
 
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-const int64_t* offsets_of(const OptionalTensor& offsets, const char* name, int64_t total, int64_t batch,
-                          int64_t* longest) {
+// On a GPU the values are not read here, which would wait for it: the kernels hold them inside the tensor, and the
+// longest sequence is as long as `total` for all that is known.
+const int64_t* offsets_of(const OptionalTensor& offsets, const char* name, const Tensor& like, int64_t total,
+                          int64_t batch, int64_t* longest) {
   if (!offsets) return nullptr;
-  STD_TORCH_CHECK(offsets->is_cpu() && offsets->scalar_type() == ScalarType::Long && offsets->dim() == 1 &&
+  STD_TORCH_CHECK(same_device(*offsets, like) && offsets->scalar_type() == ScalarType::Long && offsets->dim() == 1 &&
                       offsets->is_contiguous() && offsets->size(0) == batch + 1,
-                  "linformer_kernels: ", name, " must be a contiguous int64 CPU tensor of batch + 1 offsets");
+                  "linformer_kernels: ", name, " must be a contiguous int64 tensor of batch + 1 offsets");
   const int64_t* at = static_cast<const int64_t*>(offsets->data_ptr());
+  if (on_gpu(like)) return at;
   STD_TORCH_CHECK(at[0] == 0 && at[batch] == total, "linformer_kernels: ", name, " must go from 0 to ", total);
   *longest = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -114,14 +144,14 @@ void set_query(Problem& p, const Tensor& query, const OptionalTensor& cu_seqlens
   p.query = view.rows;
   p.batch = batch_of(cu_seqlens_q, view.batch);
   p.heads = view.heads;
-  p.len_q = view.length;
+  p.len_q = p.total_q = view.length;
   p.head_dim = view.columns;
-  p.cu_seqlens_q = offsets_of(cu_seqlens_q, "cu_seqlens_q", view.length, p.batch, &p.len_q);
+  p.cu_seqlens_q = offsets_of(cu_seqlens_q, "cu_seqlens_q", query, view.length, p.batch, &p.len_q);
 }
 
 // E or F, or a gradient of theirs.
 Rows projection_rows(const Tensor& proj, const char* name, const Tensor& like, const Problem& p) {
-  STD_TORCH_CHECK(proj.is_cpu() && proj.scalar_type() == like.scalar_type(), "linformer_kernels: ", name,
+  STD_TORCH_CHECK(same_device(proj, like) && proj.scalar_type() == like.scalar_type(), "linformer_kernels: ", name,
                   " differs in device or dtype");
   STD_TORCH_CHECK(proj.dim() == (p.per_head_proj ? 3 : 2), "linformer_kernels: ", name,
                   " has the wrong number of dimensions");
@@ -143,28 +173,29 @@ void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tens
   p.dtype = dtype_of(key);
   p.batch = batch_of(cu_seqlens_k, k.batch);
   p.heads_kv = k.heads;
-  p.len_k = k.length;
+  p.len_k = p.total_k = k.length;
   p.head_dim = k.columns;
   p.value_dim = v.columns;
   p.key = k.rows;
   p.value = v.rows;
-  p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", k.length, p.batch, &p.len_k);
+  p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
   STD_TORCH_CHECK(proj_key.dim() == 2 || proj_key.dim() == 3,
                   "linformer_kernels: proj_key must have 2 or 3 dimensions");
   p.per_head_proj = proj_key.dim() == 3;
   p.proj_dim = proj_key.size(proj_key.dim() - 2);
   p.seq_len_max = proj_key.size(proj_key.dim() - 1);
-  STD_TORCH_CHECK(p.len_k <= p.seq_len_max, "linformer_kernels: a sequence of ", p.len_k, " is longer than proj_key's ",
-                  p.seq_len_max, " columns");
+  const bool known = !packed || !on_gpu(key);
+  STD_TORCH_CHECK(!known || p.len_k <= p.seq_len_max, "linformer_kernels: a sequence of ", p.len_k,
+                  " is longer than proj_key's ", p.seq_len_max, " columns");
   STD_TORCH_CHECK(p.proj_dim >= 1 && p.head_dim >= 1 && p.value_dim >= 1,
                   "linformer_kernels: proj_dim and head dimensions must be at least 1");
   p.proj_key = projection_rows(proj_key, "proj_key", key, p);
   p.shared_kv = !proj_value.has_value();
   p.proj_value = p.shared_kv ? p.proj_key : projection_rows(*proj_value, "proj_value", key, p);
   if (mask) {
-    STD_TORCH_CHECK(!packed && mask->is_cpu() && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
+    STD_TORCH_CHECK(!packed && same_device(*mask, key) && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
                         mask->size(0) == p.batch && mask->size(1) == p.len_k,
-                    "linformer_kernels: key_padding_mask must be a bool CPU tensor of shape (batch, key length)");
+                    "linformer_kernels: key_padding_mask must be a bool tensor of shape (batch, key length)");
     p.mask = static_cast<const bool*>(mask->data_ptr());
     p.mask_batch_stride = mask->stride(0);
     p.mask_row_stride = mask->stride(1);
@@ -201,17 +232,15 @@ void set_projected(Problem& p, const Tensor& key_proj, const Tensor& value_proj)
   p.value_proj = projected_rows(value_proj, "value_proj", key_proj, p, p.value_dim);
 }
 
-void set_softmax(Problem& p, const OptionalTensor& rng_state, double dropout_p, double scale) {
+void set_softmax(Problem& p, const Tensor& query, const OptionalTensor& rng_state, double dropout_p, double scale) {
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "linformer_kernels: dropout_p must be in [0, 1)");
   p.scale = static_cast<float>(scale);
   p.dropout_p = dropout_p;
   if (dropout_p > 0) {
-    STD_TORCH_CHECK(rng_state && rng_state->is_cpu() && rng_state->scalar_type() == ScalarType::Long &&
+    STD_TORCH_CHECK(rng_state && same_device(*rng_state, query) && rng_state->scalar_type() == ScalarType::Long &&
                         rng_state->is_contiguous() && rng_state->numel() == 2,
-                    "linformer_kernels: dropout needs rng_state, an int64 CPU tensor (seed, offset)");
-    const int64_t* state = static_cast<const int64_t*>(rng_state->data_ptr());
-    p.seed = static_cast<uint64_t>(state[0]);
-    p.offset = static_cast<uint64_t>(state[1]);
+                    "linformer_kernels: dropout needs rng_state, an int64 tensor (seed, offset)");
+    p.rng_state = static_cast<const int64_t*>(rng_state->data_ptr());
   }
 }
 
@@ -225,15 +254,63 @@ void set_grad_out(Problem& p, const Tensor& grad_out, const Tensor& query, bool 
 
 Rows rows_of(const Tensor& tensor) { return view_of(tensor, "result", tensor, tensor.dim() == 3).rows; }
 
+// A workspace aligned to `align` bytes; as fp32, so that torch's fill of uninitialised memory poisons it with NaN.
+Tensor workspace_of(int64_t bytes, int64_t align, const Tensor& like, std::byte** start) {
+  Tensor workspace = torch::stable::empty({(bytes + align) / 4}, ScalarType::Float, std::nullopt, like.device(),
+                                          std::nullopt, std::nullopt);
+  const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
+  *start = reinterpret_cast<std::byte*>((address + align - 1) / align * align);
+  return workspace;
+}
+
+#ifdef LINFORMER_WITH_CUDA
+// The stable ABI of torch 2.10 has no current stream. The function lies in a library that a CPU torch does not have.
+void* current_stream(int index) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function && function(index, &stream) == 0,
+                  "linformer_kernels: this torch does not tell its current CUDA stream");
+  return stream;
+}
+
+void run_cuda(const Problem& problem, unsigned stages, const Tensor& like) {
+  const int index = emulation.launch ? 0 : static_cast<int>(like.get_device_index());
+  std::string error;
+  const cuda::Device device = emulation.launch ? emulation.device : cuda::device_of(index, &error);
+  STD_TORCH_CHECK(error.empty(), "linformer_kernels: CUDA: ", error);
+  const cuda::Plan size = cuda::make_plan(problem, stages, device, nullptr);
+  STD_TORCH_CHECK(!size.refusal, "linformer_kernels: ", size.refusal ? size.refusal : "");
+  if (size.launches.empty()) return;
+  constexpr int64_t kAlign = 256;
+  std::byte* start = nullptr;
+  const Tensor workspace = workspace_of(size.workspace_bytes, kAlign, like, &start);
+  const cuda::Plan plan = cuda::make_plan(problem, stages, device, start);
+  if (!emulation.launch) {
+    error = cuda::launch(plan, start, index, current_stream(index));
+    STD_TORCH_CHECK(error.empty(), "linformer_kernels: CUDA: ", error);
+    return;
+  }
+  std::memset(start, 0, static_cast<size_t>(plan.counter_bytes));
+  std::vector<cuda::Region> regions = cuda::regions_of(problem);
+  regions.push_back({"workspace", start, plan.workspace_bytes});
+  for (const cuda::Launch& one : plan.launches) {
+    emulation.launch(one.kernel, one.grid, one.block, one.shared_bytes, &one.arguments, sizeof(one.arguments),
+                     regions.data(), regions.size());
+  }
+}
+#endif
+
 void run(const Problem& problem, unsigned stages, const Tensor& like) {
+#ifdef LINFORMER_WITH_CUDA
+  if (on_gpu(like)) return run_cuda(problem, stages, like);
+#endif
   const int threads = cpu::threads_for(problem, static_cast<int>(torch::stable::get_num_threads()));
   cpu::Plan plan = cpu::make_plan(problem, stages, cpu::kernel_table().shape, threads);
-  constexpr int64_t kAlign = 64;
-  // As fp32, so that torch's fill of uninitialised memory poisons it with NaN.
-  const Tensor workspace = torch::stable::empty({(plan.workspace_bytes + kAlign) / 4}, ScalarType::Float, std::nullopt,
-                                                like.device(), std::nullopt, std::nullopt);
-  const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
-  plan.workspace = reinterpret_cast<std::byte*>((address + kAlign - 1) / kAlign * kAlign);
+  const Tensor workspace = workspace_of(plan.workspace_bytes, 64, like, &plan.workspace);
   cpu::run_plan(plan, threads, [](int64_t count, const std::function<void(int64_t)>& body) {
     torch::stable::parallel_for(0, count, 1, [&body](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i);
@@ -268,7 +345,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   set_query(p, query, cu_seqlens_q);
   check_query(p, sequence);
   check_heads(p);
-  set_softmax(p, rng_state, dropout_p, scale);
+  set_softmax(p, query, rng_state, dropout_p, scale);
   Tensor out = empty_like(query, p.value_dim);
   Tensor key_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
   Tensor value_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
@@ -291,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.key_proj = projected_rows(key_proj, "key_proj", key, p, p.head_dim);
   p.value_proj = projected_rows(value_proj, "value_proj", key, p, p.value_dim);
   check_heads(p);
-  set_softmax(p, rng_state, dropout_p, scale);
+  set_softmax(p, query, rng_state, dropout_p, scale);
   set_grad_out(p, grad_out, query, cu_seqlens_q.has_value());
   Tensor grad_query = gradient(needed(needs, 0), query, p.grad_query);
   Tensor grad_key = gradient(needed(needs, 1), key, p.grad_key);
@@ -337,7 +414,7 @@ Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, Opt
   STD_TORCH_CHECK(key_proj.scalar_type() == query.scalar_type(), "linformer_kernels: key_proj differs in dtype");
   set_projected(p, key_proj, value_proj);
   check_heads(p);
-  set_softmax(p, rng_state, dropout_p, scale);
+  set_softmax(p, query, rng_state, dropout_p, scale);
   Tensor out = empty_like(query, p.value_dim);
   p.out = rows_of(out);
   run(p, cpu::kAttend, query);
@@ -353,7 +430,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
   STD_TORCH_CHECK(key_proj.scalar_type() == query.scalar_type(), "linformer_kernels: key_proj differs in dtype");
   set_projected(p, key_proj, value_proj);
   check_heads(p);
-  set_softmax(p, rng_state, dropout_p, scale);
+  set_softmax(p, query, rng_state, dropout_p, scale);
   set_grad_out(p, grad_out, query, cu_seqlens_q.has_value());
   Tensor grad_query = gradient(needed(needs, 0), query, p.grad_query);
   Tensor grad_key_proj = nothing(query), grad_value_proj = nothing(query);
@@ -371,21 +448,44 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
 
 std::string cpu_capability() { return cpu::kernel_table().name; }
 
+std::string cuda_architectures() {
+#ifdef LINFORMER_WITH_CUDA
+  return LINFORMER_CUDA_ARCHS;
+#else
+  return "";
+#endif
+}
+
 double cpu_peak_gflops(std::string dtype) { return cpu::kernel_table().peak_gflops(dtype == "bfloat16"); }
 
 }    // namespace
 }    // namespace linformer
 
-STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CPU, m) {
-  m.impl("attention", TORCH_BOX(&linformer::attention));
-  m.impl("attention_backward", TORCH_BOX(&linformer::attention_backward));
-  m.impl("project", TORCH_BOX(&linformer::project));
-  m.impl("project_backward", TORCH_BOX(&linformer::project_backward));
-  m.impl("projected_attention", TORCH_BOX(&linformer::projected_attention));
+// The same functions for both devices: what differs is behind run().
+#define LINFORMER_IMPLEMENT(m)                                               \
+  m.impl("attention", TORCH_BOX(&linformer::attention));                     \
+  m.impl("attention_backward", TORCH_BOX(&linformer::attention_backward));   \
+  m.impl("project", TORCH_BOX(&linformer::project));                         \
+  m.impl("project_backward", TORCH_BOX(&linformer::project_backward));       \
+  m.impl("projected_attention", TORCH_BOX(&linformer::projected_attention)); \
   m.impl("projected_attention_backward", TORCH_BOX(&linformer::projected_attention_backward));
+
+STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CPU, m){LINFORMER_IMPLEMENT(m)}
+#ifdef LINFORMER_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CUDA, m) {
+  LINFORMER_IMPLEMENT(m)
 }
+
+// For tests: launches go to `emulator`, or to the GPU again with nullptr.
+extern "C" __attribute__((visibility("default"))) void linformer_emulate(linformer::Emulator emulator,
+                                                                         int32_t multiprocessors,
+                                                                         int32_t shared_bytes) {
+  linformer::emulation = {emulator, {multiprocessors, shared_bytes}};
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
+  m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));
 }

@@ -24,8 +24,10 @@ struct Problem {
   int64_t batch = 0;
   int64_t heads = 0;    // query heads, a multiple of heads_kv
   int64_t heads_kv = 0;
-  int64_t len_q = 0;          // longest query sequence
-  int64_t len_k = 0;          // longest key sequence
+  int64_t len_q = 0;      // longest query sequence; on a GPU, which does not read offsets early, a bound
+  int64_t len_k = 0;      // longest key sequence, the same
+  int64_t total_q = 0;    // rows of a packed query, of a packed key
+  int64_t total_k = 0;
   int64_t seq_len_max = 0;    // columns of E and F
   int64_t proj_dim = 0;       // K
   int64_t head_dim = 0;       // D
@@ -50,8 +52,7 @@ struct Problem {
 
   float scale = 1.0f;
   double dropout_p = 0.0;
-  uint64_t seed = 0;
-  uint64_t offset = 0;
+  const int64_t* rng_state = nullptr;    // seed and offset of dropout
 
   int64_t query_length(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : len_q; }
   int64_t key_length(int64_t b) const { return cu_seqlens_k ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : len_k; }

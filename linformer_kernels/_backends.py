@@ -46,10 +46,36 @@ def _native(name: str, missing: str | None) -> Backend:
             return f"its kernels run on {device_type} tensors and these are on {call.device}"
         if call.dtype == torch.float64:
             return 'its kernels take float32, float16 and bfloat16, and these tensors are float64: use "reference"'
-        return None
+        return _cuda_limits(call) if name == "cuda" else None
 
     device_type = "cpu" if name == "cpu" else "cuda"
     return Backend(name, missing, limits, _autograd.attention, _autograd.project, _autograd.projected_attention)
+
+
+_CUDA_WIDEST_HEAD = 256
+
+
+def _cuda_limits(call: Call) -> str | None:
+    """What the CUDA kernels cannot do."""
+    heads = (call.query, call.key, call.value, call.key_proj, call.value_proj)
+    widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
+    if widest > _CUDA_WIDEST_HEAD:
+        return f'its kernels take heads of up to {_CUDA_WIDEST_HEAD} columns, and these have {widest}: use "reference"'
+    major, minor = torch.cuda.get_device_capability(call.device)
+    if major < 8:
+        return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "reference"'
+    return None
+
+
+def _cuda_missing() -> str | None:
+    """Why this installation has no CUDA backend."""
+    if _LIBRARY_MISSING:
+        return _LIBRARY_MISSING
+    if not _library.cuda_architectures():
+        return "the native library was built without CUDA kernels; reinstall linformer_kernels with nvcc on PATH"
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} was built without CUDA"
+    return None
 
 
 # Read once, here: a compiler that traces a call must not meet the loading of a library.
@@ -58,7 +84,7 @@ _LIBRARY_MISSING = _library.load()
 BACKENDS = {
     backend.name: backend
     for backend in (
-        _native("cuda", _LIBRARY_MISSING or "this version has no CUDA kernels"),
+        _native("cuda", _cuda_missing()),
         _native("triton", "this version has no Triton kernels"),
         _native("cpu", _LIBRARY_MISSING),
         Backend(

@@ -27,6 +27,6 @@ def load() -> str | None:
     return None
 
 
-def has_cuda() -> bool:
-    """Whether the native library holds CUDA kernels. None are part of this version."""
-    return False
+def cuda_architectures() -> str:
+    """The CUDA architectures in the native library, e.g. "80,90"; empty where it has none or did not load."""
+    return torch.ops.linformer_kernels.cuda_architectures() if load() is None else ""

@@ -37,6 +37,7 @@ def collect() -> dict[str, Any]:
             "path": None if library is None else str(library),
             "loaded": not_loaded is None,
             "reason": not_loaded,
+            "cuda_architectures": _library.cuda_architectures().split(",") if _library.cuda_architectures() else [],
         },
         "cpu": {
             "machine": platform.machine(),
@@ -61,6 +62,7 @@ def main() -> None:
     lines["CPU"] = (
         f"{cpu['machine']}, {cpu['threads']} threads; kernels use {cpu['kernels'] or 'none'}, torch uses {cpu['torch']}"
     )
+    lines["CUDA kernels for"] = ", ".join(f"sm_{arch}" for arch in library["cuda_architectures"]) or "none"
     for name, backend in data["backends"].items():
         lines[f"backend {name}"] = "available" if backend["available"] else f"not available: {backend['reason']}"
     for label, text in lines.items():

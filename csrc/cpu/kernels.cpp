@@ -96,8 +96,9 @@ void dropout_factors(const Problem& p, int64_t b, int64_t head, int64_t row, flo
   const uint32_t threshold = dropout_threshold(p.dropout_p);
   const float kept = static_cast<float>(1.0 / (1.0 - p.dropout_p));
   for (int64_t k = 0; k < p.proj_dim; k += 4) {
-    const Philox4 random = philox(static_cast<uint32_t>(k / 4), static_cast<uint32_t>(row),
-                                  static_cast<uint32_t>(b * p.heads + head), static_cast<uint32_t>(p.offset), p.seed);
+    const Philox4 random =
+        philox(static_cast<uint32_t>(k / 4), static_cast<uint32_t>(row), static_cast<uint32_t>(b * p.heads + head),
+               static_cast<uint32_t>(p.rng_state[1]), static_cast<uint64_t>(p.rng_state[0]));
     for (int64_t i = 0; i < smaller(4, p.proj_dim - k); ++i) factor[k + i] = random.word[i] >= threshold ? kept : 0.0f;
   }
   for (int64_t k = p.proj_dim; k % kWidth; ++k) factor[k] = 0.0f;

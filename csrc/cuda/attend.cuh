@@ -1,0 +1,215 @@
+// Pieces of attention that forward and backward share: scores, softmax, dropout, and query rows through shared memory.
+//
+// A warp owns 16 query rows. A thread holds rows g = lane / 4 and g + 8 of each tile of scores, columns 2t and 2t + 1
+// with t = lane % 4: element e of a tile is row g + 8 (e / 2), column 2t + e % 2.
+#pragma once
+
+#include "../philox.h"
+#include "tile.cuh"
+
+namespace linformer::cuda {
+
+LINFORMER_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+LINFORMER_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension, or
+// kAcross. What lies beyond `summed` and `columns` is zero and is left out.
+template <DType kType, int kSummed, int kColumns, bool kAcross>
+LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, int row_pitch,
+                                    const Element<kType>* tile, int pitch, int summed, int columns) {
+#pragma unroll
+  for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
+    if (s < summed) {
+      FragmentA<kType> a;
+      load_a<kType, false>(a, rows, row_pitch, 0, s);
+#pragma unroll
+      for (int n = 0; n < kColumns; n += 16) {
+        if (n < columns) {
+          FragmentB<kType> b;
+          load_b<kType, kAcross>(b, tile, pitch, n, s);
+          multiply<kType>(c[n / 8], a, b, 0);
+          multiply<kType>(c[n / 8 + 1], a, b, 1);
+        }
+      }
+    }
+  }
+}
+
+// c (16 x kColumns) += scores (16 x kSummed, in registers, rounded to the type) times `tile`, stored across.
+template <DType kType, int kSummed, int kColumns>
+LINFORMER_DEVICE void multiply_scores(float (&c)[kColumns / 8][4], const float (&scores)[kSummed / 8][4],
+                                      const Element<kType>* tile, int pitch, int summed, int columns) {
+#pragma unroll
+  for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
+    if (s < summed) {
+      FragmentA<kType> a;
+      as_a<kType>(a, scores, s / Step<kType>::kSummed);
+#pragma unroll
+      for (int n = 0; n < kColumns; n += 16) {
+        if (n < columns) {
+          FragmentB<kType> b;
+          load_b<kType, true>(b, tile, pitch, n, s);
+          multiply<kType>(c[n / 8], a, b, 0);
+          multiply<kType>(c[n / 8 + 1], a, b, 1);
+        }
+      }
+    }
+  }
+}
+
+// Rows of a warp through its own piece of shared memory, kStaged columns at a time: body(column, fresh). Where one
+// piece holds them all they are loaded only if `again`, else every time. `rows` makes their Source where it is needed,
+// so that it takes no registers elsewhere.
+template <class Traits, class Rows, class Body>
+LINFORMER_DEVICE void for_each_staged(const Rows& rows, Element<Traits::kType>* staged, bool again, const Body& body) {
+  constexpr int kPieces = Traits::kDim / Traits::kStaged;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const bool fresh = kPieces > 1 || again;
+    if (fresh) {
+      __syncwarp();    // the piece before it has been read
+      load_tile_apart<Traits::kType, kRowsPerWarp, Traits::kStaged, 32>(staged, Traits::kStagePitch, rows(), 0,
+                                                                        i * Traits::kStaged, lane_id());
+      commit_copies();
+      wait_copies<0>();
+      __syncwarp();
+    }
+    body(i * Traits::kStaged, fresh);
+  }
+}
+
+// A warp's 16 rows of results through its piece of shared memory, so that rows are written in whole sectors.
+template <DType kType, int kStaged, int kTiles>
+LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* staged, int pitch, Element<kType>* to,
+                                   int64_t stride, int rows, int columns, bool aligned) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int i = 0; i < kTiles * 8 / kStaged; ++i) {
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kStaged / 8; ++n) {
+      const float (&tile)[4] = c[i * kStaged / 8 + n];
+      store_pair<kType>(staged + g * pitch + 8 * n + 2 * t, tile[0], tile[1], 2, true);
+      store_pair<kType>(staged + (g + 8) * pitch + 8 * n + 2 * t, tile[2], tile[3], 2, true);
+    }
+    __syncwarp();
+    store_rows<kType, kStaged>(to + i * kStaged, stride, rows, columns - i * kStaged, aligned, staged, pitch);
+  }
+  __syncwarp();
+}
+
+// softmax(scale s), computed as 2^(c s - c largest) with c = |scale| log2 e and s of the sign of scale: one
+// multiply-add and one exponential an element, and the rounding of c largest is common to a row, so it cancels.
+struct Softmax {
+  float c;
+  bool negative;
+
+  LINFORMER_DEVICE explicit Softmax(const Arguments& a) : c(a.exponent), negative(a.negative) {}
+
+  template <int kTiles>
+  LINFORMER_DEVICE void orient(float (&s)[kTiles][4]) const {
+    if (negative) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[n][e] = -s[n][e];
+      }
+    }
+  }
+
+  LINFORMER_DEVICE float power(float s, float shift) const { return exp2_of(fmaf(s, c, -shift)); }
+
+  // One block of `columns` scores, the further ones of which do not exist: s becomes 2^(...), `largest` and this
+  // thread's share of `sum` go on, what was summed before counts `correction` times.
+  template <int kTiles>
+  LINFORMER_DEVICE void step(float (&s)[kTiles][4], int columns, float (&largest)[2], float (&sum)[2],
+                             float (&correction)[2], bool first) const {
+    const int at = lane_id() % 4 * 2;
+    const bool ragged = columns < kTiles * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (!ragged || 8 * n + at + e < columns) most = fmaxf(most, s[n][2 * half + e]);
+        }
+      }
+      most = fmaxf(quad_max(most), largest[half]);
+      correction[half] = first ? 0.0f : exp2_of((largest[half] - most) * c);
+      largest[half] = most;
+      const float shift = most * c;
+      float added = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[n][2 * half + e];
+          x = !ragged || 8 * n + at + e < columns ? power(x, shift) : 0.0f;
+          added += x;
+        }
+      }
+      sum[half] = sum[half] * correction[half] + added;
+    }
+  }
+};
+
+// Which elements of P are dropped; the kept ones count `multiplier` times.
+struct Dropout {
+  bool on;
+  float multiplier;
+  uint32_t threshold, head;
+  const int64_t* state;    // seed and offset
+
+  LINFORMER_DEVICE Dropout(const Arguments& a, int64_t b, int64_t query_head)
+      : on(a.drop_below != 0),
+        multiplier(a.keep_multiplier),
+        threshold(a.drop_below),
+        head(static_cast<uint32_t>(b * a.p.heads + query_head)),
+        state(a.p.rng_state) {}
+
+  LINFORMER_DEVICE Philox4 draw(int row, int column) const {
+    return philox(static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), head, static_cast<uint32_t>(state[1]),
+                  static_cast<uint64_t>(state[0]));
+  }
+
+  LINFORMER_DEVICE bool kept(int row, int column) const {
+    const Philox4 random = draw(row, column);
+    const int word = column % 4;
+    const uint32_t low = word & 1 ? random.word[1] : random.word[0], high = word & 1 ? random.word[3] : random.word[2];
+    return (word & 2 ? high : low) >= threshold;
+  }
+
+  // Zeroes the dropped ones of a warp's rows from `row` and columns from `column`.
+  template <int kTiles>
+  LINFORMER_DEVICE void apply(float (&s)[kTiles][4], int row, int column) const {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t dropped[2] = {0, 0};    // a bit a tile
+#pragma unroll 1                       // 10 rounds an iteration: unrolled, they push the scores out of the registers
+      for (int n = 0; n < kTiles; ++n) {
+        // Columns 2t and 2t + 1 are words 0, 1 or 2, 3 of one draw.
+        const Philox4 random = draw(row + g + 8 * half, column + 8 * n + 2 * t);
+        dropped[0] |= static_cast<uint32_t>((t & 1 ? random.word[2] : random.word[0]) < threshold) << n;
+        dropped[1] |= static_cast<uint32_t>((t & 1 ? random.word[3] : random.word[1]) < threshold) << n;
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (dropped[e] >> n & 1) s[n][2 * half + e] = 0.0f;
+        }
+      }
+    }
+  }
+};
+
+}    // namespace linformer::cuda

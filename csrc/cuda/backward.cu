@@ -1,0 +1,325 @@
+// Backward of attention, one launch: dQ, dK', dV'. Nothing of size N x K leaves the chip; P is computed again.
+//
+//   S = scale Q K'^T    P = softmax(S)    dP = M (dO V'^T)    delta = rowsum(P dP)    dS = P (dP - delta)
+//   dQ = scale dS K'    dK' = scale dS^T Q    dV' = (M P)^T dO        M: 0 or 1 / (1 - p)
+//
+// Row tiles come first: 128 query rows, 16 a warp, pass over K' and V' for the statistics of their rows (the largest
+// score, 1 / sum, delta: 16 bytes a row are kept) and for dQ. For K <= kKeys the one block stays in registers; of a
+// larger K each block is computed twice, out of shared memory. Column tiles follow: up to 128 rows of K', 16 a warp,
+// with dK' and dV' in registers, stream past the query rows of all heads of their group. They compute S^T and dP^T, so
+// that P^T and dS^T are already the first operand of the next product and never touch shared memory. That costs S and
+// dP a second time, 7 products instead of 5, and saves all traffic between CTAs but the statistics. A column tile waits
+// for the row tiles of its heads.
+#include "attend.cuh"
+#include "kernels.h"
+
+namespace linformer::cuda {
+namespace {
+
+LINFORMER_DEVICE int64_t statistics_row(const Problem& p, int64_t b, int64_t head, int64_t row) {
+  return p.cu_seqlens_q ? head * p.total_q + row : (b * p.heads + head) * p.len_q + row;
+}
+
+template <class Traits>
+LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* shared, int ticket) {
+  constexpr DType kType = Traits::kType;
+  constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
+  const Problem& p = a.p;
+  const int head = static_cast<int>(ticket % p.heads), head_kv = head / static_cast<int>(p.heads / p.heads_kv);
+  int64_t b = 0;
+  int first_row = 0;
+  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
+                 static_cast<int64_t>(ticket / p.heads), &b, &first_row)) {
+    return;
+  }
+  const Sequence sequence = query_sequence(p, b);
+  const int proj_dim = static_cast<int>(p.proj_dim);
+  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv, p.head_dim, kAlignedKeyProj); };
+  const auto values = [&] {
+    return projected_source<kType>(a, p.value_proj, b, head_kv, p.value_dim, kAlignedValueProj);
+  };
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  Element<kType>* staged = shared + warp_id() * 2 * kRowsPerWarp * Traits::kStagePitch;
+  Element<kType>* staged_grad = staged + kRowsPerWarp * Traits::kStagePitch;
+  Element<kType>* key_tiles = shared + kWarps * 2 * kRowsPerWarp * Traits::kStagePitch;
+  Element<kType>* value_tiles = key_tiles + a.keys * Traits::kPitch;
+  const bool resident = proj_dim <= a.keys;    // K' and V' stay in shared memory
+  const bool single = proj_dim <= kKeys;       // P and dP stay in registers
+  const Softmax softmax(a);
+  const Dropout dropout(a, b, head);
+  for (int tile = 0; tile < a.query_tiles; ++tile) {
+    const int first = first_row + tile * kQueryRows;
+    if (first >= sequence.length) break;
+    const int row = first + warp_id() * kRowsPerWarp;
+    const int rows = min(max(sequence.length - row, 0), kRowsPerWarp);
+    const int64_t at = sequence.start + (rows ? row : 0);
+    const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
+    const auto grads = [&] {
+      return query_source<kType>(a, p.grad_out, b, head, at, rows, p.value_dim, kAlignedGradOut);
+    };
+
+    float scores[kKeys / 8][4], grad[kKeys / 8][4];    // S, then P, then dS; dP
+    const auto compute = [&](int k, bool load_block, bool load_rows) {
+      const int slot = resident ? k * Traits::kPitch : 0;
+      const Element<kType>*key_tile = key_tiles + slot, *value_tile = value_tiles + slot;
+      if (load_block) {
+        __syncthreads();    // nobody reads what stands there any more
+        load_tile_apart<kType, kKeys, kDim, kThreads>(key_tiles + slot, Traits::kPitch, keys(), k, 0, threadIdx.x);
+        load_tile_apart<kType, kKeys, kDim, kThreads>(value_tiles + slot, Traits::kPitch, values(), k, 0, threadIdx.x);
+        commit_copies();
+        wait_copies<0>();
+        __syncthreads();
+      }
+      clear(scores);
+      clear(grad);
+      for_each_staged<Traits>(queries, staged, load_rows, [&](int column, bool) {
+        multiply_rows<kType, Traits::kStaged, kKeys, false>(scores, staged, Traits::kStagePitch, key_tile + column,
+                                                            Traits::kPitch, head_dim - column, proj_dim - k);
+      });
+      for_each_staged<Traits>(grads, staged_grad, load_rows, [&](int column, bool) {
+        multiply_rows<kType, Traits::kStaged, kKeys, false>(grad, staged_grad, Traits::kStagePitch, value_tile + column,
+                                                            Traits::kPitch, value_dim - column, proj_dim - k);
+      });
+      softmax.orient(scores);
+      if (dropout.on) {
+        dropout.apply(grad, row, k);
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) grad[n][e] *= dropout.multiplier;
+        }
+      }
+    };
+
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
+    for (int k = 0; k < proj_dim; k += kKeys) {
+      compute(k, !resident || tile == 0, k == 0);
+      float correction[2];
+      softmax.step(scores, proj_dim - k, largest, sum, correction, k == 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float added = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+          added += scores[n][2 * half] * grad[n][2 * half] + scores[n][2 * half + 1] * grad[n][2 * half + 1];
+        }
+        delta[half] = delta[half] * correction[half] + added;
+      }
+    }
+    float inverse[2];
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      inverse[half] = 1.0f / quad_sum(sum[half]);
+      delta[half] = quad_sum(delta[half]) * inverse[half];
+      const int r = g + 8 * half;
+      if (t == 0 && r < rows) {
+        const int64_t index = statistics_row(p, b, head, at + r);
+        __stcg(reinterpret_cast<float4*>(a.statistics) + index,
+               make_float4(largest[half], inverse[half], delta[half], 0.0f));
+      }
+    }
+
+    if (p.grad_query.data) {
+      float out[kDim / 8][4];
+      clear(out);
+      for (int k = 0; k < proj_dim; k += kKeys) {
+        if (!single) {
+          compute(k, !resident, false);
+#pragma unroll
+          for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const bool exists = k + 8 * n + 2 * t + e % 2 < proj_dim;
+              scores[n][e] = exists ? softmax.power(scores[n][e], largest[e / 2] * softmax.c) : 0.0f;
+            }
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) scores[n][e] *= inverse[e / 2] * (grad[n][e] - delta[e / 2]);
+        }
+        multiply_scores<kType, kKeys, kDim>(out, scores, key_tiles + (resident ? k * Traits::kPitch : 0),
+                                            Traits::kPitch, proj_dim - k, head_dim);
+      }
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[n][e] *= p.scale;
+      }
+      store_staged<kType, Traits::kStaged>(out, staged, Traits::kStagePitch, rows_at<kType>(p.grad_query, b, head, at),
+                                           p.grad_query.row_stride, rows, head_dim,
+                                           (a.aligned & kAlignedGradQuery) != 0);
+    }
+  }
+  signal(a.ready + b * p.heads_kv + head_kv);
+}
+
+template <class Traits>
+LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* shared, uint32_t* shared_word,
+                                  int ticket) {
+  constexpr DType kType = Traits::kType;
+  constexpr int kDim = Traits::kDim, kRows = Traits::kColumnRows, kQueries = Traits::kQueries, kOut = Traits::kOut;
+  const Problem& p = a.p;
+  const int split = ticket % a.column_splits, tile_id = ticket / a.column_splits;
+  const int part = tile_id % Traits::kParts, block = tile_id / Traits::kParts % a.column_blocks;
+  const int head_kv = static_cast<int>(tile_id / Traits::kParts / a.column_blocks % p.heads_kv);
+  const int b = static_cast<int>(tile_id / Traits::kParts / a.column_blocks / p.heads_kv);
+  const int group = static_cast<int>(p.heads / p.heads_kv);
+  const Sequence sequence = query_sequence(p, b);
+  const int item_rows = a.query_tiles * kQueryRows;
+  wait_for(a.ready + b * p.heads_kv + head_kv,
+           static_cast<uint32_t>((sequence.length + item_rows - 1) / item_rows * group));
+
+  const int proj_dim = static_cast<int>(p.proj_dim), first_k = block * kRows;
+  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv, p.head_dim, kAlignedKeyProj); };
+  const auto values = [&] {
+    return projected_source<kType>(a, p.value_proj, b, head_kv, p.value_dim, kAlignedValueProj);
+  };
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  Element<kType>* key_tile = shared;
+  Element<kType>* value_tile = key_tile + kRows * Traits::kPitch;
+  unsigned char* stages = reinterpret_cast<unsigned char*>(value_tile + kRows * Traits::kPitch);
+  load_tile_apart<kType, kRows, kDim, kThreads>(key_tile, Traits::kPitch, keys(), first_k, 0, threadIdx.x);
+  load_tile_apart<kType, kRows, kDim, kThreads>(value_tile, Traits::kPitch, values(), first_k, 0, threadIdx.x);
+  commit_copies();
+
+  const int tiles = (sequence.length + kQueries - 1) / kQueries;    // of one head
+  const int from = static_cast<int>(static_cast<int64_t>(tiles) * group * split / a.column_splits);
+  const int to = static_cast<int>(static_cast<int64_t>(tiles) * group * (split + 1) / a.column_splits);
+  const auto load = [&](int step) {
+    auto* q_tile = reinterpret_cast<Element<kType>*>(stages + (step - from) % Traits::kStages * Traits::kQueryBytes);
+    auto* grad_tile = q_tile + kQueries * Traits::kPitch;
+    auto* statistics = reinterpret_cast<float4*>(grad_tile + kQueries * Traits::kPitch);
+    const int head = head_kv * group + step / tiles, row = step % tiles * kQueries;
+    load_tile_apart<kType, kQueries, kDim, kThreads>(
+        q_tile, Traits::kPitch,
+        query_source<kType>(a, p.query, b, head, sequence.start, sequence.length, p.head_dim, kAlignedQuery), row, 0,
+        threadIdx.x);
+    load_tile_apart<kType, kQueries, kDim, kThreads>(
+        grad_tile, Traits::kPitch,
+        query_source<kType>(a, p.grad_out, b, head, sequence.start, sequence.length, p.value_dim, kAlignedGradOut), row,
+        0, threadIdx.x);
+    if (threadIdx.x < kQueries) {
+      const int r = row + threadIdx.x;
+      const int64_t index = statistics_row(p, b, head, sequence.start + r);
+      statistics[threadIdx.x] = r < sequence.length ? __ldcg(reinterpret_cast<const float4*>(a.statistics) + index)
+                                                    : make_float4(0.0f, 0.0f, 0.0f, 0.0f);    // P = 0
+    }
+  };
+
+  const Softmax softmax(a);
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int warp_row = warp_id() * kRowsPerWarp;
+  const bool active = warp_row < kRows && first_k + warp_row < proj_dim;
+  float sums[2 * kOut / 8][4];    // dK', then dV'
+  clear(sums);
+  float (&grad_key)[kOut / 8][4] = *reinterpret_cast<float (*)[kOut / 8][4]>(&sums[0]);
+  float (&grad_value)[kOut / 8][4] = *reinterpret_cast<float (*)[kOut / 8][4]>(&sums[kOut / 8]);
+  if (Traits::kStages == 2 && from < to) load(from);
+  if (Traits::kStages == 2) commit_copies();
+  for (int step = from; step < to; ++step) {
+    if (Traits::kStages == 1) {
+      __syncthreads();
+      load(step);
+      commit_copies();
+    }
+    wait_copies<0>();
+    __syncthreads();
+    if (Traits::kStages == 2) {
+      if (step + 1 < to) load(step + 1);
+      commit_copies();
+    }
+    if (!active) continue;
+    const auto* q_tile =
+        reinterpret_cast<const Element<kType>*>(stages + (step - from) % Traits::kStages * Traits::kQueryBytes);
+    const auto* grad_tile = q_tile + kQueries * Traits::kPitch;
+    const auto* statistics = reinterpret_cast<const float4*>(grad_tile + kQueries * Traits::kPitch);
+    const int head = head_kv * group + step / tiles, row = step % tiles * kQueries;
+    const Dropout dropout(a, b, head);
+
+    float scores[kQueries / 8][4], grad[kQueries / 8][4];    // S^T, then P^T; dP^T, then dS^T
+    clear(scores);
+    clear(grad);
+    multiply_rows<kType, kDim, kQueries, false>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
+                                                Traits::kPitch, head_dim, kQueries);
+    if (a.want_key_proj) {
+      multiply_rows<kType, kDim, kQueries, false>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch,
+                                                  grad_tile, Traits::kPitch, value_dim, kQueries);
+    }
+    softmax.orient(scores);
+#pragma unroll
+    for (int n = 0; n < kQueries / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float4 statistic = statistics[8 * n + 2 * t + e % 2];
+        const float probability = softmax.power(scores[n][e], statistic.x * softmax.c) * statistic.y;
+        float multiplier = 1.0f;
+        if (dropout.on) {
+          const bool kept = dropout.kept(row + 8 * n + 2 * t + e % 2, first_k + warp_row + g + e / 2 * 8);
+          multiplier = kept ? dropout.multiplier : 0.0f;
+        }
+        grad[n][e] = probability * (multiplier * grad[n][e] - statistic.z);
+        scores[n][e] = multiplier * probability;
+      }
+    }
+    const int out_column = part * kOut;
+    if (a.want_value_proj) {
+      multiply_scores<kType, kQueries, kOut>(grad_value, scores, grad_tile + out_column, Traits::kPitch, kQueries,
+                                             value_dim - out_column);
+    }
+    if (a.want_key_proj) {
+      multiply_scores<kType, kQueries, kOut>(grad_key, grad, q_tile + out_column, Traits::kPitch, kQueries,
+                                             head_dim - out_column);
+    }
+  }
+  wait_copies<0>();
+
+  float* partial = a.partial + static_cast<int64_t>(tile_id) * a.column_splits * (2 * kOut / 8) * 4 * kThreads;
+  if (!add_splits(sums, partial, a.arrived + tile_id, split, a.column_splits, shared_word) || !active) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int k = first_k + warp_row + g + 8 * half;
+    if (k >= proj_dim) continue;
+#pragma unroll
+    for (int n = 0; n < kOut / 8; ++n) {
+      const int d = part * kOut + 8 * n + 2 * t;
+      if (a.want_key_proj) {
+        store_pair<kType>(rows_at<kType>(p.grad_key_proj, b, head_kv, k) + d, p.scale * grad_key[n][2 * half],
+                          p.scale * grad_key[n][2 * half + 1], head_dim - d, (a.aligned & kAlignedGradKeyProj) != 0);
+      }
+      if (a.want_value_proj) {
+        store_pair<kType>(rows_at<kType>(p.grad_value_proj, b, head_kv, k) + d, grad_value[n][2 * half],
+                          grad_value[n][2 * half + 1], value_dim - d, (a.aligned & kAlignedGradValueProj) != 0);
+      }
+    }
+  }
+}
+
+template <class Traits>
+LINFORMER_DEVICE void backward(const Arguments& a) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ uint32_t word;
+  auto* shared = reinterpret_cast<Element<Traits::kType>*>(memory);
+  const int total = a.attend_tiles + a.column_tiles;
+  for (;;) {
+    const int ticket = static_cast<int>(next_ticket(a.ticket, &word));
+    if (ticket >= total) return;
+    if (ticket < a.attend_tiles) {
+      row_item<Traits>(a, shared, ticket);
+    } else {
+      column_tile<Traits>(a, shared, &word, ticket - a.attend_tiles);
+    }
+  }
+}
+
+}    // namespace
+
+#define LINFORMER_KERNEL(name, type, dim)                                                               \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ Arguments a) { \
+    backward<Backward<DType::type, dim>>(a);                                                            \
+  }
+LINFORMER_KERNELS_OF_TYPE(LINFORMER_BACKWARD_, LINFORMER_KERNEL)
+
+}    // namespace linformer::cuda

@@ -1,0 +1,244 @@
+// Instructions that CUDA C++ has no words for, and what this project needs to know of the types: fragments of the
+// tensor cores, asynchronous copies, and the acquire and release of counters between CTAs.
+//
+// Fragments. In one step of the summed dimension a thread holds, with g = lane / 4 and t = lane % 4,
+//   16 bits, m16n8k16: A rows g, g + 8 and summed 2t, 2t + 1, 2t + 8, 2t + 9; B the same summed ones of column g
+//   fp32, m16n8k8: A rows g, g + 8 and summed 2t, 2t + 1; B the same of column g. The instruction names them t and t +
+//   4:
+//     a sum may take its terms in any order, and neighbours are one 64-bit load.
+//   C: rows g, g + 8 and columns 2t, 2t + 1
+// So in both a thread's part of C, rounded to the type, is its part of A of a following product.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../problem.h"
+#include "traits.h"
+
+namespace linformer::cuda {
+
+#define LINFORMER_DEVICE __device__ __forceinline__
+
+template <DType kType>
+struct ElementOf {
+  using type = uint16_t;
+};
+template <>
+struct ElementOf<DType::kFloat32> {
+  using type = float;
+};
+template <DType kType>
+using Element = typename ElementOf<kType>::type;
+
+LINFORMER_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes, of which the first `bytes` are read and the others are zero.
+LINFORMER_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+LINFORMER_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+LINFORMER_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+LINFORMER_DEVICE uint32_t load_acquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+LINFORMER_DEVICE uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+LINFORMER_DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <DType kType>
+LINFORMER_DEVICE uint32_t pack(float low, float high) {
+  if constexpr (kType == DType::kFloat16) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  } else {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+}
+
+template <DType kType>
+LINFORMER_DEVICE Element<kType> rounded(float value) {
+  if constexpr (kType == DType::kFloat32) {
+    return value;
+  } else {
+    return static_cast<uint16_t>(pack<kType>(value, 0.0f));
+  }
+}
+
+LINFORMER_DEVICE uint32_t to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// Registers of an operand. fp32 is split in two TF32 numbers, which keep 22 of its 24 bits together.
+template <DType kType, int kRegisters>
+struct Fragment {
+  uint32_t high[kRegisters];
+};
+template <int kRegisters>
+struct Fragment<DType::kFloat32, kRegisters> {
+  uint32_t high[kRegisters], low[kRegisters];
+
+  LINFORMER_DEVICE void set(int i, float value) {
+    high[i] = to_tf32(value);
+    const float rest = value - __uint_as_float(high[i]);
+    low[i] = to_tf32(rest);
+  }
+};
+template <DType kType>
+using FragmentA = Fragment<kType, 4>;
+template <DType kType>
+using FragmentB = Fragment<kType, 4>;    // two tiles of 8 columns
+
+template <DType kType>
+struct Step {
+  static constexpr int kSummed = kType == DType::kFloat32 ? 8 : 16;
+};
+
+LINFORMER_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+LINFORMER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+LINFORMER_DEVICE int lane_id() { return threadIdx.x % 32; }
+LINFORMER_DEVICE int warp_id() { return threadIdx.x / 32; }
+
+// A of 16 rows from `row` and one step from `summed`; tile(row, summed) at row * pitch + summed, or kAcross at
+// summed * pitch + row.
+template <DType kType, bool kAcross>
+LINFORMER_DEVICE void load_a(FragmentA<kType>& a, const Element<kType>* tile, int pitch, int row, int summed) {
+  const int lane = lane_id();
+  if constexpr (kType == DType::kFloat32) {
+    const int g = lane / 4, t = lane % 4;
+    if constexpr (kAcross) {
+      const float* at = tile + (summed + 2 * t) * pitch + row + g;
+      a.set(0, at[0]);
+      a.set(1, at[8]);
+      a.set(2, at[pitch]);
+      a.set(3, at[pitch + 8]);
+    } else {
+      const float2 upper = *reinterpret_cast<const float2*>(tile + (row + g) * pitch + summed + 2 * t);
+      const float2 lower = *reinterpret_cast<const float2*>(tile + (row + g + 8) * pitch + summed + 2 * t);
+      a.set(0, upper.x);
+      a.set(1, lower.x);
+      a.set(2, upper.y);
+      a.set(3, lower.y);
+    }
+  } else if constexpr (kAcross) {
+    load_matrices_transposed(
+        a.high, shared_address(tile + (summed + lane % 8 + lane / 16 * 8) * pitch + row + lane / 8 % 2 * 8));
+  } else {
+    load_matrices(a.high, shared_address(tile + (row + lane % 16) * pitch + summed + lane / 16 * 8));
+  }
+}
+
+// B of 16 columns from `column` and one step from `summed`; tile(summed, column) at column * pitch + summed, or kAcross
+// at summed * pitch + column.
+template <DType kType, bool kAcross>
+LINFORMER_DEVICE void load_b(FragmentB<kType>& b, const Element<kType>* tile, int pitch, int column, int summed) {
+  const int lane = lane_id();
+  if constexpr (kType == DType::kFloat32) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kAcross) {
+        const float* at = tile + (summed + 2 * t) * pitch + column + 8 * i + g;
+        b.set(2 * i, at[0]);
+        b.set(2 * i + 1, at[pitch]);
+      } else {
+        const float2 pair = *reinterpret_cast<const float2*>(tile + (column + 8 * i + g) * pitch + summed + 2 * t);
+        b.set(2 * i, pair.x);
+        b.set(2 * i + 1, pair.y);
+      }
+    }
+  } else if constexpr (kAcross) {
+    load_matrices_transposed(b.high, shared_address(tile + (summed + lane % 16) * pitch + column + lane / 16 * 8));
+  } else {
+    load_matrices(b.high,
+                  shared_address(tile + (column + lane % 8 + lane / 16 * 8) * pitch + summed + lane / 8 % 2 * 8));
+  }
+}
+
+LINFORMER_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a b for tile `i` of the two in b.
+template <DType kType>
+LINFORMER_DEVICE void multiply(float (&c)[4], const FragmentA<kType>& a, const FragmentB<kType>& b, int i) {
+  if constexpr (kType == DType::kFloat32) {
+    multiply_tf32(c, a.low, b.high[2 * i], b.high[2 * i + 1]);
+    multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
+    multiply_tf32(c, a.high, b.high[2 * i], b.high[2 * i + 1]);
+  } else if constexpr (kType == DType::kFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[2 * i]), "r"(b.high[2 * i + 1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[2 * i]), "r"(b.high[2 * i + 1]));
+  }
+}
+
+// Step `s` of A from neighbouring tiles of C, rounded to the type.
+template <DType kType, int kTiles>
+LINFORMER_DEVICE void as_a(FragmentA<kType>& a, const float (&c)[kTiles][4], int s) {
+  if constexpr (kType == DType::kFloat32) {
+    a.set(0, c[s][0]);
+    a.set(1, c[s][2]);
+    a.set(2, c[s][1]);
+    a.set(3, c[s][3]);
+  } else {
+    a.high[0] = pack<kType>(c[2 * s][0], c[2 * s][1]);
+    a.high[1] = pack<kType>(c[2 * s][2], c[2 * s][3]);
+    a.high[2] = pack<kType>(c[2 * s + 1][0], c[2 * s + 1][1]);
+    a.high[3] = pack<kType>(c[2 * s + 1][2], c[2 * s + 1][3]);
+  }
+}
+
+template <int kTiles>
+LINFORMER_DEVICE void clear(float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[i][e] = 0.0f;
+  }
+}
+
+}    // namespace linformer::cuda

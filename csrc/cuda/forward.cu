@@ -1,0 +1,191 @@
+// Forward, one launch: K' = E key, V' = F value, out = softmax(scale query K'^T) V'.
+//
+// Work is a list of tickets. Projection tiles come first: kProjectRows rows of K' or V' by 128 columns, which are two
+// heads of width 64, so that a tile of E is read once for both; a long sequence is split, and the CTA that delivers
+// last adds the parts in their order. Attention tiles follow: 128 query rows at a time, 16 a warp, with K' and V' in
+// shared memory for several of them. An attention tile waits until the projections of its heads are complete. Those
+// tickets were drawn earlier by CTAs that run and never wait, so the wait ends however few CTAs are resident.
+//
+// Scores go in blocks of kKeys with the online softmax: a whole row of 256 would take half of all registers, and spill.
+#include "attend.cuh"
+#include "gemm.cuh"
+#include "kernels.h"
+
+namespace linformer::cuda {
+namespace {
+
+template <class Traits, class Shape>
+LINFORMER_DEVICE void project_tile(const Arguments& a, Element<Traits::kType>* shared, uint32_t* shared_word,
+                                   int ticket) {
+  constexpr DType kType = Traits::kType;
+  const Problem& p = a.p;
+  const int split = ticket % a.splits;
+  const int tile_id = ticket / a.splits;
+  const int block = tile_id % a.row_blocks;
+  const int tile = tile_id / a.row_blocks % a.unit_tiles;
+  const int unit_id = tile_id / a.row_blocks / a.unit_tiles;
+  const int unit = unit_id % a.units, b = unit_id / a.units;
+  const Sequence sequence = key_sequence(p, b);
+
+  constexpr int kChunk = 16 / kBytes<kType>, kChunks = Shape::kN / kChunk;
+  const int column = threadIdx.x % kChunks * kChunk;
+  const Piece mine = piece_of(a, unit, tile, column / a.piece);
+  Source<kType> rows;    // none: reads as zero
+  rows.aligned = true;
+  int own_column = 0;
+  if (mine.exists) {
+    rows = sequence_source<kType>(a, mine.value, b, mine.head, sequence);
+    own_column = mine.column + column % a.piece;
+  }
+  const Piece first = piece_of(a, unit, tile, 0);
+  const Source<kType> matrix = projection_source<kType>(a, first.value, first.head, sequence.length);
+
+  const int steps = (sequence.length + Shape::kStep - 1) / Shape::kStep;
+  const int from = static_cast<int>(static_cast<int64_t>(steps) * split / a.splits);
+  const int to = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / a.splits);
+  float c[Shape::kTilesM * Shape::kTilesN][4];
+  clear(c);
+  const bool active = piece_of(a, unit, tile, warp_id() % 2 * Shape::kWarpN / a.piece).exists;
+  multiply_stages<kType, Shape>(c, shared, to - from, active, [&](auto* e_tile, auto* x_tile, int step) {
+    const int n = (from + step) * Shape::kStep;
+    load_tile<kType, Shape::kM, Shape::kStep, kThreads>(e_tile, Shape::kPitchA, matrix, block * Shape::kM, n,
+                                                        threadIdx.x);
+    load_own_columns<kType, Shape::kStep, Shape::kN>(x_tile, Shape::kPitchB, rows, n, own_column);
+  });
+
+  constexpr int kTiles = Shape::kTilesM * Shape::kTilesN;
+  float* partial = a.partial + static_cast<int64_t>(tile_id) * a.splits * kTiles * 4 * kThreads;
+  if (!add_splits(c, partial, a.arrived + tile_id, split, a.splits, shared_word)) return;
+  for_each_pair<Shape>(c, [&](int row, int at, float x, float y) {
+    const Piece piece = piece_of(a, unit, tile, at / a.piece);
+    const int k = block * Shape::kM + row;
+    if (!piece.exists || k >= p.proj_dim) return;
+    const int d = piece.column + at % a.piece;
+    const Rows& target = piece.value ? p.value_proj : p.key_proj;
+    const int columns = static_cast<int>(piece.value ? p.value_dim : p.head_dim);
+    store_pair<kType>(rows_at<kType>(target, b, piece.head, k) + d, x, y, columns - d,
+                      (a.aligned & (piece.value ? kAlignedValueProj : kAlignedKeyProj)) != 0);
+  });
+  signal(a.ready + unit_id);
+}
+
+template <class Traits>
+LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* shared, int ticket) {
+  constexpr DType kType = Traits::kType;
+  constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
+  const Problem& p = a.p;
+  const int head = static_cast<int>(ticket % p.heads);
+  int64_t b = 0;
+  int first_row = 0;
+  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
+                 static_cast<int64_t>(ticket / p.heads), &b, &first_row)) {
+    return;
+  }
+  const int head_kv = head / static_cast<int>(p.heads / p.heads_kv);
+  if (a.project_tiles) {
+    wait_for(a.ready + b * a.units + head_kv / a.unit_heads, static_cast<uint32_t>(a.unit_tiles * a.row_blocks));
+  }
+  const Sequence sequence = query_sequence(p, b);
+  const int proj_dim = static_cast<int>(p.proj_dim);
+  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv, p.head_dim, kAlignedKeyProj); };
+  const auto values = [&] {
+    return projected_source<kType>(a, p.value_proj, b, head_kv, p.value_dim, kAlignedValueProj);
+  };
+  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  Element<kType>* staged = shared + warp_id() * kRowsPerWarp * Traits::kStagePitch;
+  Element<kType>* key_tiles = shared + kWarps * kRowsPerWarp * Traits::kStagePitch;
+  Element<kType>* value_tiles = key_tiles + a.keys * Traits::kKeyPitch;
+  const bool resident = proj_dim <= a.keys;
+  const Softmax softmax(a);
+  const Dropout dropout(a, b, head);
+  for (int tile = 0; tile < a.query_tiles; ++tile) {
+    const int first = first_row + tile * kQueryRows;
+    if (first >= sequence.length) break;
+    const int row = first + warp_id() * kRowsPerWarp;
+    const int rows = min(max(sequence.length - row, 0), kRowsPerWarp);
+    const int64_t at = sequence.start + (rows ? row : 0);
+    const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
+
+    float out[kDim / 8][4];
+    clear(out);
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+    for (int k = 0; k < proj_dim; k += kKeys) {
+      const int slot = resident ? k : k % a.keys;    // row of the block in shared memory
+      bool waiting = slot == 0 && (!resident || tile == 0);
+      if (waiting) {
+        __syncthreads();    // nobody reads the blocks before them any more
+        for (int next = 0; next < min(a.keys, proj_dim - k); next += kKeys) {
+          load_tile_apart<kType, kKeys, kDim, kThreads>(key_tiles + next * Traits::kKeyPitch, Traits::kKeyPitch, keys(),
+                                                        k + next, 0, threadIdx.x);
+          load_tile_apart<kType, kKeys, kDim, kThreads>(value_tiles + next * Traits::kValuePitch, Traits::kValuePitch,
+                                                        values(), k + next, 0, threadIdx.x);
+        }
+        commit_copies();
+      }
+      const Element<kType>* key_tile = key_tiles + slot * Traits::kKeyPitch;
+      float scores[kKeys / 8][4];
+      clear(scores);
+      for_each_staged<Traits>(queries, staged, k == 0, [&](int column, bool fresh) {
+        if (waiting) {    // with the rows, the copies above have been waited for
+          if (!fresh) wait_copies<0>();
+          __syncthreads();
+          waiting = false;
+        }
+        multiply_rows<kType, Traits::kStaged, kKeys, false>(scores, staged, Traits::kStagePitch, key_tile + column,
+                                                            Traits::kKeyPitch, head_dim - column, proj_dim - k);
+      });
+      softmax.orient(scores);
+
+      float correction[2];
+      const int left = proj_dim - k;
+      softmax.step(scores, left, largest, sum, correction, k == 0);
+      if (dropout.on) dropout.apply(scores, row, k);
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[n][e] *= correction[e / 2];
+      }
+      multiply_scores<kType, kKeys, kDim>(out, scores, value_tiles + slot * Traits::kValuePitch, Traits::kValuePitch,
+                                          left, value_dim);
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float scale = dropout.multiplier / quad_sum(sum[half]);
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        out[n][2 * half] *= scale;
+        out[n][2 * half + 1] *= scale;
+      }
+    }
+    store_staged<kType, Traits::kStaged>(out, staged, Traits::kStagePitch, rows_at<kType>(p.out, b, head, at),
+                                         p.out.row_stride, rows, value_dim, (a.aligned & kAlignedOut) != 0);
+  }
+}
+
+template <class Traits>
+LINFORMER_DEVICE void forward(const Arguments& a) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  __shared__ uint32_t word;
+  auto* shared = reinterpret_cast<Element<Traits::kType>*>(memory);
+  const int total = a.project_tiles + a.attend_tiles;
+  for (;;) {
+    const int ticket = static_cast<int>(next_ticket(a.ticket, &word));
+    if (ticket >= total) return;
+    if (ticket < a.project_tiles) {
+      project_tile<Traits, typename Traits::Project>(a, shared, &word, ticket);
+    } else {
+      attend_item<Traits>(a, shared, ticket - a.project_tiles);
+    }
+  }
+}
+
+}    // namespace
+
+#define LINFORMER_KERNEL(name, type, dim, rows)                                                         \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ Arguments a) { \
+    forward<Forward<DType::type, dim, rows>>(a);                                                        \
+  }
+LINFORMER_KERNELS_OF_TYPE(LINFORMER_FORWARD_, LINFORMER_KERNEL)
+
+}    // namespace linformer::cuda

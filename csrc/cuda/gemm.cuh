@@ -1,0 +1,74 @@
+// C += A B for one CTA: tiles of both operands stream through shared memory in stages, asynchronously.
+#pragma once
+
+#include "tile.cuh"
+
+namespace linformer::cuda {
+
+// `load(a, b, step)` fills one stage. Warps with `active` false (all their columns are padding) only keep the barriers.
+// C lies in registers: tile (m, n) of this warp at c[m * kTilesN + n], row 4 x 2 position by warp_row and warp_column.
+template <DType kType, class Shape, class Load>
+LINFORMER_DEVICE void multiply_stages(float (&c)[Shape::kTilesM * Shape::kTilesN][4], Element<kType>* shared, int steps,
+                                      bool active, const Load& load) {
+  constexpr int kStages = Shape::kStages, kStageElements = Shape::kElementsA + Shape::kElementsB;
+  const int row = warp_id() / 2 * Shape::kWarpM, column = warp_id() % 2 * Shape::kWarpN;
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < steps) load(shared + s * kStageElements, shared + s * kStageElements + Shape::kElementsA, s);
+    commit_copies();
+  }
+  int slot = 0;
+  for (int s = 0; s < steps; ++s) {
+    wait_copies<kStages - 2>();
+    __syncthreads();    // stage s is there for all, and nobody reads the stage before it any more
+    const int ahead = s + kStages - 1;
+    if (ahead < steps) {
+      Element<kType>* to = shared + (slot == 0 ? kStages - 1 : slot - 1) * kStageElements;
+      load(to, to + Shape::kElementsA, ahead);
+    }
+    commit_copies();
+    if (active) {
+      const Element<kType>* a_tile = shared + slot * kStageElements;
+      const Element<kType>* b_tile = a_tile + Shape::kElementsA;
+#pragma unroll
+      for (int k = 0; k < Shape::kStep; k += Step<kType>::kSummed) {
+        FragmentA<kType> a[Shape::kTilesM];
+#pragma unroll
+        for (int m = 0; m < Shape::kTilesM; ++m) {
+          load_a<kType, Shape::kAcrossA>(a[m], a_tile, Shape::kPitchA, row + 16 * m, k);
+        }
+#pragma unroll
+        for (int n = 0; n < Shape::kTilesN; n += 2) {
+          FragmentB<kType> b;
+          load_b<kType, Shape::kAcrossB>(b, b_tile, Shape::kPitchB, column + 8 * n, k);
+#pragma unroll
+          for (int m = 0; m < Shape::kTilesM; ++m) {
+            multiply<kType>(c[m * Shape::kTilesN + n], a[m], b, 0);
+            multiply<kType>(c[m * Shape::kTilesN + n + 1], a[m], b, 1);
+          }
+        }
+      }
+    }
+    slot = slot + 1 == kStages ? 0 : slot + 1;
+  }
+  wait_copies<0>();
+  __syncthreads();
+}
+
+// Calls visit(row, column, first, second) for the pairs of neighbours that this thread holds.
+template <class Shape, class Visit>
+LINFORMER_DEVICE void for_each_pair(const float (&c)[Shape::kTilesM * Shape::kTilesN][4], const Visit& visit) {
+  const int row = warp_id() / 2 * Shape::kWarpM + lane_id() / 4;
+  const int column = warp_id() % 2 * Shape::kWarpN + lane_id() % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < Shape::kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < Shape::kTilesN; ++n) {
+      const float (&tile)[4] = c[m * Shape::kTilesN + n];
+      visit(row + 16 * m, column + 8 * n, tile[0], tile[1]);
+      visit(row + 16 * m + 8, column + 8 * n, tile[2], tile[3]);
+    }
+  }
+}
+
+}    // namespace linformer::cuda

@@ -1,0 +1,78 @@
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace linformer::cuda {
+
+#define LINFORMER_DECLARE(name, ...) extern "C" __global__ void name(const __grid_constant__ Arguments a);
+LINFORMER_FORWARD_KERNELS(LINFORMER_DECLARE)
+LINFORMER_BACKWARD_KERNELS(LINFORMER_DECLARE)
+LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_DECLARE)
+
+namespace {
+
+const void* kernel_named(const char* wanted) {
+#define LINFORMER_FIND(name, ...) \
+  if (std::strcmp(wanted, #name) == 0) return reinterpret_cast<const void*>(&name);
+  LINFORMER_FORWARD_KERNELS(LINFORMER_FIND)
+  LINFORMER_BACKWARD_KERNELS(LINFORMER_FIND)
+  LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_FIND)
+  return nullptr;
+}
+
+// Makes GPU `index` the current one for the lifetime of the object.
+struct DeviceGuard {
+  int previous = 0;
+  explicit DeviceGuard(int index) {
+    cudaGetDevice(&previous);
+    cudaSetDevice(index);
+  }
+  ~DeviceGuard() { cudaSetDevice(previous); }
+};
+
+}    // namespace
+
+Device device_of(int index, std::string* error) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  Device device;
+  cudaError_t status = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  if (status != cudaSuccess) {
+    *error = cudaGetErrorString(status);
+    return device;
+  }
+  device.shared_bytes -= 64;    // the kernels' own variables
+  known[index] = device;
+  return device;
+}
+
+std::string launch(const Plan& plan, std::byte* workspace, int index, void* stream) {
+  const DeviceGuard guard(index);
+  const auto on = static_cast<cudaStream_t>(stream);
+  cudaError_t status = cudaSuccess;
+  if (plan.counter_bytes) status = cudaMemsetAsync(workspace, 0, plan.counter_bytes, on);
+  for (const Launch& one : plan.launches) {
+    const void* kernel = kernel_named(one.kernel);
+    Arguments arguments = one.arguments;
+    void* pointers[] = {&arguments};
+    if (status == cudaSuccess) {
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, one.shared_bytes);
+    }
+    if (status == cudaSuccess) status = cudaLaunchKernel(kernel, one.grid, one.block, pointers, one.shared_bytes, on);
+  }
+  return status == cudaSuccess ? std::string() : std::string(cudaGetErrorString(status));
+}
+
+}    // namespace linformer::cuda

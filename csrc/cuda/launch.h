@@ -1,0 +1,17 @@
+// The one place that launches plans on a stream.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "plan.h"
+
+namespace linformer::cuda {
+
+// What the current process's GPU `index` is; `error` says why it cannot be used.
+Device device_of(int index, std::string* error);
+
+// Clears the counters and launches, in order, on `stream` of GPU `index`. Returns an empty string, or what CUDA says.
+std::string launch(const Plan& plan, std::byte* workspace, int index, void* stream);
+
+}    // namespace linformer::cuda

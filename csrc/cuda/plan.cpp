@@ -1,0 +1,385 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <initializer_list>
+
+#include "../philox.h"
+#include "kernels.h"
+
+namespace linformer::cuda {
+namespace {
+
+struct ForwardInfo {
+  const char* name;
+  DType type;
+  int dim;
+  int project_rows, project_tiles;    // of a projection tile: rows, accumulator tiles of a thread
+  int keys, key_bytes, staged_bytes;
+  int shared_bytes;    // at the least
+};
+#define LINFORMER_INFO(name, type, dim, rows)                                                             \
+  {#name,                                                                                                 \
+   DType::type,                                                                                           \
+   dim,                                                                                                   \
+   rows,                                                                                                  \
+   Forward<DType::type, dim, rows>::Project::kTilesM * Forward<DType::type, dim, rows>::Project::kTilesN, \
+   Forward<DType::type, dim, rows>::kKeys,                                                                \
+   Forward<DType::type, dim, rows>::kKeyBytes,                                                            \
+   Forward<DType::type, dim, rows>::kStagedBytes,                                                         \
+   Forward<DType::type, dim, rows>::kSharedBytes},
+constexpr ForwardInfo kForwardKernels[] = {LINFORMER_FORWARD_KERNELS(LINFORMER_INFO)};
+#undef LINFORMER_INFO
+
+struct BackwardInfo {
+  const char* name;
+  DType type;
+  int dim;
+  int column_rows, parts, tiles;    // of a column tile: rows, parts of the columns, accumulator tiles of a thread
+  int keys, key_bytes, staged_bytes;
+  int shared_bytes;    // at the least
+};
+#define LINFORMER_INFO(name, type, dim)      \
+  {#name,                                    \
+   DType::type,                              \
+   dim,                                      \
+   Backward<DType::type, dim>::kColumnRows,  \
+   Backward<DType::type, dim>::kParts,       \
+   2 * Backward<DType::type, dim>::kOut / 8, \
+   Backward<DType::type, dim>::kKeys,        \
+   Backward<DType::type, dim>::kKeyBytes,    \
+   Backward<DType::type, dim>::kStagedBytes, \
+   Backward<DType::type, dim>::kSharedBytes},
+constexpr BackwardInfo kBackwardKernels[] = {LINFORMER_BACKWARD_KERNELS(LINFORMER_INFO)};
+#undef LINFORMER_INFO
+
+struct ProjectBackwardInfo {
+  const char* name;
+  DType type;
+  int shared_bytes;
+};
+#define LINFORMER_INFO(name, type) {#name, DType::type, ProjectBackward<DType::type>::kSharedBytes},
+constexpr ProjectBackwardInfo kProjectBackwardKernels[] = {LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_INFO)};
+#undef LINFORMER_INFO
+
+constexpr int64_t kProjectBackwardRows = ProjectBackward<DType::kFloat16>::kRows;
+constexpr int64_t kTilesPerMultiprocessor = 2;    // that splitting aims at; more parts cost more to add up
+constexpr int64_t kSplitRows = 256;               // of a sequence, at the least
+constexpr int64_t kMostQueryTiles = 4;            // of one item: K' and V' are read once for 512 query rows
+
+constexpr const char* kNoMemory = "the kernels need more shared memory than this GPU has";
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The workspace, one piece behind the other.
+class Layout {
+ public:
+  explicit Layout(std::byte* base) : base_(base) {}
+  template <class T>
+  T* add(int64_t bytes) {
+    T* at = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + static_cast<uintptr_t>(used_));
+    used_ += ceil_div(bytes, 256) * 256;
+    return at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  int64_t used_ = 0;
+};
+
+uint32_t alignment_of(const Problem& p) {
+  const int64_t elements = p.dtype == DType::kFloat32 ? 4 : 8;
+  const auto is_aligned = [&](const Rows& r) {
+    return reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.batch_stride % elements == 0 &&
+           r.head_stride % elements == 0 && r.row_stride % elements == 0;
+  };
+  const struct {
+    const Rows& rows;
+    uint32_t bit;
+  } all[] = {
+      {p.query, kAlignedQuery},
+      {p.key, kAlignedKey},
+      {p.value, kAlignedValue},
+      {p.out, kAlignedOut},
+      {p.proj_key, kAlignedProjKey},
+      {p.proj_value, kAlignedProjValue},
+      {p.key_proj, kAlignedKeyProj},
+      {p.value_proj, kAlignedValueProj},
+      {p.grad_out, kAlignedGradOut},
+      {p.grad_query, kAlignedGradQuery},
+      {p.grad_key_proj, kAlignedGradKeyProj},
+      {p.grad_value_proj, kAlignedGradValueProj},
+  };
+  uint32_t bits = 0;
+  for (const auto& one : all) bits |= is_aligned(one.rows) ? one.bit : 0;
+  return bits;
+}
+
+Arguments arguments_of(const Problem& p) {
+  Arguments a;
+  a.p = p;
+  a.aligned = alignment_of(p);
+  a.exponent = std::fabs(p.scale) * 1.4426950408889634f;
+  a.negative = p.scale < 0.0f;
+  if (p.dropout_p > 0.0) {
+    a.drop_below = std::max(dropout_threshold(p.dropout_p), 1u);
+    a.keep_multiplier = static_cast<float>(1.0 / (1.0 - p.dropout_p));
+  }
+  return a;
+}
+
+int padded_dim(const Problem& p) {
+  const int64_t widest = std::max(p.head_dim, p.value_dim);
+  for (int dim : {32, 64, 96, 128, 256}) {
+    if (widest <= dim) return dim;
+  }
+  return 0;
+}
+
+// Tiles of `rows` rows over all sequences; for packed ones, whose lengths only the GPU knows, at most.
+int64_t items(bool packed, int64_t batch, int64_t total, int64_t longest, int64_t rows) {
+  return packed ? total / rows + batch : batch * ceil_div(longest, rows);
+}
+
+// Parts of one tile, so that about kTilesPerMultiprocessor tiles come on each multiprocessor.
+int64_t splits_for(int64_t tiles, const Device& device, int64_t most) {
+  const int64_t wanted = kTilesPerMultiprocessor * device.multiprocessors / std::max<int64_t>(tiles, 1);
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
+}
+
+void set_units(Arguments& a, int dim) {
+  const Problem& p = a.p;
+  a.piece = piece_columns(dim);
+  a.parts = dim / a.piece;
+  const int64_t slots = kTileColumns / a.piece;
+  const int64_t pieces_of_head = a.parts * (p.shared_kv ? 2 : 1);
+  a.unit_heads = static_cast<int32_t>(p.per_head_proj ? 1 : std::max<int64_t>(1, slots / pieces_of_head));
+  a.units = static_cast<int32_t>(ceil_div(p.heads_kv, a.unit_heads));
+  a.unit_tiles = static_cast<int32_t>(ceil_div(a.unit_heads * pieces_of_head, slots) * (p.shared_kv ? 1 : 2));
+}
+
+int64_t set_query_items(Arguments& a, const Device& device) {
+  const Problem& p = a.p;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int64_t tiles = items(packed, p.batch, p.total_q, p.len_q, kQueryRows) * p.heads;
+  a.query_tiles = static_cast<int32_t>(
+      std::clamp<int64_t>(tiles / (kTilesPerMultiprocessor * device.multiprocessors), 1, kMostQueryTiles));
+  a.query_items = static_cast<int32_t>(items(packed, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows));
+  return static_cast<int64_t>(a.query_items) * p.heads;
+}
+
+uint32_t grid_of(int64_t tickets, const Device& device) {
+  return static_cast<uint32_t>(std::min<int64_t>(tickets, device.multiprocessors));
+}
+
+void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned stages, const Device& device, int dim) {
+  const ForwardInfo* kernel = nullptr;
+  for (const ForwardInfo& one : kForwardKernels) {
+    if (one.type != problem.dtype || one.dim != dim || one.shared_bytes > device.shared_bytes) continue;
+    // Tall tiles only where K fills them.
+    if (!kernel || (one.project_rows > kernel->project_rows && problem.proj_dim > kernel->project_rows)) kernel = &one;
+  }
+  if (!kernel) {
+    plan.refusal = kNoMemory;
+    return;
+  }
+  Arguments a = arguments_of(problem);
+  set_units(a, dim);
+  int64_t tiles = 0, tickets = 0;
+  if (stages & kProject) {
+    a.row_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kernel->project_rows));
+    tiles = problem.batch * a.units * a.unit_tiles * a.row_blocks;
+    a.splits = static_cast<int32_t>(splits_for(tiles, device, problem.len_k / kSplitRows));
+    tickets = tiles * a.splits;
+    if (tickets > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+    a.project_tiles = static_cast<int32_t>(tickets);
+  }
+  if (stages & kAttend) {
+    const int64_t attend = set_query_items(a, device);
+    if (attend + tickets > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+    a.attend_tiles = static_cast<int32_t>(attend);
+    tickets += attend;
+  }
+  if (tickets == 0 || plan.refusal) return;
+  a.ticket = layout.add<uint32_t>(4);
+  a.ready = layout.add<uint32_t>(4 * problem.batch * a.units);
+  a.arrived = layout.add<uint32_t>(a.splits > 1 ? 4 * tiles : 0);
+  plan.counter_bytes = layout.used();
+  a.partial = layout.add<float>(a.splits > 1 ? tiles * a.splits * kernel->project_tiles * 4 * kThreads * 4 : 0);
+  // All of K' and V', or as much as fits.
+  const int64_t blocks =
+      std::min<int64_t>(ceil_div(problem.proj_dim, kernel->keys),
+                        (device.shared_bytes - kernel->staged_bytes) / kernel->key_bytes / kernel->keys);
+  a.keys = static_cast<int32_t>(blocks * kernel->keys);
+  const int64_t shared_bytes =
+      std::max<int64_t>(kernel->shared_bytes, kernel->staged_bytes + a.keys * kernel->key_bytes);
+  plan.launches.push_back({kernel->name, grid_of(tickets, device), kThreads, static_cast<uint32_t>(shared_bytes), a});
+}
+
+void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bool want_key_proj, bool want_value_proj,
+                          const Device& device, int dim) {
+  const BackwardInfo* kernel = nullptr;
+  for (const BackwardInfo& one : kBackwardKernels) {
+    if (one.type == problem.dtype && one.dim == dim && one.shared_bytes <= device.shared_bytes) kernel = &one;
+  }
+  if (!kernel) {
+    plan.refusal = kNoMemory;
+    return;
+  }
+  Arguments a = arguments_of(problem);
+  a.want_key_proj = want_key_proj;
+  a.want_value_proj = want_value_proj;
+  const int64_t rows = set_query_items(a, device);
+  int64_t tiles = 0, columns = 0;
+  if (want_key_proj || want_value_proj) {
+    a.column_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kernel->column_rows));
+    tiles = problem.batch * problem.heads_kv * a.column_blocks * kernel->parts;
+    const int64_t group = problem.heads / std::max<int64_t>(problem.heads_kv, 1);
+    a.column_splits = static_cast<int32_t>(splits_for(tiles, device, group * problem.len_q / kSplitRows));
+    columns = tiles * a.column_splits;
+  }
+  if (rows + columns > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+  if (rows + columns == 0 || plan.refusal) return;
+  a.attend_tiles = static_cast<int32_t>(rows);
+  a.column_tiles = static_cast<int32_t>(columns);
+  a.ticket = layout.add<uint32_t>(4);
+  a.ready = layout.add<uint32_t>(4 * problem.batch * problem.heads_kv);
+  a.arrived = layout.add<uint32_t>(a.column_splits > 1 ? 4 * tiles : 0);
+  plan.counter_bytes = layout.used();
+  a.partial = layout.add<float>(a.column_splits > 1 ? tiles * a.column_splits * kernel->tiles * 4 * kThreads * 4 : 0);
+  const int64_t query_rows = problem.cu_seqlens_q ? problem.total_q : problem.batch * problem.len_q;
+  a.statistics = layout.add<float>(query_rows * problem.heads * 16);
+  // All of K' and V' if they fit, else one block.
+  const int64_t all = ceil_div(problem.proj_dim, kernel->keys) * kernel->keys;
+  a.keys =
+      static_cast<int32_t>(kernel->staged_bytes + all * kernel->key_bytes <= device.shared_bytes ? all : kernel->keys);
+  const int64_t shared_bytes =
+      std::max<int64_t>(kernel->shared_bytes, kernel->staged_bytes + a.keys * kernel->key_bytes);
+  plan.launches.push_back(
+      {kernel->name, grid_of(rows + columns, device), kThreads, static_cast<uint32_t>(shared_bytes), a});
+}
+
+void plan_project_backward(Plan& plan, const Problem& problem, const Device& device, int dim) {
+  const ProjectBackwardInfo* kernel = nullptr;
+  for (const ProjectBackwardInfo& one : kProjectBackwardKernels) {
+    if (one.type == problem.dtype && one.shared_bytes <= device.shared_bytes) kernel = &one;
+  }
+  if (!kernel) {
+    plan.refusal = kNoMemory;
+    return;
+  }
+  Arguments a = arguments_of(problem);
+  set_units(a, dim);
+  int64_t matrix = 0, input = 0;
+  if (problem.grad_proj_key.data || problem.grad_proj_value.data) {
+    a.row_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kProjectBackwardRows));
+    a.matrix_blocks = static_cast<int32_t>(ceil_div(problem.seq_len_max, kTileColumns));
+    matrix =
+        (problem.shared_kv ? 1 : 2) * (problem.per_head_proj ? problem.heads_kv : 1) * a.row_blocks * a.matrix_blocks;
+  }
+  if (problem.grad_key.data || problem.grad_value.data) {
+    a.input_items = static_cast<int32_t>(
+        items(problem.cu_seqlens_k, problem.batch, problem.total_k, problem.len_k, kProjectBackwardRows));
+    input = static_cast<int64_t>(a.input_items) * a.units * a.unit_tiles;
+  }
+  if (matrix + input > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+  if (matrix + input == 0 || plan.refusal) return;
+  a.matrix_tiles = static_cast<int32_t>(matrix);
+  a.input_tiles = static_cast<int32_t>(input);
+  plan.launches.push_back(
+      {kernel->name, grid_of(matrix + input, device), kThreads, static_cast<uint32_t>(kernel->shared_bytes), a});
+}
+
+}    // namespace
+
+Plan make_plan(const Problem& problem, unsigned stages, const Device& device, std::byte* workspace) {
+  Plan plan;
+  Layout layout(workspace);
+  Problem p = problem;
+  const int dim = padded_dim(p);
+  if (!dim) {
+    plan.refusal = "heads are wider than 256";
+    return plan;
+  }
+  if (std::max({p.len_q, p.len_k, p.seq_len_max, p.proj_dim}) > INT_MAX) {
+    plan.refusal = "a sequence, or K, is longer than 2^31 - 1";
+    return plan;
+  }
+  if (p.batch == 0 && !(stages & kProjectBackward)) return plan;
+  if (stages & (kProject | kAttend)) plan_forward(plan, layout, p, stages, device, dim);
+  if (stages & kAttendBackward) {
+    const bool both = (stages & kProjectBackward) != 0;
+    const bool want_key = p.grad_key_proj.data || (both && (p.grad_key.data || p.grad_proj_key.data));
+    const bool want_value =
+        p.grad_value_proj.data ||
+        (both && (p.grad_value.data || p.grad_proj_value.data || (p.shared_kv && p.grad_proj_key.data)));
+    const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+    Layout* at = &layout;
+    const auto gradient = [&](int64_t columns) {
+      const int64_t stride = ceil_div(columns, 8) * 8;
+      Rows rows;
+      rows.batch_stride = p.heads_kv * p.proj_dim * stride;
+      rows.head_stride = p.proj_dim * stride;
+      rows.row_stride = stride;
+      rows.data = at->add<void>(std::max<int64_t>(p.batch * rows.batch_stride, 1) * bytes);
+      return rows;
+    };
+    // Counters first; then what one launch leaves for the other.
+    Problem attend = p;
+    Layout first(workspace);
+    Plan probe;
+    plan_attend_backward(probe, first, attend, want_key, want_value, device, dim);
+    layout.add<void>(first.used());
+    if (both && want_key) p.grad_key_proj = gradient(p.head_dim);
+    if (both && want_value) p.grad_value_proj = gradient(p.value_dim);
+    Layout again(workspace);
+    if (p.batch) plan_attend_backward(plan, again, p, want_key, want_value, device, dim);
+  }
+  if (stages & kProjectBackward && !plan.refusal) plan_project_backward(plan, p, device, dim);
+  plan.workspace_bytes = layout.used();
+  return plan;
+}
+
+std::vector<Region> regions_of(const Problem& p) {
+  std::vector<Region> regions;
+  const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+  const auto add = [&](const char* name, const void* data, int64_t size) {
+    if (data && size > 0) regions.push_back({name, data, size});
+  };
+  const auto add_rows = [&](const char* name, const Rows& r, int64_t batch, int64_t heads, int64_t rows,
+                            int64_t columns) {
+    if (batch * heads * rows * columns == 0) return;
+    add(name, r.data,
+        bytes * ((batch - 1) * r.batch_stride + (heads - 1) * r.head_stride + (rows - 1) * r.row_stride + columns));
+  };
+  const int64_t batch_q = p.cu_seqlens_q ? 1 : p.batch, rows_q = p.cu_seqlens_q ? p.total_q : p.len_q;
+  const int64_t batch_k = p.cu_seqlens_k ? 1 : p.batch, rows_k = p.cu_seqlens_k ? p.total_k : p.len_k;
+  const int64_t matrices = p.per_head_proj ? p.heads_kv : 1;
+  add_rows("query", p.query, batch_q, p.heads, rows_q, p.head_dim);
+  add_rows("out", p.out, batch_q, p.heads, rows_q, p.value_dim);
+  add_rows("grad_out", p.grad_out, batch_q, p.heads, rows_q, p.value_dim);
+  add_rows("grad_query", p.grad_query, batch_q, p.heads, rows_q, p.head_dim);
+  add_rows("key", p.key, batch_k, p.heads_kv, rows_k, p.head_dim);
+  add_rows("value", p.value, batch_k, p.heads_kv, rows_k, p.value_dim);
+  add_rows("grad_key", p.grad_key, batch_k, p.heads_kv, rows_k, p.head_dim);
+  add_rows("grad_value", p.grad_value, batch_k, p.heads_kv, rows_k, p.value_dim);
+  add_rows("proj_key", p.proj_key, 1, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("proj_value", p.proj_value, 1, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("grad_proj_key", p.grad_proj_key, 1, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("grad_proj_value", p.grad_proj_value, 1, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("key_proj", p.key_proj, p.batch, p.heads_kv, p.proj_dim, p.head_dim);
+  add_rows("value_proj", p.value_proj, p.batch, p.heads_kv, p.proj_dim, p.value_dim);
+  add_rows("grad_key_proj", p.grad_key_proj, p.batch, p.heads_kv, p.proj_dim, p.head_dim);
+  add_rows("grad_value_proj", p.grad_value_proj, p.batch, p.heads_kv, p.proj_dim, p.value_dim);
+  if (p.mask && p.batch && p.len_k) {
+    add("mask", p.mask, (p.batch - 1) * p.mask_batch_stride + (p.len_k - 1) * p.mask_row_stride + 1);
+  }
+  add("cu_seqlens_q", p.cu_seqlens_q, 8 * (p.batch + 1));
+  add("cu_seqlens_k", p.cu_seqlens_k, 8 * (p.batch + 1));
+  add("rng_state", p.rng_state, 16);
+  return regions;
+}
+
+}    // namespace linformer::cuda

@@ -1,0 +1,48 @@
+// From a problem to its launches: which kernel, how many CTAs, which arguments, where in the workspace. Pure functions,
+// so that what is tested without a GPU is what is launched on one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "arguments.h"
+
+namespace linformer::cuda {
+
+// Stages, as on the CPU: kProject | kAttend is attention, kAttendBackward | kProjectBackward its backward.
+enum Stage : unsigned { kProject = 1, kAttend = 2, kAttendBackward = 4, kProjectBackward = 8 };
+
+struct Device {
+  int multiprocessors = 1;
+  int shared_bytes = 0;    // of one CTA, at most
+};
+
+struct Launch {
+  const char* kernel = nullptr;
+  uint32_t grid = 0;
+  uint32_t block = 0;
+  uint32_t shared_bytes = 0;
+  Arguments arguments;
+};
+
+struct Plan {
+  std::vector<Launch> launches;    // one after the other
+  int64_t counter_bytes = 0;       // at the start of the workspace, to be zero before the first launch
+  int64_t workspace_bytes = 0;
+  const char* refusal = nullptr;    // why there is no plan
+};
+
+// `workspace` is where the pointers in the arguments go; with nullptr the plan tells how large it has to be. It must be
+// aligned to 256 bytes.
+Plan make_plan(const Problem& problem, unsigned stages, const Device& device, std::byte* workspace);
+
+// The memory that a launch may touch, its workspace left out. Nothing on a GPU needs to know; the tests' emulator does.
+struct Region {
+  const char* name = nullptr;
+  const void* data = nullptr;
+  int64_t bytes = 0;
+};
+std::vector<Region> regions_of(const Problem& problem);
+
+}    // namespace linformer::cuda

@@ -1,0 +1,131 @@
+// Backward of the projection, one launch: dK = E^T dK', dV = F^T dV', dE = dK' K^T, dF = dV' V^T (E = F: one sum of
+// both).
+//
+// Input tiles: 128 rows of the sequence by 128 columns, which are pieces of heads side by side, so that a tile of E is
+// read once for several heads. Matrix tiles: 128 rows of E by 128 of its columns; they sum over all sequences and heads
+// in registers, in a fixed order, and write each element of dE once: no atomics, nothing to add up afterwards. No tile
+// waits for another.
+#include "gemm.cuh"
+#include "kernels.h"
+
+namespace linformer::cuda {
+namespace {
+
+template <class Traits>
+LINFORMER_DEVICE void input_tile(const Arguments& a, Element<Traits::kType>* shared, int index) {
+  constexpr DType kType = Traits::kType;
+  using Shape = typename Traits::Input;
+  const Problem& p = a.p;
+  const int tile = index % a.unit_tiles, unit = index / a.unit_tiles % a.units;
+  int64_t b = 0;
+  int first = 0;
+  if (!find_item(p.cu_seqlens_k, p.batch, p.total_k, min(p.len_k, p.seq_len_max), Traits::kRows,
+                 index / a.unit_tiles / a.units, &b, &first)) {
+    return;
+  }
+  const Sequence sequence = key_sequence(p, b);
+  const Piece start = piece_of(a, unit, tile, 0);
+  if (!a.p.shared_kv && !(start.value ? p.grad_value : p.grad_key).data) return;
+
+  constexpr int kChunk = 16 / kBytes<kType>, kChunks = Shape::kN / kChunk;
+  const int column = threadIdx.x % kChunks * kChunk;
+  const Piece mine = piece_of(a, unit, tile, column / a.piece);
+  const Rows& mine_grad = mine.value ? p.grad_value_proj : p.grad_key_proj;
+  Source<kType> grads;    // none: reads as zero
+  grads.aligned = true;
+  int own_column = 0;
+  if (mine.exists && mine_grad.data) {
+    grads = projected_source<kType>(a, mine_grad, b, mine.head, mine.value ? p.value_dim : p.head_dim,
+                                    mine.value ? kAlignedGradValueProj : kAlignedGradKeyProj);
+    own_column = mine.column + column % a.piece;
+  }
+  const Source<kType> matrix = projection_source<kType>(a, start.value, start.head, sequence.length);
+
+  float c[Shape::kTilesM * Shape::kTilesN][4];
+  clear(c);
+  const int steps = static_cast<int>((p.proj_dim + Shape::kStep - 1) / Shape::kStep);
+  const bool active = piece_of(a, unit, tile, warp_id() % 2 * Shape::kWarpN / a.piece).exists;
+  multiply_stages<kType, Shape>(c, shared, steps, active, [&](auto* e_tile, auto* grad_tile, int step) {
+    load_tile<kType, Shape::kStep, Shape::kM, kThreads>(e_tile, Shape::kPitchA, matrix, step * Shape::kStep, first,
+                                                        threadIdx.x);
+    load_own_columns<kType, Shape::kStep, Shape::kN>(grad_tile, Shape::kPitchB, grads, step * Shape::kStep, own_column);
+  });
+  for_each_pair<Shape>(c, [&](int row, int at, float x, float y) {
+    const Piece piece = piece_of(a, unit, tile, at / a.piece);
+    const int n = first + row;
+    const Rows& target = piece.value ? p.grad_value : p.grad_key;
+    if (!piece.exists || n >= sequence.length || !target.data) return;
+    const bool taken = !p.mask || p.mask[b * p.mask_batch_stride + n * p.mask_row_stride];
+    const int d = piece.column + at % a.piece;
+    const int columns = static_cast<int>(piece.value ? p.value_dim : p.head_dim);
+    store_pair<kType>(rows_at<kType>(target, b, piece.head, sequence.start + n) + d, taken ? x : 0.0f, taken ? y : 0.0f,
+                      columns - d, columns % 2 == 0);
+  });
+}
+
+template <class Traits>
+LINFORMER_DEVICE void matrix_tile(const Arguments& a, Element<Traits::kType>* shared, int index) {
+  constexpr DType kType = Traits::kType;
+  using Shape = typename Traits::Matrix;
+  const Problem& p = a.p;
+  const int column = index % a.matrix_blocks * Shape::kN;
+  const int row = index / a.matrix_blocks % a.row_blocks * Shape::kM;
+  const int matrix = index / a.matrix_blocks / a.row_blocks;    // [E, F] x heads that have their own
+  const int matrices = p.per_head_proj ? static_cast<int>(p.heads_kv) : 1;
+  const bool of_value = matrix / matrices != 0;
+  const int first_head = p.per_head_proj ? matrix % matrices : 0;
+  const int heads = p.per_head_proj ? 1 : static_cast<int>(p.heads_kv);
+  const Rows& target = of_value ? p.grad_proj_value : p.grad_proj_key;
+  if (!target.data) return;
+
+  const int key_steps = static_cast<int>((p.head_dim + Shape::kStep - 1) / Shape::kStep);
+  const int value_steps = static_cast<int>((p.value_dim + Shape::kStep - 1) / Shape::kStep);
+  const int steps_of_head = p.shared_kv ? key_steps + value_steps : of_value ? value_steps : key_steps;
+  float c[Shape::kTilesM * Shape::kTilesN][4];
+  clear(c);
+  const int steps = static_cast<int>(p.batch * heads * steps_of_head);
+  multiply_stages<kType, Shape>(c, shared, steps, true, [&](auto* grad_tile, auto* x_tile, int step) {
+    int d = step % steps_of_head;
+    const int head = first_head + step / steps_of_head % heads;
+    const int b = step / steps_of_head / heads;
+    const bool value = p.shared_kv ? d >= key_steps : of_value;
+    if (p.shared_kv && value) d -= key_steps;
+    const auto grads =
+        projected_source<kType>(a, value ? p.grad_value_proj : p.grad_key_proj, b, head,
+                                value ? p.value_dim : p.head_dim, value ? kAlignedGradValueProj : kAlignedGradKeyProj);
+    const auto rows = sequence_source<kType>(a, value, b, head, key_sequence(p, b));
+    load_tile<kType, Shape::kM, Shape::kStep, kThreads>(grad_tile, Shape::kPitchA, grads, row, d * Shape::kStep,
+                                                        threadIdx.x);
+    load_tile<kType, Shape::kN, Shape::kStep, kThreads>(x_tile, Shape::kPitchB, rows, column, d * Shape::kStep,
+                                                        threadIdx.x);
+  });
+  for_each_pair<Shape>(c, [&](int r, int n, float x, float y) {
+    const int k = row + r, at = column + n;
+    if (k >= p.proj_dim) return;
+    store_pair<kType>(rows_at<kType>(target, 0, first_head, k) + at, x, y, static_cast<int>(p.seq_len_max) - at,
+                      p.seq_len_max % 2 == 0);
+  });
+}
+
+template <class Traits>
+LINFORMER_DEVICE void project_backward(const Arguments& a) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto* shared = reinterpret_cast<Element<Traits::kType>*>(memory);
+  for (int index = blockIdx.x; index < a.matrix_tiles + a.input_tiles; index += gridDim.x) {
+    if (index < a.matrix_tiles) {
+      matrix_tile<Traits>(a, shared, index);
+    } else {
+      input_tile<Traits>(a, shared, index - a.matrix_tiles);
+    }
+  }
+}
+
+}    // namespace
+
+#define LINFORMER_KERNEL(name, type)                                                                    \
+  extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ Arguments a) { \
+    project_backward<ProjectBackward<DType::type>>(a);                                                  \
+  }
+LINFORMER_KERNELS_OF_TYPE(LINFORMER_PROJECT_BACKWARD_, LINFORMER_KERNEL)
+
+}    // namespace linformer::cuda

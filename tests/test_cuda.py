@@ -1,0 +1,122 @@
+"""The CUDA kernels without a GPU: those of the built library, executed by the emulator, against the oracle.
+
+Out-of-bounds accesses, races and copies that nobody waited for raise in the emulator. On a GPU, test_attention.py and
+the others run the same kernels on it.
+"""
+
+import dataclasses
+
+import cases
+import emulated
+import numpy as np
+import pytest
+import test_attention
+import torch
+from cases import Case
+
+REASON = emulated.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+BF16, FP16 = torch.bfloat16, torch.float16
+MOST_WORK = 2e7  # products of sizes; a case above takes the emulator many seconds
+
+
+def work(case: Case) -> int:
+    rows = max(case.n, case.n_q) if case.lengths is None else sum(case.lengths)
+    return case.batch * case.heads * rows * case.k * max(case.d, case.d_v or 0)
+
+
+def check(case: Case, through=cases.run, **options) -> emulated.Run:
+    x = cases.Inputs(case, "cpu")
+    with emulated.emulated(**options) as run:
+        got = through(x, "cpu")
+    cases.compare({case: got}, x)
+    return run
+
+
+CHOSEN = [case for case in test_attention.CHOSEN if work(case) < MOST_WORK]
+
+
+@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_chosen(case, dtype):
+    check(dataclasses.replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_sampled(index, seed):
+    """On a GPU of another size each time: other splits, other runs of tiles, other residents."""
+    rng = np.random.default_rng(seed)
+    case = test_attention.sampled(rng)
+    while work(case) > MOST_WORK:
+        case = test_attention.sampled(rng)
+    check(
+        case, multiprocessors=int(rng.integers(1, 9)), arch=80, shared_bytes=emulated.SHARED_BYTES[rng.choice([80, 86])]
+    )
+
+
+@pytest.mark.parametrize("case", [
+    Case(mask="random", kv_heads=2, extra=5, n=130, d_v=40, layout="bnhd"),
+    Case(lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, sharing="key-value", k=129, layout="padded", dtype=BF16),
+    Case(dropout_p=0.3, sharing="per-head", layout="offset", mask="nothing", dtype=FP16),
+    Case(batch=0), Case(n=0), Case(n_q=0),
+], ids=str)  # fmt: skip
+def test_the_two_halves(case):
+    check(case, cases.run_halves)
+
+
+SPLIT = Case(batch=1, heads=2, kv_heads=2, n=1500, n_q=700, k=70, d=32, dtype=BF16)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("case", [
+    SPLIT, dataclasses.replace(SPLIT, dtype=torch.float32, n=1000, sharing="key-value", mask="random"),
+    Case(heads=4, kv_heads=4, n=70, n_q=70, k=256, d=64, dtype=BF16, batch=1),
+], ids=str)  # fmt: skip
+def test_splits_and_orders_give_the_same_bits(case, arch, seed):
+    """Whatever order warps run in, and however many CTAs are resident."""
+    if str(arch) not in emulated._library.cuda_architectures().split(","):
+        pytest.skip(f"the library was built without sm_{arch}")
+    x = cases.Inputs(case, "cpu")
+    results = []
+    for order, residents in ((0, 0), (seed + 1, 0), (seed + 2, 1), (seed + 3, 3)):
+        with emulated.emulated(arch, 8, seed=order, max_resident=residents):
+            results.append(cases.run(x, "cpu"))
+    cases.compare({case: results[0]}, x)
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_launches():
+    """One launch forward, two backward; none for what nobody wants."""
+    x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")
+    with emulated.emulated() as run:
+        cases.run(x, "cpu")
+    assert [name.split("_")[1] for name in run.kernels] == ["forward", "backward", "project"]
+    x = cases.Inputs(Case(dtype=BF16, batch=0), "cpu")
+    with emulated.emulated() as run:
+        cases.run(x, "cpu")
+    assert run.kernels == ["linformer_project_backward_bf16"]  # dE of an empty batch is zero, and has to be written
+
+
+def test_no_bank_conflicts_in_16_bits():
+    """Aligned rows, no tails: every shared-memory access of the main loops is as fast as it can be."""
+    x = cases.Inputs(Case(batch=1, heads=2, kv_heads=2, n=256, n_q=256, k=128, d=64, dtype=BF16), "cpu")
+    with emulated.emulated() as run:
+        cases.run(x, "cpu")
+    for name, stats in zip(run.kernels, run.stats, strict=True):
+        assert stats.bank_conflicts == 0, (name, stats.hot(5, "wavefronts"))
+
+
+def test_offsets_that_run_past_their_tensor_are_held_inside():
+    """On a GPU nobody reads them before the kernels do, so the kernels must."""
+    from linformer_kernels import linformer_attention_varlen
+
+    q = torch.randn(20, 2, 16)
+    proj = torch.randn(8, 30)
+    for wrong in ([0, 5, 400], [0, 2**40, 20], [-7, 10, 20], [0, 15, 3]):
+        offsets = torch.tensor(wrong)
+        with emulated.emulated():  # raises if anything is read or written out of bounds
+            torch.ops.linformer_kernels.attention(q, q, q, proj, None, None, offsets, offsets, None, 0.0, 1.0)
+    with pytest.raises(ValueError, match="cu_seqlens_q"):
+        linformer_attention_varlen(q, q, q, proj, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
