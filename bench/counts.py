@@ -27,9 +27,9 @@ from linformer_kernels._library import path
 
 NOTES = """\
 needed FLOP and floor bytes: python -m bench explains them. unique: device bytes with a perfect L2, 32-byte sectors,
-each counted once. L2: sectors between L2 and multiprocessors, a request at a time; hits in L1 are not modelled, so it is an
-upper count. conflicts: wavefronts of shared memory beyond the least. instr: warp instructions of PTX for each tensor
-instruction. bound: the longest of count / rate; the rates are NVIDIA's published peaks, which nothing reaches."""
+each counted once. L2: sectors between L2 and multiprocessors, a request at a time; hits in L1 are not modelled, so it
+is an upper count. conflicts: wavefronts of shared memory beyond the least. instr: warp instructions of PTX for each
+tensor instruction. bound: the longest of count / rate; the rates are NVIDIA's published peaks; nothing reaches them."""
 
 
 @dataclass(frozen=True)
