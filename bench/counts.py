@@ -27,9 +27,10 @@ from linformer_kernels._library import path
 
 NOTES = """\
 needed FLOP and floor bytes: python -m bench explains them. unique: device bytes with a perfect L2, 32-byte sectors,
-each counted once. L2: sectors between L2 and multiprocessors, a request at a time; hits in L1 are not modelled, so it
-is an upper count. conflicts: wavefronts of shared memory beyond the least. instr: warp instructions of PTX for each
-tensor instruction. bound: the longest of count / rate; the rates are NVIDIA's published peaks; nothing reaches them."""
+each counted once, and what a launch writes and reads again is not read from the device. L2: sectors between L2 and
+multiprocessors, a request at a time; hits in L1 are not modelled, so it is an upper count; polls of counters are left
+out. conflicts: wavefronts of shared memory beyond the least. instr: warp instructions of PTX for each tensor
+instruction. bound: the longest of count / rate; the rates are NVIDIA's published peaks; nothing reaches them."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,14 @@ class Counts:
 
     def add(self, stats) -> None:  # type: ignore[no-untyped-def]
         self.tensor_flop += stats.tensor_flops
-        self.unique_bytes += stats.unique_read_bytes + stats.unique_write_bytes
-        self.l2_bytes += 32 * (stats.global_read_sectors + stats.global_write_sectors + stats.global_atomic_sectors)
+        # What a launch itself writes it reads out of L2: once, not twice.
+        self.unique_bytes += sum(
+            max(b["read_bytes"], b["write_bytes"]) if b["write_bytes"] else b["read_bytes"]
+            for b in stats.buffers.values()
+        )
+        sectors = stats.global_read_sectors + stats.global_write_sectors + stats.global_atomic_sectors
+        polls = sum(line["sectors"] for line in stats.lines if line["op"].startswith("ld.acquire"))
+        self.l2_bytes += 32 * (sectors - polls)
         self.wavefronts += stats.shared_wavefronts
         self.conflicts += stats.bank_conflicts
         self.warp_instructions += stats.warp_instructions

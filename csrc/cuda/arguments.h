@@ -21,6 +21,10 @@ enum Aligned : uint32_t {
   kAlignedGradQuery = 512,
   kAlignedGradKeyProj = 1024,
   kAlignedGradValueProj = 2048,
+  kAlignedGradKey = 4096,
+  kAlignedGradValue = 8192,
+  kAlignedGradProjKey = 16384,
+  kAlignedGradProjValue = 32768,
 };
 
 struct Arguments {

@@ -18,21 +18,25 @@ LINFORMER_DEVICE float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension, or
-// kAcross. What lies beyond `summed` and `columns` is zero and is left out.
-template <DType kType, int kSummed, int kColumns, bool kAcross>
+// Columns, or summed values, that are computed or left out together where a tile is ragged. Less is more branches.
+constexpr int kRagged = 64;
+
+// c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension. Columns
+// from `columns` on do not matter.
+template <DType kType, int kSummed, int kColumns>
 LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, int row_pitch,
-                                    const Element<kType>* tile, int pitch, int summed, int columns) {
+                                    const Element<kType>* tile, int pitch, int columns) {
 #pragma unroll
   for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
-    if (s < summed) {
-      FragmentA<kType> a;
-      load_a<kType, false>(a, rows, row_pitch, 0, s);
+    FragmentA<kType> a;
+    load_a<kType, false>(a, rows, row_pitch, 0, s);
 #pragma unroll
-      for (int n = 0; n < kColumns; n += 16) {
-        if (n < columns) {
+    for (int group = 0; group < kColumns; group += kRagged) {
+      if (group < columns) {
+#pragma unroll
+        for (int n = group; n < group + kRagged && n < kColumns; n += 16) {
           FragmentB<kType> b;
-          load_b<kType, kAcross>(b, tile, pitch, n, s);
+          load_b<kType, false>(b, tile, pitch, n, s);
           multiply<kType>(c[n / 8], a, b, 0);
           multiply<kType>(c[n / 8 + 1], a, b, 1);
         }
@@ -41,18 +45,20 @@ LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<k
   }
 }
 
-// c (16 x kColumns) += scores (16 x kSummed, in registers, rounded to the type) times `tile`, stored across.
+// c (16 x kColumns) += scores (16 x kSummed, in registers, rounded to the type) times `tile`, stored across. Scores
+// from `summed` on are zero.
 template <DType kType, int kSummed, int kColumns>
 LINFORMER_DEVICE void multiply_scores(float (&c)[kColumns / 8][4], const float (&scores)[kSummed / 8][4],
-                                      const Element<kType>* tile, int pitch, int summed, int columns) {
+                                      const Element<kType>* tile, int pitch, int summed) {
 #pragma unroll
-  for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
-    if (s < summed) {
-      FragmentA<kType> a;
-      as_a<kType>(a, scores, s / Step<kType>::kSummed);
+  for (int group = 0; group < kSummed; group += kRagged) {
+    if (group < summed) {
 #pragma unroll
-      for (int n = 0; n < kColumns; n += 16) {
-        if (n < columns) {
+      for (int s = group; s < group + kRagged && s < kSummed; s += Step<kType>::kSummed) {
+        FragmentA<kType> a;
+        as_a<kType>(a, scores, s / Step<kType>::kSummed);
+#pragma unroll
+        for (int n = 0; n < kColumns; n += 16) {
           FragmentB<kType> b;
           load_b<kType, true>(b, tile, pitch, n, s);
           multiply<kType>(c[n / 8], a, b, 0);

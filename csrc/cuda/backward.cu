@@ -26,7 +26,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
   const Problem& p = a.p;
   const int head = static_cast<int>(ticket % p.heads), head_kv = head / static_cast<int>(p.heads / p.heads_kv);
-  int64_t b = 0;
+  int b = 0;
   int first_row = 0;
   if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
                  static_cast<int64_t>(ticket / p.heads), &b, &first_row)) {
@@ -46,13 +46,12 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   const bool resident = proj_dim <= a.keys;    // K' and V' stay in shared memory
   const bool single = proj_dim <= kKeys;       // P and dP stay in registers
   const Softmax softmax(a);
-  const Dropout dropout(a, b, head);
   for (int tile = 0; tile < a.query_tiles; ++tile) {
     const int first = first_row + tile * kQueryRows;
     if (first >= sequence.length) break;
     const int row = first + warp_id() * kRowsPerWarp;
     const int rows = min(max(sequence.length - row, 0), kRowsPerWarp);
-    const int64_t at = sequence.start + (rows ? row : 0);
+    const int64_t at = sequence.start + row;
     const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
     const auto grads = [&] {
       return query_source<kType>(a, p.grad_out, b, head, at, rows, p.value_dim, kAlignedGradOut);
@@ -73,14 +72,15 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
       clear(scores);
       clear(grad);
       for_each_staged<Traits>(queries, staged, load_rows, [&](int column, bool) {
-        multiply_rows<kType, Traits::kStaged, kKeys, false>(scores, staged, Traits::kStagePitch, key_tile + column,
-                                                            Traits::kPitch, head_dim - column, proj_dim - k);
+        multiply_rows<kType, Traits::kStaged, kKeys>(scores, staged, Traits::kStagePitch, key_tile + column,
+                                                     Traits::kPitch, proj_dim - k);
       });
       for_each_staged<Traits>(grads, staged_grad, load_rows, [&](int column, bool) {
-        multiply_rows<kType, Traits::kStaged, kKeys, false>(grad, staged_grad, Traits::kStagePitch, value_tile + column,
-                                                            Traits::kPitch, value_dim - column, proj_dim - k);
+        multiply_rows<kType, Traits::kStaged, kKeys>(grad, staged_grad, Traits::kStagePitch, value_tile + column,
+                                                     Traits::kPitch, proj_dim - k);
       });
       softmax.orient(scores);
+      const Dropout dropout(a, b, head);
       if (dropout.on) {
         dropout.apply(grad, row, k);
 #pragma unroll
@@ -141,7 +141,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
           for (int e = 0; e < 4; ++e) scores[n][e] *= inverse[e / 2] * (grad[n][e] - delta[e / 2]);
         }
         multiply_scores<kType, kKeys, kDim>(out, scores, key_tiles + (resident ? k * Traits::kPitch : 0),
-                                            Traits::kPitch, proj_dim - k, head_dim);
+                                            Traits::kPitch, proj_dim - k);
       }
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
@@ -242,11 +242,11 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     float scores[kQueries / 8][4], grad[kQueries / 8][4];    // S^T, then P^T; dP^T, then dS^T
     clear(scores);
     clear(grad);
-    multiply_rows<kType, kDim, kQueries, false>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
-                                                Traits::kPitch, head_dim, kQueries);
+    multiply_rows<kType, kDim, kQueries>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
+                                         Traits::kPitch, kQueries);
     if (a.want_key_proj) {
-      multiply_rows<kType, kDim, kQueries, false>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch,
-                                                  grad_tile, Traits::kPitch, value_dim, kQueries);
+      multiply_rows<kType, kDim, kQueries>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch, grad_tile,
+                                           Traits::kPitch, kQueries);
     }
     softmax.orient(scores);
 #pragma unroll
@@ -266,12 +266,10 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     }
     const int out_column = part * kOut;
     if (a.want_value_proj) {
-      multiply_scores<kType, kQueries, kOut>(grad_value, scores, grad_tile + out_column, Traits::kPitch, kQueries,
-                                             value_dim - out_column);
+      multiply_scores<kType, kQueries, kOut>(grad_value, scores, grad_tile + out_column, Traits::kPitch, kQueries);
     }
     if (a.want_key_proj) {
-      multiply_scores<kType, kQueries, kOut>(grad_key, grad, q_tile + out_column, Traits::kPitch, kQueries,
-                                             head_dim - out_column);
+      multiply_scores<kType, kQueries, kOut>(grad_key, grad, q_tile + out_column, Traits::kPitch, kQueries);
     }
   }
   wait_copies<0>();

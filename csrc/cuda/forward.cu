@@ -56,15 +56,16 @@ LINFORMER_DEVICE void project_tile(const Arguments& a, Element<Traits::kType>* s
   constexpr int kTiles = Shape::kTilesM * Shape::kTilesN;
   float* partial = a.partial + static_cast<int64_t>(tile_id) * a.splits * kTiles * 4 * kThreads;
   if (!add_splits(c, partial, a.arrived + tile_id, split, a.splits, shared_word)) return;
-  for_each_pair<Shape>(c, [&](int row, int at, float x, float y) {
+  store_tile<kType, Shape>(c, shared, [&](int row, int at) {
+    Target<kType> to;
     const Piece piece = piece_of(a, unit, tile, at / a.piece);
     const int k = block * Shape::kM + row;
-    if (!piece.exists || k >= p.proj_dim) return;
+    if (!piece.exists || k >= p.proj_dim) return to;
     const int d = piece.column + at % a.piece;
-    const Rows& target = piece.value ? p.value_proj : p.key_proj;
-    const int columns = static_cast<int>(piece.value ? p.value_dim : p.head_dim);
-    store_pair<kType>(rows_at<kType>(target, b, piece.head, k) + d, x, y, columns - d,
-                      (a.aligned & (piece.value ? kAlignedValueProj : kAlignedKeyProj)) != 0);
+    to.data = rows_at<kType>(piece.value ? p.value_proj : p.key_proj, b, piece.head, k) + d;
+    to.columns = static_cast<int>(piece.value ? p.value_dim : p.head_dim) - d;
+    to.aligned = (a.aligned & (piece.value ? kAlignedValueProj : kAlignedKeyProj)) != 0;
+    return to;
   });
   signal(a.ready + unit_id);
 }
@@ -75,7 +76,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
   const Problem& p = a.p;
   const int head = static_cast<int>(ticket % p.heads);
-  int64_t b = 0;
+  int b = 0;
   int first_row = 0;
   if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
                  static_cast<int64_t>(ticket / p.heads), &b, &first_row)) {
@@ -103,7 +104,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
     if (first >= sequence.length) break;
     const int row = first + warp_id() * kRowsPerWarp;
     const int rows = min(max(sequence.length - row, 0), kRowsPerWarp);
-    const int64_t at = sequence.start + (rows ? row : 0);
+    const int64_t at = sequence.start + row;
     const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
 
     float out[kDim / 8][4];
@@ -131,8 +132,8 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
           __syncthreads();
           waiting = false;
         }
-        multiply_rows<kType, Traits::kStaged, kKeys, false>(scores, staged, Traits::kStagePitch, key_tile + column,
-                                                            Traits::kKeyPitch, head_dim - column, proj_dim - k);
+        multiply_rows<kType, Traits::kStaged, kKeys>(scores, staged, Traits::kStagePitch, key_tile + column,
+                                                     Traits::kKeyPitch, proj_dim - k);
       });
       softmax.orient(scores);
 
@@ -146,7 +147,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
         for (int e = 0; e < 4; ++e) out[n][e] *= correction[e / 2];
       }
       multiply_scores<kType, kKeys, kDim>(out, scores, value_tiles + slot * Traits::kValuePitch, Traits::kValuePitch,
-                                          left, value_dim);
+                                          left);
     }
 
 #pragma unroll

@@ -55,18 +55,46 @@ LINFORMER_DEVICE void multiply_stages(float (&c)[Shape::kTilesM * Shape::kTilesN
   __syncthreads();
 }
 
-// Calls visit(row, column, first, second) for the pairs of neighbours that this thread holds.
-template <class Shape, class Visit>
-LINFORMER_DEVICE void for_each_pair(const float (&c)[Shape::kTilesM * Shape::kTilesN][4], const Visit& visit) {
-  const int row = warp_id() / 2 * Shape::kWarpM + lane_id() / 4;
-  const int column = warp_id() % 2 * Shape::kWarpN + lane_id() % 4 * 2;
+// C, rounded to the type, through shared memory to rows that are written 16 bytes at a time: target(row, column) says
+// where 16 bytes of C go. Only what exists is written.
+template <DType kType>
+struct Target {
+  Element<kType>* data = nullptr;    // nullptr: nowhere
+  int columns = 0;                   // that exist from here on
+  bool aligned = false;
+  bool zero = false;    // write zeros instead
+};
+template <DType kType, class Shape, class Where>
+LINFORMER_DEVICE void store_tile(const float (&c)[Shape::kTilesM * Shape::kTilesN][4], Element<kType>* shared,
+                                 const Where& target) {
+  constexpr int kPitch = Shape::kPitchC, kChunk = 16 / kBytes<kType>, kChunks = Shape::kN / kChunk;
+  static_assert(Shape::kM * kPitch * kBytes<kType> <= Shape::kSharedBytes);
+  const int warp_row = warp_id() / 2 * Shape::kWarpM + lane_id() / 4;
+  const int warp_column = warp_id() % 2 * Shape::kWarpN + lane_id() % 4 * 2;
 #pragma unroll
   for (int m = 0; m < Shape::kTilesM; ++m) {
 #pragma unroll
     for (int n = 0; n < Shape::kTilesN; ++n) {
       const float (&tile)[4] = c[m * Shape::kTilesN + n];
-      visit(row + 16 * m, column + 8 * n, tile[0], tile[1]);
-      visit(row + 16 * m + 8, column + 8 * n, tile[2], tile[3]);
+      Element<kType>* at = shared + (warp_row + 16 * m) * kPitch + warp_column + 8 * n;
+      store_pair<kType>(at, tile[0], tile[1], 2, true);
+      store_pair<kType>(at + 8 * kPitch, tile[2], tile[3], 2, true);
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Shape::kM * kChunks; i += kThreads) {
+    const int row = i / kChunks, column = i % kChunks * kChunk;
+    const Target<kType> to = target(row, column);
+    if (!to.data) continue;
+    const Element<kType>* from = shared + row * kPitch + column;
+    if (to.aligned && to.columns >= kChunk) {
+      uint4 chunk = *reinterpret_cast<const uint4*>(from);
+      if (to.zero) chunk = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(to.data) = chunk;
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < min(to.columns, kChunk); ++e) to.data[e] = to.zero ? Element<kType>(0) : from[e];
     }
   }
 }

@@ -7,17 +7,21 @@
 
 namespace linformer::cuda {
 
-#define LINFORMER_FORWARD_OF(X, tag, type, rows)             \
-  X(linformer_forward_##tag##_d32_r##rows, type, 32, rows)   \
-  X(linformer_forward_##tag##_d64_r##rows, type, 64, rows)   \
-  X(linformer_forward_##tag##_d96_r##rows, type, 96, rows)   \
-  X(linformer_forward_##tag##_d128_r##rows, type, 128, rows) \
-  X(linformer_forward_##tag##_d256_r##rows, type, 256, rows)
-#define LINFORMER_FORWARD_fp16(X) \
-  LINFORMER_FORWARD_OF(X, fp16, kFloat16, 128) LINFORMER_FORWARD_OF(X, fp16, kFloat16, 256)
-#define LINFORMER_FORWARD_bf16(X) \
-  LINFORMER_FORWARD_OF(X, bf16, kBFloat16, 128) LINFORMER_FORWARD_OF(X, bf16, kBFloat16, 256)
-#define LINFORMER_FORWARD_fp32(X) LINFORMER_FORWARD_OF(X, fp32, kFloat32, 128)
+#define LINFORMER_FORWARD_OF(X, tag, type)               \
+  X(linformer_forward_##tag##_d32_r128, type, 32, 128)   \
+  X(linformer_forward_##tag##_d64_r128, type, 64, 128)   \
+  X(linformer_forward_##tag##_d96_r128, type, 96, 128)   \
+  X(linformer_forward_##tag##_d128_r128, type, 128, 128) \
+  X(linformer_forward_##tag##_d256_r128, type, 256, 128)
+// Taller projection tiles for K over 128. Width 96 has none: it would spill.
+#define LINFORMER_FORWARD_TALL_OF(X, tag, type)          \
+  X(linformer_forward_##tag##_d32_r256, type, 32, 256)   \
+  X(linformer_forward_##tag##_d64_r256, type, 64, 256)   \
+  X(linformer_forward_##tag##_d128_r256, type, 128, 256) \
+  X(linformer_forward_##tag##_d256_r256, type, 256, 256)
+#define LINFORMER_FORWARD_fp16(X) LINFORMER_FORWARD_OF(X, fp16, kFloat16) LINFORMER_FORWARD_TALL_OF(X, fp16, kFloat16)
+#define LINFORMER_FORWARD_bf16(X) LINFORMER_FORWARD_OF(X, bf16, kBFloat16) LINFORMER_FORWARD_TALL_OF(X, bf16, kBFloat16)
+#define LINFORMER_FORWARD_fp32(X) LINFORMER_FORWARD_OF(X, fp32, kFloat32)
 #define LINFORMER_FORWARD_KERNELS(X) LINFORMER_FORWARD_fp16(X) LINFORMER_FORWARD_bf16(X) LINFORMER_FORWARD_fp32(X)
 
 #define LINFORMER_BACKWARD_OF(X, tag, type)     \

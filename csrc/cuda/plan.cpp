@@ -64,7 +64,8 @@ constexpr ProjectBackwardInfo kProjectBackwardKernels[] = {LINFORMER_PROJECT_BAC
 #undef LINFORMER_INFO
 
 constexpr int64_t kProjectBackwardRows = ProjectBackward<DType::kFloat16>::kRows;
-constexpr int64_t kTilesPerMultiprocessor = 2;    // that splitting aims at; more parts cost more to add up
+constexpr int64_t kTilesPerMultiprocessor = 1;    // that splitting aims at: as many CTAs as are resident, as few parts
+                                                  // as can be, because each part costs a sum in memory
 constexpr int64_t kSplitRows = 256;               // of a sequence, at the least
 constexpr int64_t kMostQueryTiles = 4;            // of one item: K' and V' are read once for 512 query rows
 
@@ -111,6 +112,10 @@ uint32_t alignment_of(const Problem& p) {
       {p.grad_query, kAlignedGradQuery},
       {p.grad_key_proj, kAlignedGradKeyProj},
       {p.grad_value_proj, kAlignedGradValueProj},
+      {p.grad_key, kAlignedGradKey},
+      {p.grad_value, kAlignedGradValue},
+      {p.grad_proj_key, kAlignedGradProjKey},
+      {p.grad_proj_value, kAlignedGradProjValue},
   };
   uint32_t bits = 0;
   for (const auto& one : all) bits |= is_aligned(one.rows) ? one.bit : 0;
@@ -303,8 +308,8 @@ Plan make_plan(const Problem& problem, unsigned stages, const Device& device, st
     plan.refusal = "heads are wider than 256";
     return plan;
   }
-  if (std::max({p.len_q, p.len_k, p.seq_len_max, p.proj_dim}) > INT_MAX) {
-    plan.refusal = "a sequence, or K, is longer than 2^31 - 1";
+  if (std::max({p.batch, p.len_q, p.len_k, p.seq_len_max, p.proj_dim}) > INT_MAX - 65536) {
+    plan.refusal = "a size is larger than 2^31 - 2^16";
     return plan;
   }
   if (p.batch == 0 && !(stages & kProjectBackward)) return plan;

@@ -17,7 +17,7 @@ LINFORMER_DEVICE void input_tile(const Arguments& a, Element<Traits::kType>* sha
   using Shape = typename Traits::Input;
   const Problem& p = a.p;
   const int tile = index % a.unit_tiles, unit = index / a.unit_tiles % a.units;
-  int64_t b = 0;
+  int b = 0;
   int first = 0;
   if (!find_item(p.cu_seqlens_k, p.batch, p.total_k, min(p.len_k, p.seq_len_max), Traits::kRows,
                  index / a.unit_tiles / a.units, &b, &first)) {
@@ -50,17 +50,20 @@ LINFORMER_DEVICE void input_tile(const Arguments& a, Element<Traits::kType>* sha
                                                         threadIdx.x);
     load_own_columns<kType, Shape::kStep, Shape::kN>(grad_tile, Shape::kPitchB, grads, step * Shape::kStep, own_column);
   });
-  for_each_pair<Shape>(c, [&](int row, int at, float x, float y) {
+  store_tile<kType, Shape>(c, shared, [&](int row, int at) {
+    Target<kType> to;
     const Piece piece = piece_of(a, unit, tile, at / a.piece);
     const int n = first + row;
-    const Rows& target = piece.value ? p.grad_value : p.grad_key;
-    if (!piece.exists || n >= sequence.length || !target.data) return;
-    const bool taken = !p.mask || p.mask[b * p.mask_batch_stride + n * p.mask_row_stride];
+    const Rows& rows = piece.value ? p.grad_value : p.grad_key;
+    if (!piece.exists || n >= sequence.length || !rows.data) return to;
     const int d = piece.column + at % a.piece;
-    const int columns = static_cast<int>(piece.value ? p.value_dim : p.head_dim);
-    store_pair<kType>(rows_at<kType>(target, b, piece.head, sequence.start + n) + d, taken ? x : 0.0f, taken ? y : 0.0f,
-                      columns - d, columns % 2 == 0);
+    to.data = rows_at<kType>(rows, b, piece.head, sequence.start + n) + d;
+    to.columns = static_cast<int>(piece.value ? p.value_dim : p.head_dim) - d;
+    to.aligned = (a.aligned & (piece.value ? kAlignedGradValue : kAlignedGradKey)) != 0;
+    to.zero = p.mask && !p.mask[b * p.mask_batch_stride + n * p.mask_row_stride];
+    return to;
   });
+  __syncthreads();    // the next tile reuses the memory
 }
 
 template <class Traits>
@@ -99,12 +102,15 @@ LINFORMER_DEVICE void matrix_tile(const Arguments& a, Element<Traits::kType>* sh
     load_tile<kType, Shape::kN, Shape::kStep, kThreads>(x_tile, Shape::kPitchB, rows, column, d * Shape::kStep,
                                                         threadIdx.x);
   });
-  for_each_pair<Shape>(c, [&](int r, int n, float x, float y) {
-    const int k = row + r, at = column + n;
-    if (k >= p.proj_dim) return;
-    store_pair<kType>(rows_at<kType>(target, 0, first_head, k) + at, x, y, static_cast<int>(p.seq_len_max) - at,
-                      p.seq_len_max % 2 == 0);
+  store_tile<kType, Shape>(c, shared, [&](int r, int n) {
+    Target<kType> to;
+    if (row + r >= p.proj_dim) return to;
+    to.data = rows_at<kType>(target, 0, first_head, row + r) + column + n;
+    to.columns = static_cast<int>(p.seq_len_max) - column - n;
+    to.aligned = (a.aligned & (of_value ? kAlignedGradProjValue : kAlignedGradProjKey)) != 0;
+    return to;
   });
+  __syncthreads();    // the next tile reuses the memory
 }
 
 template <class Traits>

@@ -145,17 +145,17 @@ LINFORMER_DEVICE Sequence key_sequence(const Problem& p, int64_t b) {
 
 // Item `index` of a list that has ceil(length / rows) items for each sequence. Returns false behind its end.
 LINFORMER_DEVICE bool find_item(const int64_t* offsets, int64_t batch, int64_t total, int64_t longest, int rows,
-                                int64_t index, int64_t* b, int* first) {
+                                int64_t index, int* b, int* first) {
   if (!offsets) {
     const int64_t items = (longest + rows - 1) / rows;
-    *b = index / items;
+    *b = static_cast<int>(index / items);
     *first = static_cast<int>(index % items) * rows;
     return true;
   }
   for (int64_t s = 0; s < batch; ++s) {
     const int items = (sequence_of(offsets, s, total, longest).length + rows - 1) / rows;
     if (index < items) {
-      *b = s;
+      *b = static_cast<int>(s);
       *first = static_cast<int>(index) * rows;
       return true;
     }

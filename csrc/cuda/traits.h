@@ -34,6 +34,7 @@ struct Gemm {
   static constexpr int kStages = 2;
   static constexpr int kPitchA = kAcrossA ? pitch_across(kType, kM) : pitch_along(kStep);
   static constexpr int kPitchB = kAcrossB ? pitch_across(kType, kN) : pitch_along(kStep);
+  static constexpr int kPitchC = pitch_across(kType, kN);    // when C goes through shared memory
   static constexpr int kElementsA = (kAcrossA ? kStep : kM) * kPitchA;
   static constexpr int kElementsB = (kAcrossB ? kStep : kN) * kPitchB;
   static constexpr int kSharedBytes = kStages * (kElementsA + kElementsB) * kBytes<kType>;
@@ -80,7 +81,7 @@ struct Backward {
   static constexpr bool kWide = kType == DType::kFloat32;
 
   // Tiles of query rows: statistics of the softmax and dQ.
-  static constexpr int kKeys = kDim >= 256 ? 16 : kDim >= 96 ? (kWide ? 16 : 32) : (kWide ? 32 : 128);
+  static constexpr int kKeys = kDim >= 256 ? 16 : kDim >= 96 ? (kWide ? 16 : 32) : (kWide ? 32 : kDim == 32 ? 64 : 128);
   static constexpr int kStaged = staged_columns(kDim, kWide ? 32 : 64);
   static constexpr int kStagePitch = pitch_along(kStaged);
   static constexpr int kPitch = pitch_along(kDim);
