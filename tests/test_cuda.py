@@ -49,9 +49,8 @@ def test_sampled(index, seed):
     case = test_attention.sampled(rng)
     while work(case) > MOST_WORK:
         case = test_attention.sampled(rng)
-    check(
-        case, multiprocessors=int(rng.integers(1, 9)), arch=80, shared_bytes=emulated.SHARED_BYTES[rng.choice([80, 86])]
-    )
+    order, shared_bytes = int(rng.integers(1, 2**31)), emulated.SHARED_BYTES[rng.choice([80, 86])]
+    check(case, multiprocessors=int(rng.integers(1, 9)), shared_bytes=shared_bytes, seed=order)
 
 
 @pytest.mark.parametrize("case", [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default; unset, Triton warns
 
 WARP = 32
+SAMPLES = Path(emulator.__file__).parent / "samples.cu"
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
@@ -23,7 +25,7 @@ def cuda(request: pytest.FixtureRequest) -> emulator.Module:
     """The kernels of samples.cu."""
     if not shutil.which("nvcc"):
         pytest.skip("nvcc is not on PATH")
-    return emulator.from_nvcc(Path(emulator.__file__).parent / "samples.cu", request.param)
+    return emulator.from_nvcc(SAMPLES, request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +89,25 @@ def test_blocks_that_wait_for_each_other(cuda):
     stats = cuda.kernel("scan").launch(blocks, WARP, [x, out, ticket, sums, ready])
     assert torch.equal(out, x.cumsum(0).int())
     assert stats.kinds() in ([], ["global-conflict"])  # soft: the flags order those accesses
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_block_that_does_not_wait_is_found_out(waits):
+    """In order, each block is done before the next starts. Shuffled, they run side by side."""
+    source = SAMPLES.read_text()
+    if not waits:
+        source, count = re.subn(r"while \(!done\)", "while (false)", source)
+        assert count == 1
+    kernel = emulator.from_nvcc(source).kernel("scan")
+    blocks = 8
+    x = torch.arange(blocks * WARP, dtype=torch.int32)
+    right = []
+    for seed in range(1, 21):
+        out, ticket, sums, ready = (torch.zeros(size, dtype=torch.int32) for size in (x.numel(), 1, blocks, blocks))
+        kernel.launch(blocks, WARP, [x, out, ticket, sums, ready], seed=seed)
+        right.append(torch.equal(out, x.cumsum(0).int()))
+    assert all(right) == waits
 
 
 def test_conversions_to_half_and_back(cuda):

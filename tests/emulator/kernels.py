@@ -69,7 +69,7 @@ class Kernel:
         races         run the race detector for shared memory
         check         raise PtxIssues when something went wrong, other than SOFT; without, see Stats.issues
         isolate       run on guarded copies of the arrays, so that a stray access cannot land in another array
-        seed          other than 0: shuffle the order in which warps run
+        seed          other than 0: shuffle the order in which warps run, and run up to 16 blocks in short turns
         max_steps     give up after so many instructions of warps
         extra         arrays, or arrays by name, that are reached through addresses in bytes (isolate=False, then)
         names         names of the arguments, for Stats.buffers and messages

@@ -189,6 +189,11 @@ struct Launch {
   std::unordered_map<string, size_t> issue_index;
   u64 total_steps = 0, most_resident = 0, clock = 0;
   u64 random = 0;
+  // The next of the shuffle's random numbers, below `limit`.
+  u64 draw(u64 limit) {
+    random = random * 6364136223846793005ull + 1442695040888963407ull;
+    return (random >> 33) % limit;
+  }
   bool abort = false;
   vector<u32> grid_workspace;    // of a cooperative launch
 

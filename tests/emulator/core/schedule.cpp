@@ -14,8 +14,10 @@ namespace emulator {
 constexpr u64 kFairEvery = 1024;     // instructions
 constexpr u32 kFairTurn = 64;        // instructions of a fragment that got its turn by waiting
 constexpr u64 kWarpTurn = 8192;      // instructions of a warp before the next one
-constexpr u64 kShuffledTurn = 64;    // the same with a seed, which also shuffles the order
+constexpr u64 kShuffledTurn = 64;    // the same with a seed, at most; the order is then random, too
 constexpr u64 kCtaTurn = 1ull << 24;
+constexpr u64 kShuffledCtaTurn = 2048;    // at most
+constexpr u64 kShuffledCtas = 16;         // at once
 
 void Warp::pick_fragment() {
   const bool fair = prefer_oldest || steps % kFairEvery == 0;
@@ -192,20 +194,19 @@ bool Cta::deliver_copies() {
 // Runs the warps in turn; stalled: none of them can go on for now.
 u64 Cta::run(u64 budget, bool& stalled) {
   const bool shuffle = launch->options.seed != 0;
-  const u64 turn = shuffle ? kShuffledTurn : kWarpTurn;
   u64 total = 0;
   stalled = false;
   vector<Warp*> order;
   for (const auto& warp : warps) order.push_back(warp.get());
   while (total < budget && !done() && !launch->abort) {
     for (size_t i = order.size(); shuffle && i > 1; i--) {
-      launch->random = launch->random * 6364136223846793005ull + 1442695040888963407ull;
-      std::swap(order[i - 1], order[(launch->random >> 33) % i]);
+      std::swap(order[i - 1], order[launch->draw(i)]);
     }
     bool progress = false;
     for (Warp* warp : order) {
       if (warp->done()) continue;
       warp->progressed = false;
+      const u64 turn = shuffle ? 1 + launch->draw(kShuffledTurn) : kWarpTurn;
       const u64 ran = warp->run(turn);
       total += ran;
       progress |= warp->progressed || (ran == turn && !warp->yielded);
@@ -222,7 +223,8 @@ u64 Cta::run(u64 budget, bool& stalled) {
 }
 
 void Launch::report_deadlock(const std::deque<std::unique_ptr<Cta>>& resident) {
-  static const char* const states[] = {"polls", "waits for lanes", "waits at a warp barrier", "waits at a barrier"};
+  static const char* const states[] = {"polls", "waits for lanes", "waits at a warp barrier", "waits at a barrier",
+                                       "waits for the rest of its warp"};
   constexpr int kLines = 12;
   string message;
   int lines = 0;
@@ -246,14 +248,22 @@ void run_grid(Launch& launch) {
   std::deque<std::unique_ptr<Cta>> resident;
   u64 started = 0;
   u64 stalls = 0;    // in a row
+  const bool shuffle = launch.options.seed != 0;
   while ((started < ctas || !resident.empty()) && !launch.abort) {
     if (launch.interrupt_check) launch.interrupt_check();
-    if (resident.empty()) resident.push_back(make_cta(launch, static_cast<u32>(started++)));
+    // Shuffled, several run at once in short turns, so that one which does not wait for another is found out.
+    const u64 at_once = shuffle ? std::min<u64>(kShuffledCtas, launch.options.max_resident) : 1;
+    while (started < ctas && resident.size() < at_once) {
+      resident.push_back(make_cta(launch, static_cast<u32>(started++)));
+    }
+    if (shuffle) {
+      std::swap(resident.front(), resident[launch.draw(resident.size())]);
+    }
     std::unique_ptr<Cta> cta = std::move(resident.front());
     resident.pop_front();
     launch.most_resident = std::max<u64>(launch.most_resident, resident.size() + 1);
     bool stalled;
-    const u64 ran = cta->run(kCtaTurn, stalled);
+    const u64 ran = cta->run(shuffle ? 1 + launch.draw(kShuffledCtaTurn) : kCtaTurn, stalled);
     launch.total_steps += ran;
     if (launch.options.max_steps && launch.total_steps > launch.options.max_steps) {
       launch.report("step-limit", launch.kernel->code[0], "", "the launch takes more steps than max_steps");
@@ -269,7 +279,7 @@ void run_grid(Launch& launch) {
     if (stalled && started < ctas && resident.size() < launch.options.max_resident) {
       resident.push_front(make_cta(launch, static_cast<u32>(started++)));
       stalls = 0;
-    } else if (stalls > 8 * resident.size() + 64) {
+    } else if (stalls > (shuffle ? 64 : 8) * resident.size() + 64) {
       launch.report_deadlock(resident);
       return;
     }
