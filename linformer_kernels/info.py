@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__, _library
-from ._backends import BACKENDS
+from ._backends import BACKENDS, Backend
 
 
 def collect() -> dict[str, Any]:
@@ -30,8 +30,8 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "backends": {
-            name: {"available": backend.missing is None, "reason": backend.missing}
-            for name, backend in BACKENDS.items()
+            name: {"available": reason is None, "reason": reason}
+            for name, reason in ((name, _reason(backend)) for name, backend in BACKENDS.items())
         },
         "library": {
             "path": None if library is None else str(library),
@@ -46,6 +46,13 @@ def collect() -> dict[str, Any]:
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
     }
+
+
+def _reason(backend: Backend) -> str | None:
+    """Why no call can run on the backend here, in this process."""
+    if backend.name == "cuda" and backend.missing is None and not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA GPU"
+    return backend.missing
 
 
 def main() -> None:
