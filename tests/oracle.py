@@ -79,15 +79,23 @@ def project_backward(grad: Array, x: Array, proj: Array, mask=None, cu_seqlens=N
     return grad_x, grad_proj
 
 
+def _rounder(rounding: float):
+    """A function that moves numbers up or down as a rounding does, by an eighth of it: see attention."""
+    rng, unit = np.random.default_rng(0), max(rounding / 16, FLOAT32 / 4)
+    return (lambda x: x * (1 + unit * rng.choice((-1, 1), x.shape))) if rounding else (lambda x: x)
+
+
 def attend(
     query, key_proj, value_proj, grad_out=None, *, scale, cu_seqlens=None, dropout_p=0.0, rng_state=None, rounding=0.0
 ):  # fmt: skip
     """out, and with grad_out also the gradients of query, key_proj, value_proj.
 
     `rounding` not 0: scores and rowsum(P dP) are off by one float32 rounding of a partial sum of their terms, where it
-    does most: the largest score of a row upward and the others downward.
+    does most: the largest score of a row upward and the others downward. P and dS, operands of the next product, are off
+    like K'.
     """
     unit = FLOAT32 if rounding else 0.0
+    off = _rounder(rounding)
     heads, group = query.shape[1], query.shape[1] // max(key_proj.shape[1], 1)
     out = np.zeros((*query.shape[:-1], value_proj.shape[-1]))
     grad_query, grad_key_proj, grad_value_proj = (np.zeros_like(x) for x in (query, key_proj, value_proj))
@@ -100,16 +108,16 @@ def attend(
             p = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
             p /= p.sum(axis=1, keepdims=True)
             m = dropout_multiplier(rng_state, dropout_p, b, h, heads, *p.shape) if dropout_p else np.ones_like(p)
-            _of_sequence(out, b, cu_seqlens)[h] = (m * p) @ v
+            _of_sequence(out, b, cu_seqlens)[h] = off(m * p) @ v
             if grad_out is None:
                 continue
             g = _of_sequence(grad_out, b, cu_seqlens)[h]
             grad_p = m * (g @ v.T)
             delta = (p * (grad_p + unit * np.abs(grad_p))).sum(axis=1, keepdims=True)
-            grad_scores = scale * p * (grad_p - delta)
+            grad_scores = off(scale * p * (grad_p - delta))
             _of_sequence(grad_query, b, cu_seqlens)[h] = grad_scores @ k
             grad_key_proj[b, h // group] += grad_scores.T @ q
-            grad_value_proj[b, h // group] += (m * p).T @ g
+            grad_value_proj[b, h // group] += off(m * p).T @ g
     return out if grad_out is None else (out, grad_query, grad_key_proj, grad_value_proj)
 
 
@@ -120,15 +128,14 @@ def attention(
     """All results by name: out, key_proj, value_proj, and with grad_out `grad_<argument>`.
 
     `rounding`, the epsilon of a type: the results are off by an eighth of what an implementation in that type does: K',
-    V' and their gradients are sums in float32 (2 roundings) that are rounded to the type (half of its epsilon), scores
+    V', their gradients, P and dS are computed in float32 (2 roundings) and rounded to the type (half its epsilon), scores
     and rowsum(P dP) are sums (8 roundings: 256 terms make about 0.29 sqrt(256)), as `attend` says.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     f = proj_key if proj_value is None else proj_value
     options = dict(scale=scale, cu_seqlens=cu_seqlens_q, dropout_p=dropout_p, rng_state=rng_state, rounding=rounding)
     with np.errstate(invalid="ignore", over="ignore"):
-        unit = max(rounding / 16, FLOAT32 / 4) if rounding else 0.0
-        off = lambda x: x * (1 + unit * np.random.default_rng(0).choice((-1, 1), x.shape))  # noqa: E731
+        off = _rounder(rounding)
         key_proj = off(project(key, proj_key, mask, cu_seqlens_k))
         value_proj = off(project(value, f, mask, cu_seqlens_k))
         result = {"key_proj": key_proj, "value_proj": value_proj}

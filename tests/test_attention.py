@@ -72,7 +72,11 @@ def test_the_two_halves(case, dtype, device, native):
 
 
 def sampled(rng: np.random.Generator) -> Case:
-    """A case out of the whole cross product, with at most 60 million scores times width."""
+    """A case out of the whole cross product, with at most 60 million scores times width.
+
+    Large scores in float32 alone: in 16 bits they make the softmax a choice that hangs on one rounding of K', and in a
+    tensor of a few elements there is no saying who is luckier, the plain formula or the kernel.
+    """
     pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
     kv_heads = int(pick(1, 2, 3, 4))
     packed = rng.random() < 0.3
@@ -87,10 +91,12 @@ def sampled(rng: np.random.Generator) -> Case:
         layout=pick("bhnd", "bnhd", "bnhd", "padded", "offset", "expanded", "strided"),
         grad=pick("bhnd", "bnhd", "padded", "offset", "expanded", "scalar"),
         scale=pick(None, None, None, 0.0, -1.0, 3.0),
-        dropout_p=pick(0.0, 0.0, 0.0, 0.1, 0.9), size=pick(1.0, 1.0, 100.0),
+        dropout_p=pick(0.0, 0.0, 0.0, 0.1, 0.9),
     )  # fmt: skip
     if case.scale is not None:
         case = dataclasses.replace(case, scale=case.scale * case.d**-0.5)
+    if case.dtype == torch.float32:
+        case = dataclasses.replace(case, size=pick(1.0, 1.0, 100.0))
     if packed:
         several = lambda: tuple(int(rng.integers(0, pick(2, 50, 200))) for _ in range(4))  # noqa: E731
         case = dataclasses.replace(case, lengths=several(), lengths_q=pick(None, several()))

@@ -67,7 +67,7 @@ constexpr int64_t kProjectBackwardRows = ProjectBackward<DType::kFloat16>::kRows
 constexpr int64_t kTilesPerMultiprocessor = 1;    // that splitting aims at: as many CTAs as are resident, as few parts
                                                   // as can be, because each part costs a sum in memory
 constexpr int64_t kSplitRows = 256;               // of a sequence, at the least
-constexpr int64_t kMostQueryTiles = 4;            // of one item: K' and V' are read once for 512 query rows
+constexpr int64_t kMostQueryTiles = 8;            // of one item: K' and V' are read once for 1024 query rows
 
 constexpr const char* kNoMemory = "the kernels need more shared memory than this GPU has";
 
