@@ -91,8 +91,8 @@ def attend(
     """out, and with grad_out also the gradients of query, key_proj, value_proj.
 
     `rounding` not 0: scores and rowsum(P dP) are off by one float32 rounding of a partial sum of their terms, where it
-    does most: the largest score of a row upward and the others downward. P and dS, operands of the next product, are off
-    like K'.
+    does most: the largest score of a row upward and the others downward. P and dS, operands of the next product, are
+    off like K'.
     """
     unit = FLOAT32 if rounding else 0.0
     off = _rounder(rounding)
@@ -127,9 +127,9 @@ def attention(
 ) -> dict[str, Array]:  # fmt: skip
     """All results by name: out, key_proj, value_proj, and with grad_out `grad_<argument>`.
 
-    `rounding`, the epsilon of a type: the results are off by an eighth of what an implementation in that type does: K',
-    V', their gradients, P and dS are computed in float32 (2 roundings) and rounded to the type (half its epsilon), scores
-    and rowsum(P dP) are sums (8 roundings: 256 terms make about 0.29 sqrt(256)), as `attend` says.
+    `rounding`, the epsilon of a type: the results are off by an eighth of what an implementation in that type does.
+    K', V', their gradients, P and dS are computed in float32 (2 roundings) and rounded to the type (half its epsilon);
+    scores and rowsum(P dP) are sums (8 roundings: 256 terms make about 0.29 sqrt(256)), as `attend` says.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     f = proj_key if proj_value is None else proj_value
