@@ -94,8 +94,8 @@ class Counts:
         self.special += stats.by_class.get("special_f32", 0)
 
 
-def count(cell: options.Cell, gpu: Gpu) -> tuple[list[tuple[str, Counts]], int]:
-    """Each launch with its counts, and the launches of the forward."""
+def count(cell: options.Cell, gpu: Gpu) -> tuple[list[tuple[str, Counts, int]], int]:
+    """Each launch with its counts and bytes of shared memory, and how many launches the forward has."""
     inputs = make_inputs(cell, "cpu")
     with emulated.emulated(gpu.arch, gpu.multiprocessors, races=False) as run:
         out = linformer_attention(*inputs.tensors, backend="cpu")
@@ -103,10 +103,10 @@ def count(cell: options.Cell, gpu: Gpu) -> tuple[list[tuple[str, Counts]], int]:
         if cell.op == "full":
             out.backward(torch.randn_like(out))
     launches = []
-    for name, stats in zip(run.kernels, run.stats, strict=True):
+    for name, stats, shared in zip(run.kernels, run.stats, run.shared, strict=True):
         counts = Counts(cell.dtype == "float32")
         counts.add(stats)
-        launches.append((name, counts))
+        launches.append((name, counts, shared))
     return launches, forward
 
 
@@ -147,14 +147,14 @@ def main() -> int:
     for cell in options.cells(settings):
         launches, forward = count(cell, gpu)
         total = Counts(cell.dtype == "float32")
-        for _, counts in launches:
+        for _, counts, _ in launches:
             for name in vars(counts):
                 if name != "wide":
                     setattr(total, name, getattr(total, name) + getattr(counts, name))
         products = 3 if total.wide else 1  # 3 TF32 products for one of fp32
         print(f"{cell}: {len(launches)} launches, {forward} of them forward")
         floor = cost.floor_bytes(cell)
-        for name, counts in [*launches, ("all", total)]:
+        for name, counts, shared in [*launches, ("all", total, 0)]:
             bounds = gpu.bounds(counts)
             tightest = max(bounds, key=bounds.__getitem__)
             row = {
@@ -164,6 +164,11 @@ def main() -> int:
                 "instructions_a_tensor_instruction": counts.warp_instructions / max(counts.tensor_instructions, 1),
                 **{f"bound_us_{key}": 1e6 * value for key, value in bounds.items()}, **compiled.get(name, {}),
             }  # fmt: skip
+            if "REG" in row:  # CTAs of 256 threads that fit by registers and by shared memory
+                row["shared_bytes"] = shared
+                row["ctas_a_multiprocessor"] = min(
+                    2**16 // (256 * -(-row["REG"] // 8) * 8), emulated.SHARED_BYTES[gpu.arch] // shared
+                )
             if name == "all":
                 row["tensor_flop_x_needed"] = counts.tensor_flop / (products * cost.flop(cell))
                 row["unique_bytes_x_floor"] = counts.unique_bytes / floor
@@ -175,7 +180,12 @@ def main() -> int:
                 f"conflicts {counts.conflicts:,} of {counts.wavefronts:,}  "
                 f"instr {row['instructions_a_tensor_instruction']:.1f}  "
                 f"bound {1e6 * bounds[tightest]:.1f} us by {tightest} (tensor {1e6 * bounds['tensor']:.1f})"
-                + (f"  {row['REG']} registers, stack {row['STACK']}" if "REG" in row else "")
+                + (
+                    f"  {row['REG']} registers, stack {row['STACK']}, {shared:,} bytes shared, "
+                    f"{row['ctas_a_multiprocessor']} CTA a multiprocessor"
+                    if "REG" in row
+                    else ""
+                )
             )
         print(
             f"  tensor FLOP {row['tensor_flop_x_needed']:.3f} x needed, unique bytes "

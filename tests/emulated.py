@@ -43,6 +43,7 @@ class Run:
 
     kernels: list[str] = field(default_factory=list)
     grids: list[int] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
     stats: list[emulator.Stats] = field(default_factory=list)
     error: Exception | None = None
 
@@ -99,6 +100,7 @@ def emulated(arch: int = 80, multiprocessors: int = 3, shared_bytes: int | None 
             stats = kernel.launch(grid, block, args, shared=shared, isolate=False, extra=memory, **options)
             run.kernels.append(name.decode())
             run.grids.append(grid)
+            run.shared.append(shared)
             run.stats.append(stats)
         except Exception as error:  # an exception cannot pass through the library
             run.error = error
