@@ -352,7 +352,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   p.out = rows_of(out);
   p.key_proj = rows_of(key_proj);
   p.value_proj = rows_of(value_proj);
-  run(p, cpu::kProject | cpu::kAttend, query);
+  run(p, kProject | kAttend, query);
   return {out, key_proj, value_proj};
 }
 
@@ -375,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_value = gradient(needed(needs, 2), value, p.grad_value);
   Tensor grad_proj_key = projection_gradient(needed(needs, 3), proj_key, p, p.grad_proj_key);
   Tensor grad_proj_value = projection_gradient(needed(needs, 4) && proj_value, proj_key, p, p.grad_proj_value);
-  run(p, cpu::kAttendBackward | cpu::kProjectBackward, query);
+  run(p, kAttendBackward | kProjectBackward, query);
   return {grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value};
 }
 
@@ -387,7 +387,7 @@ std::tuple<Tensor, Tensor> project(Tensor key, Tensor value, Tensor proj_key, Op
   Tensor value_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
   p.key_proj = rows_of(key_proj);
   p.value_proj = rows_of(value_proj);
-  run(p, cpu::kProject, key);
+  run(p, kProject, key);
   return {key_proj, value_proj};
 }
 
@@ -403,7 +403,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(Tensor grad_key_proj
   Tensor grad_value = gradient(needed(needs, 1), value, p.grad_value);
   Tensor grad_proj_key = projection_gradient(needed(needs, 2), proj_key, p, p.grad_proj_key);
   Tensor grad_proj_value = projection_gradient(needed(needs, 3) && proj_value, proj_key, p, p.grad_proj_value);
-  run(p, cpu::kProjectBackward, key);
+  run(p, kProjectBackward, key);
   return {grad_key, grad_value, grad_proj_key, grad_proj_value};
 }
 
@@ -417,7 +417,7 @@ Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, Opt
   set_softmax(p, query, rng_state, dropout_p, scale);
   Tensor out = empty_like(query, p.value_dim);
   p.out = rows_of(out);
-  run(p, cpu::kAttend, query);
+  run(p, kAttend, query);
   return out;
 }
 
@@ -442,7 +442,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
     grad_value_proj = empty_contiguous(value_proj);
     p.grad_value_proj = rows_of(grad_value_proj);
   }
-  run(p, cpu::kAttendBackward, query);
+  run(p, kAttendBackward, query);
   return {grad_query, grad_key_proj, grad_value_proj};
 }
 

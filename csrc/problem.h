@@ -8,6 +8,9 @@ namespace linformer {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
+// What an operation consists of; attention is kProject | kAttend, its backward kAttendBackward | kProjectBackward.
+enum Stage : unsigned { kProject = 1, kAttend = 2, kAttendBackward = 4, kProjectBackward = 8 };
+
 // Rows of a (batch, head, row, column) tensor. Strides count elements; columns are adjacent. A packed (total, head,
 // column) tensor has batch stride 0 and finds its sequences through the offsets in Problem.
 struct Rows {
@@ -53,6 +56,12 @@ struct Problem {
   float scale = 1.0f;
   double dropout_p = 0.0;
   const int64_t* rng_state = nullptr;    // seed and offset of dropout
+
+  // dK' or dV' is wanted, for its own sake or for the gradients behind it.
+  bool needs_grad_key_proj() const { return grad_key_proj.data || grad_key.data || grad_proj_key.data; }
+  bool needs_grad_value_proj() const {
+    return grad_value_proj.data || grad_value.data || grad_proj_value.data || (shared_kv && grad_proj_key.data);
+  }
 
   int64_t query_length(int64_t b) const { return cu_seqlens_q ? cu_seqlens_q[b + 1] - cu_seqlens_q[b] : len_q; }
   int64_t key_length(int64_t b) const { return cu_seqlens_k ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : len_k; }

@@ -76,10 +76,8 @@ Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int 
   plan.backward_chunk = std::min(round_to(std::max<int64_t>(even_share, 32), shape.tile_rows),
                                  rows_of_block(kBlockValues, p.proj_dim, 64, 256, shape.tile_rows));
 
-  const bool grad_key = p.grad_key.data || p.grad_proj_key.data;
-  const bool grad_value = p.grad_value.data || p.grad_proj_value.data || (p.shared_kv && p.grad_proj_key.data);
-  plan.need_grad_key_proj = grad_key || p.grad_key_proj.data;
-  plan.need_grad_value_proj = grad_value || p.grad_value_proj.data;
+  plan.need_grad_key_proj = p.needs_grad_key_proj();
+  plan.need_grad_value_proj = p.needs_grad_value_proj();
 
   const auto add = [&plan](TaskKind kind, int64_t tasks) { plan.phases[plan.phase_count++] = {kind, tasks}; };
   if (stages & kProject) add(kProjectTask, p.batch * plan.group_count() * plan.splits);

@@ -12,9 +12,6 @@
 
 namespace linformer::cpu {
 
-// Stages an operation may ask for; attention is kProject | kAttend, its backward kAttendBackward | kProjectBackward.
-enum Stage : unsigned { kProject = 1, kAttend = 2, kAttendBackward = 4, kProjectBackward = 8 };
-
 // What a kernel build can do. A word is 32 bits of one operand of a matrix product: one fp32, or two 16-bit values that
 // are neighbours along the summed dimension.
 struct Shape {

@@ -316,10 +316,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const Device& device, st
   if (stages & (kProject | kAttend)) plan_forward(plan, layout, p, stages, device, dim);
   if (stages & kAttendBackward) {
     const bool both = (stages & kProjectBackward) != 0;
-    const bool want_key = p.grad_key_proj.data || (both && (p.grad_key.data || p.grad_proj_key.data));
-    const bool want_value =
-        p.grad_value_proj.data ||
-        (both && (p.grad_value.data || p.grad_proj_value.data || (p.shared_kv && p.grad_proj_key.data)));
+    const bool want_key = p.needs_grad_key_proj(), want_value = p.needs_grad_value_proj();
     const int64_t bytes = p.dtype == DType::kFloat32 ? 4 : 2;
     Layout* at = &layout;
     const auto gradient = [&](int64_t columns) {

@@ -10,9 +10,6 @@
 
 namespace linformer::cuda {
 
-// Stages, as on the CPU: kProject | kAttend is attention, kAttendBackward | kProjectBackward its backward.
-enum Stage : unsigned { kProject = 1, kAttend = 2, kAttendBackward = 4, kProjectBackward = 8 };
-
 struct Device {
   int multiprocessors = 1;
   int shared_bytes = 0;    // of one CTA, at most
