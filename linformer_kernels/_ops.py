@@ -66,12 +66,19 @@ def _empty_projections(
     return key.new_empty((*shape, key.size(-1))), key.new_empty((*shape, value.size(-1)))
 
 
+def empty_attention(
+    query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, K' and V', not yet computed."""
+    return _like(query, value.size(-1)), *_empty_projections(key, value, proj_key, cu_seqlens_k)
+
+
 LIBRARY.define(f"attention({_ATTENTION_ARGS}, {_SCALARS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 
 
 @torch.library.register_fake("linformer_kernels::attention", lib=LIBRARY)
 def _(query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale):  # type: ignore[no-untyped-def]
-    return _like(query, value.size(-1)), *_empty_projections(key, value, proj_key, cu_seqlens_k)
+    return empty_attention(query, key, value, proj_key, cu_seqlens_k)
 
 
 LIBRARY.define(

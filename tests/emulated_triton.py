@@ -1,0 +1,134 @@
+"""A GPU for the Triton kernels on machines without one: they are compiled for real, and their PTX runs in the emulator.
+
+Triton's own path from arguments to a compiled kernel is kept (which arguments specialise a kernel, its cache on disk);
+only the driver says which GPU there is without looking, and a launch goes to the emulator. CPU tensors stand for the
+GPU's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import emulator
+import torch
+import triton
+from emulator.kernels import SHARED_LIMIT_KIB
+from triton.backends.compiler import GPUTarget
+
+
+class _Driver:
+    """What triton.runtime.driver.active says, for a GPU that is not there."""
+
+    def __init__(self, arch: int, multiprocessors: int):
+        self.arch = arch
+        properties = {"multiprocessor_count": multiprocessors, "max_shared_mem": 1024 * SHARED_LIMIT_KIB.get(arch, 227)}
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> Any:
+        return self.arch  # the key of Triton's caches of kernels
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass
+class Run:
+    """What was launched within `emulated`, or compiled within `compiled_for`."""
+
+    kernels: list[str] = field(default_factory=list)
+    grids: list[int] = field(default_factory=list)
+    compiled: list[Any] = field(default_factory=list)
+    stats: list[emulator.Stats] = field(default_factory=list)
+
+
+def _flat(signature: Any, value: Any) -> list[Any]:
+    """The arguments that a compiled kernel has: tuples opened, and without those that were compiled in."""
+    if isinstance(signature, tuple):
+        return [x for s, v in zip(signature, value, strict=True) for x in _flat(s, v)]
+    return [] if signature == "constexpr" else [value]
+
+
+def _bits(value: Any) -> Any:
+    return value.view(torch.uint8) if isinstance(value, torch.Tensor) and value.dtype == torch.bool else value
+
+
+@contextmanager
+def emulated(arch: int = 80, multiprocessors: int = 3, execute: bool = True, **options: Any) -> Iterator[Run]:
+    """Within the block Triton compiles for `arch`, and launches of the package run in the emulator (`options` are those
+    of its Kernel.launch), or, without `execute`, are only compiled."""
+    from linformer_kernels.triton_kernels import ops
+
+    run = Run()
+
+    def launch(one: ops.Launch) -> None:
+        compiled = one.kernel.run(**one.arguments, grid=(one.grid,), warmup=True, num_warps=one.num_warps)
+        run.kernels.append(compiled.name)
+        run.grids.append(one.grid)
+        run.compiled.append(compiled)
+        if not execute:
+            return
+        signature = compiled.src.signature
+        args = [_bits(x) for name, of in signature.items() for x in _flat(of, one.arguments.get(name))]
+        names = [n for name, of in signature.items() for n in _flat(of, _names(name, of))] + ["scratch", "profile"]
+        run.stats.append(_kernel(compiled).launch(one.grid, args, names=names, **options))
+
+    usual, ops.launch = ops.launch, launch
+    ops._device.cache_clear()
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(_Driver(arch, multiprocessors))
+    try:
+        yield run
+    finally:
+        ops.launch = usual
+        ops._device.cache_clear()
+        config._active = before
+
+
+def _names(name: str, signature: Any) -> Any:
+    if isinstance(signature, tuple):
+        return tuple(_names(f"{name}.{i}", of) for i, of in enumerate(signature))
+    return name
+
+
+_KERNELS: dict[str, Any] = {}
+
+
+def _kernel(compiled: Any) -> Any:
+    if compiled.hash not in _KERNELS:
+        _KERNELS[compiled.hash] = emulator.from_triton(compiled)
+    return _KERNELS[compiled.hash]
+
+
+@cache
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """REG, STACK and the rest, as ptxas has compiled the kernel; and its shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found | {"shared": compiled.metadata.shared}
+
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody has chosen

@@ -1,0 +1,94 @@
+"""Sizes of tiles, by rule: what a problem and a GPU ask for. Pure functions; nothing is tried out here (see tune.py)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a GPU."""
+
+    backend: str  # of Triton: cuda, hip, or interpreter
+    capability: int  # e.g. 80; 0 where it is not NVIDIA's
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a problem decides on the compiled kernel."""
+
+    itemsize: int
+    proj_dim: int
+    head_dim: int
+    value_dim: int
+    per_head_proj: bool = False
+    shared_kv: bool = False
+
+
+@dataclass(frozen=True)
+class Forward:
+    block_k: int  # a projection tile: rows of K' and V', columns, rows of the sequence at a time
+    block_c: int
+    block_n: int
+    project_stages: int
+    block_q: int  # an attention tile: rows of query, rows of K' and V' at a time
+    block_s: int
+    attend_stages: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Config:
+    forward: Forward
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How heads share tiles of E and F: see common.columns_of."""
+
+    piece: int
+    parts: int
+    heads: int
+    tiles: int
+    columns: int
+
+
+def power_of_2(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def unit_for(shape: Shape, most_columns: int = 128) -> Unit:
+    """Columns are a power of 2 for the compiler; heads of 96, say, are three pieces of 32, and four of them fill tiles."""
+    width = max(shape.head_dim, shape.value_dim)
+    padded = power_of_2(width)
+    piece, parts = min(padded, most_columns), max(1, padded // most_columns)
+    if padded >= 64 and 4 * width <= 3 * padded:
+        piece, parts = padded // 4, 3
+    pieces = parts * (2 if shape.shared_kv else 1)
+    columns = most_columns if not shape.per_head_proj else min(most_columns, power_of_2(pieces * piece))
+    slots = columns // piece
+    heads = 1 if shape.per_head_proj else slots // math.gcd(slots, pieces)
+    tiles = -(-heads * pieces // slots) * (1 if shape.shared_kv else 2)
+    return Unit(piece, parts, heads, tiles, columns)
+
+
+def config_for(shape: Shape, device: Device) -> Config:
+    """The tiles for a problem on a device."""
+    wide = shape.itemsize == 4
+    k = power_of_2(shape.proj_dim)
+    width = power_of_2(max(shape.head_dim, shape.value_dim))
+    block_q = 128 if width <= 64 and not wide else 64
+    block_s = min(k, 64 if width <= 64 else 32 if not wide or width <= 128 else 16)
+    forward = Forward(
+        block_k=min(k, 128),
+        block_c=unit_for(shape).columns,
+        block_n=32 if wide else 64,
+        project_stages=3,
+        block_q=block_q,
+        block_s=block_s,
+        attend_stages=2,
+        num_warps=8,
+    )
+    return Config(forward)
