@@ -121,6 +121,11 @@ def _(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale):  
     return _like(query, value_proj.size(-1))
 
 
+def empty_projected_grads(needs: int, query: Tensor, key_proj: Tensor, value_proj: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of K' and V' are sums over query tiles: contiguous, as K' and V' themselves."""
+    return _empty_grads(needs, query, key_proj.contiguous(), value_proj.contiguous())
+
+
 LIBRARY.define(
     f"projected_attention_backward(Tensor grad_out, {_PROJECTED_ARGS}, {_SCALARS}, int needs)"
     " -> (Tensor, Tensor, Tensor)",
@@ -130,9 +135,7 @@ LIBRARY.define(
 
 @torch.library.register_fake("linformer_kernels::projected_attention_backward", lib=LIBRARY)
 def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, needs):  # type: ignore[no-untyped-def]
-    # Gradients of K' and V' are sums over query tiles: contiguous, as K' and V' themselves.
-    grad_query, *grads = _empty_grads(needs, query, key_proj.contiguous(), value_proj.contiguous())
-    return grad_query, *grads
+    return empty_projected_grads(needs, query, key_proj, value_proj)
 
 
 # What the CPU kernels will use, and the measured peak of one thread: native only, no tensors, so no fakes.

@@ -40,8 +40,33 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Backward:
+    fused: bool  # a program has all rows of K', and there are no row tiles
+    block_rows: int  # a row tile: rows of query, rows of K' and V' at a time
+    block_s: int
+    row_stages: int
+    block_k: int  # a column tile: rows of K' and V', rows of query at a time
+    block_q: int
+    column_stages: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ProjectBackward:
+    block_r: int  # a matrix tile: rows and columns of E, columns of a head at a time
+    block_n: int  # also the sequence's rows of an input tile
+    block_w: int
+    block_c: int  # an input tile: columns, rows of K' and V' at a time
+    block_k: int
+    stages: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class Config:
     forward: Forward
+    backward: Backward
+    project_backward: ProjectBackward
 
 
 @dataclass(frozen=True)
@@ -91,4 +116,25 @@ def config_for(shape: Shape, device: Device) -> Config:
         attend_stages=2,
         num_warps=8,
     )
-    return Config(forward)
+    fused = k <= 128 and width <= 64
+    backward = Backward(
+        fused=fused,
+        block_rows=64,
+        block_s=min(k, 64 if width <= 64 else 32),
+        row_stages=2,
+        block_k=min(k, 128 if width <= 64 else 64),
+        block_q=32,
+        column_stages=2,
+        num_warps=8,
+    )
+    unit = unit_for(shape)
+    project_backward = ProjectBackward(
+        block_r=min(k, 128),
+        block_n=128,
+        block_w=min(unit.piece, 32 if wide else 64),
+        block_c=unit.columns,
+        block_k=min(k, 32 if wide else 64),
+        stages=2,
+        num_warps=8,
+    )
+    return Config(forward, backward, project_backward)

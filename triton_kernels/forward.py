@@ -33,7 +33,7 @@ from .common import (
 def project_tile(
     ticket, key, value, proj_key, proj_value, key_proj, value_proj, mask, cu_seqlens_k, strides, sizes, ready, arrived,
     partial, splits, units,
-    unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr,
+    unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr,
     UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -55,11 +55,13 @@ def project_tile(
     p_x = p_x[None, :] + (first + o_n)[:, None] * x_row
     o_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
-    p_e = start_of(proj_key, strides.proj_key, tile * 0, unit_id, unit) + offsets_2d(strides.proj_key, o_k, o_n, unit)
+    p_e = start_of(proj_key, strides.proj_key, 0 * tile, unit_id, unit_e) + offsets_2d(
+        strides.proj_key, o_k, o_n, unit_e
+    )
     if not SHARED_KV:
         if of_value:
-            p_e = start_of(proj_value, strides.proj_value, tile * 0, unit_id, unit) + offsets_2d(
-                strides.proj_value, o_k, o_n, unit
+            p_e = start_of(proj_value, strides.proj_value, 0 * tile, unit_id, unit_e) + offsets_2d(
+                strides.proj_value, o_k, o_n, unit_e
             )
 
     steps = tl.cdiv(length, BLOCK_N)
@@ -154,7 +156,7 @@ def attend_tile(
 def forward(
     query, key, value, proj_key, proj_value, key_proj, value_proj, out, mask, cu_seqlens_q, cu_seqlens_k, rng_state,
     strides, sizes, exponent, threshold, keep, counters, partial, project_tiles, splits, units,
-    unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr,
+    unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr,
     UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr, SPLIT: tl.constexpr,
     NEGATIVE: tl.constexpr, PROJECT: tl.constexpr, ATTEND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PROJECT_STAGES: tl.constexpr,
@@ -172,7 +174,7 @@ def forward(
         if PROJECT:
             project_tile(
                 ticket, key, value, proj_key, proj_value, key_proj, value_proj, mask, cu_seqlens_k, strides, sizes,
-                ready, ready + sizes.batch * units, partial, splits, units, unit, K, D, D_V, PIECE, PARTS, UNIT_HEADS,
+                ready, ready + sizes.batch * units, partial, splits, units, unit, unit_e, K, D, D_V, PIECE, PARTS, UNIT_HEADS,
                 UNIT_TILES, SHARED_KV, SPLIT, PRECISION, BLOCK_K, BLOCK_C, BLOCK_N, PROJECT_STAGES,
             )  # fmt: skip
     else:

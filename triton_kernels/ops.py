@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 from collections import namedtuple
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ import triton
 from torch import Tensor
 
 from .. import _ops
+from .backward import backward
 from .common import Mask, Sizes, Strides
 from .config import Device, Shape, config_for, power_of_2, unit_for
 from .forward import forward
+from .project_backward import project_backward as project_backward_kernel
 
 SPLIT_ROWS = 256  # of a sequence, at the least, that one split sums
 
@@ -87,18 +90,27 @@ class _Call:
         """Pointers and strides of tensors, and sizes; a tensor that is not there is None."""
         tensors = {name: self.tensors.get(name) for name in names}
         strides = {name: self._strides(name, tensor) for name, tensor in tensors.items()}
-        vector = 16 // self.like.element_size()
-        aligned = all(
-            tensor is None or (tensor.data_ptr() % 16 == 0 and all(s % vector == 0 for s in strides[name]))
-            for name, tensor in tensors.items()
-        )
-        unit = vector if aligned else 1
-        units = {name: Strides(*(s // unit for s in strides[name])) for name in names}
+        matrices = [name for name in names if name.endswith(("proj_key", "proj_value"))]
+        units = {"unit": self._unit(set(names) - set(matrices), strides), "unit_e": self._unit(matrices, strides)}
+        if self.sizes.seq_len_max % units["unit_e"]:
+            units["unit_e"] = 1
+        of = {name: units["unit_e" if name in matrices else "unit"] for name in names}
+        layout = namedtuple("Layout", names)(*(Strides(*(s // of[name] for s in strides[name])) for name in names))
+        if not matrices:
+            del units["unit_e"]
         return {
-            **tensors, "strides": namedtuple("Layout", names)(**units), "sizes": self.sizes, "unit": unit,
-            "K": self.shape.proj_dim, "D": self.shape.head_dim, "D_V": self.shape.value_dim,
-            "PRECISION": self.precision,
+            **tensors, "strides": layout, "sizes": self.sizes, **units, "K": self.shape.proj_dim,
+            "D": self.shape.head_dim, "D_V": self.shape.value_dim, "PRECISION": self.precision,
         }  # fmt: skip
+
+    def _unit(self, names: Iterable[str], strides: dict[str, tuple[int, int, int]]) -> int:
+        """The elements of 16 bytes if all rows of these tensors start at multiples of 16 bytes, else 1."""
+        vector = 16 // self.like.element_size()
+        for name in names:
+            tensor = self.tensors.get(name)
+            if tensor is not None and (tensor.data_ptr() % 16 or any(s % vector for s in strides[name])):
+                return 1
+        return vector
 
     def _strides(self, name: str, tensor: Tensor | None) -> tuple[int, int, int]:
         """Batch, head, row; of (B, H, N, D), of packed (total, H, D), of E (K, N_max) and (H_kv, K, N_max)."""
@@ -217,3 +229,136 @@ def projected_attention(
     call = _Call({"query": query, "key_proj": key_proj, "value_proj": value_proj, "out": out}, cu_seqlens_q, None, allow_tf32)
     _forward(call, None, call.softmax(rng_state, dropout_p, scale), False, True)
     return out
+
+
+def _attend_backward(call: _Call, softmax: dict[str, Any], scale: float, want: tuple[bool, bool, bool]) -> None:
+    config, sizes, shape = call.config.backward, call.sizes, call.shape
+    want_query, want_key, want_value = want
+    rows = tiles = splits = 0
+    if not config.fused:
+        rows = call.tiles("cu_seqlens_q", sizes.len_q, config.block_rows) * sizes.heads
+    if config.fused or want_key or want_value:
+        tiles = sizes.batch * sizes.heads_kv * -(-shape.proj_dim // config.block_k)
+        splits = call.splits(tiles, sizes.len_q * sizes.heads // max(sizes.heads_kv, 1))
+    widths = call.widths()
+    columns = want_key * widths["BLOCK_D"] + want_value * widths["BLOCK_DV"]
+    query_rows = sizes.len_q * (1 if call.cu_seqlens["cu_seqlens_q"] is not None else sizes.batch)
+    arguments = {
+        **call.arguments(
+            "query", "key_proj", "value_proj", "grad_out", "grad_query", "grad_key_proj", "grad_value_proj"
+        ),
+        **softmax, **widths, "cu_seqlens_q": call.cu_seqlens["cu_seqlens_q"], "scale": scale,
+        "statistics": call.partial(0 if config.fused else 3 * query_rows * sizes.heads),
+        "counters": call.counters(1 + sizes.batch * sizes.heads_kv + 2 * tiles),
+        "partial": call.partial(tiles * splits * config.block_k * columns if splits > 1 else 0),
+        "row_tiles": rows, "splits": splits, "tiles": tiles, "FUSED": config.fused, "SPLIT": splits > 1,
+        "WANT_QUERY": want_query, "WANT_KEY": want_key, "WANT_VALUE": want_value, "BLOCK_ROWS": config.block_rows,
+        "BLOCK_S": config.block_s, "BLOCK_K": config.block_k, "BLOCK_Q": config.block_q,
+        "ROW_STAGES": config.row_stages, "COLUMN_STAGES": config.column_stages,
+    }  # fmt: skip
+    call.launch(backward, rows + tiles * splits, arguments, config.num_warps)
+
+
+def _project_backward(call: _Call, mask: Tensor | None) -> None:
+    config, sizes, shape, tensors = call.config.project_backward, call.sizes, call.shape, call.tensors
+    wanted = {f"WANT_{name[5:].upper()}": tensors[name] is not None for name in (
+        "grad_key", "grad_value", "grad_proj_key", "grad_proj_value"
+    )}  # fmt: skip
+    matrix = inputs = 0
+    if wanted["WANT_PROJ_KEY"] or wanted["WANT_PROJ_VALUE"]:
+        matrix = wanted["WANT_PROJ_KEY"] + wanted["WANT_PROJ_VALUE"]
+        matrix *= (sizes.heads_kv if shape.per_head_proj else 1) * -(-shape.proj_dim // config.block_r)
+        matrix *= -(-sizes.seq_len_max // config.block_n)
+    if wanted["WANT_KEY"] or wanted["WANT_VALUE"]:
+        inputs = call.tiles("cu_seqlens_k", sizes.len_k, config.block_n) * call.units * call.unit.tiles
+    pairs = (("grad_key", "grad_value"), ("grad_key_proj", "grad_value_proj"), ("grad_proj_key", "grad_proj_value"))
+    for pair in pairs:
+        for one, other in (pair, pair[::-1]):
+            if tensors[one] is None:  # never written, but it has a type
+                tensors[one] = tensors[other]
+    arguments = {
+        **call.arguments(
+            "key", "value", "proj_key", "proj_value", "grad_key_proj", "grad_value_proj", "grad_key", "grad_value",
+            "grad_proj_key", "grad_proj_value",
+        ),
+        **call.columns(), **wanted, "mask": _mask(mask), "cu_seqlens_k": call.cu_seqlens["cu_seqlens_k"],
+        "matrix_tiles": matrix, "units": call.units, "PER_HEAD": shape.per_head_proj, "BLOCK_R": config.block_r,
+        "BLOCK_N": config.block_n, "BLOCK_W": config.block_w, "BLOCK_C": config.block_c, "BLOCK_K": config.block_k,
+        "STAGES": config.stages,
+    }  # fmt: skip
+    call.launch(project_backward_kernel, matrix + inputs, arguments, config.num_warps)
+
+
+def _gradient_of(like: Tensor) -> Tensor:
+    """For a gradient of K' or V' that one launch leaves for the next: rows start at multiples of 16 bytes."""
+    width = like.size(-1)
+    return like.new_empty((*like.shape[:-1], -(-width // 8) * 8))[..., :width]
+
+
+def _present(grads: Sequence[Tensor], needs: int) -> list[Tensor | None]:
+    return [grad if needs >> i & 1 else None for i, grad in enumerate(grads)]
+
+
+def attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None,
+    key_padding_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    rng_state: Tensor | None, key_proj: Tensor, value_proj: Tensor, dropout_p: float, scale: float, needs: int,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of query, key, value, proj_key, proj_value."""
+    grads = _ops._empty_grads(needs, query, key, value, proj_key, proj_value)
+    shared = proj_value is None
+    grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value = _present(grads, needs & (0b1111 if shared else -1))
+    want_key = grad_key is not None or grad_proj_key is not None
+    want_value = grad_value is not None or (grad_proj_key if shared else grad_proj_value) is not None
+    tensors = {
+        "query": query, "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value,
+        "key_proj": key_proj, "value_proj": value_proj, "grad_out": grad_out, "grad_query": grad_query,
+        "grad_key": grad_key, "grad_value": grad_value, "grad_proj_key": grad_proj_key,
+        "grad_proj_value": grad_proj_value, "grad_key_proj": _gradient_of(key_proj) if want_key else None,
+        "grad_value_proj": _gradient_of(value_proj) if want_value else None,
+    }  # fmt: skip
+    call = _Call(tensors, cu_seqlens_q, cu_seqlens_k, allow_tf32)
+    if grad_query is not None or want_key or want_value:
+        softmax = call.softmax(rng_state, dropout_p, scale)
+        _attend_backward(call, softmax, scale, (grad_query is not None, want_key, want_value))
+    if want_key or want_value:
+        _project_backward(call, key_padding_mask)
+    return grads
+
+
+def project_backward(
+    grad_key_proj: Tensor, grad_value_proj: Tensor, key: Tensor, value: Tensor, proj_key: Tensor,
+    proj_value: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None, needs: int,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of key, value, proj_key, proj_value."""
+    grads = _ops._empty_grads(needs, key, value, proj_key, proj_value)
+    names = ("grad_key", "grad_value", "grad_proj_key", "grad_proj_value")
+    wanted = _present(grads, needs & (0b111 if proj_value is None else -1))
+    tensors = {
+        "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value, "grad_key_proj": grad_key_proj,
+        "grad_value_proj": grad_value_proj, "key_proj": grad_key_proj, "value_proj": grad_value_proj,
+        **dict(zip(names, wanted, strict=True)),
+    }  # fmt: skip
+    if any(grad is not None for grad in wanted):
+        _project_backward(_Call(tensors, None, cu_seqlens_k, allow_tf32), key_padding_mask)
+    return grads
+
+
+def projected_attention_backward(
+    grad_out: Tensor, query: Tensor, key_proj: Tensor, value_proj: Tensor, cu_seqlens_q: Tensor | None,
+    rng_state: Tensor | None, dropout_p: float, scale: float, needs: int, allow_tf32: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of query, key_proj, value_proj."""
+    grads = _ops.empty_projected_grads(needs, query, key_proj, value_proj)
+    grad_query, grad_key_proj, grad_value_proj = _present(grads, needs)
+    tensors = {
+        "query": query, "key_proj": key_proj, "value_proj": value_proj, "grad_out": grad_out,
+        "grad_query": grad_query, "grad_key_proj": grad_key_proj, "grad_value_proj": grad_value_proj,
+    }  # fmt: skip
+    call = _Call(tensors, cu_seqlens_q, None, allow_tf32)
+    wanted = tuple(grad is not None for grad in (grad_query, grad_key_proj, grad_value_proj))
+    if any(wanted):
+        _attend_backward(call, call.softmax(rng_state, dropout_p, scale), scale, wanted)
+    return grads
