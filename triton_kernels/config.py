@@ -104,33 +104,39 @@ def config_for(shape: Shape, device: Device) -> Config:
     wide = shape.itemsize == 4
     k = power_of_2(shape.proj_dim)
     width = power_of_2(max(shape.head_dim, shape.value_dim))
-    block_q = 128 if width <= 64 and not wide else 64
-    block_s = min(k, 64 if width <= 64 else 32 if not wide or width <= 128 else 16)
+    unit = unit_for(shape)
+    # float32 takes three products of TF32, whose operands are split in registers: smaller tiles, or they spill.
+    if wide:
+        attend = {32: (32, 64), 64: (32, 64), 128: (32, 32), 256: (16, 16)}[max(width, 32)]
+        rows = {32: (32, 32), 64: (32, 32), 128: (16, 16), 256: (16, 16)}[max(width, 32)]
+        columns = {32: 64, 64: 64, 128: 32, 256: 16}[max(width, 32)]
+    else:
+        attend = {32: (128, 64), 64: (128, 64), 128: (64, 64), 256: (64, 32)}[max(width, 32)]
+        rows = {32: (64, 64), 64: (64, 64), 128: (64, 32), 256: (32, 32)}[max(width, 32)]
+        columns = {32: 128, 64: 128, 128: 64, 256: 32}[max(width, 32)]
     forward = Forward(
-        block_k=min(k, 128),
-        block_c=unit_for(shape).columns,
+        block_k=min(k, 64 if wide else 128),
+        block_c=unit.columns,
         block_n=32 if wide else 64,
         project_stages=3,
-        block_q=block_q,
-        block_s=block_s,
+        block_q=attend[0],
+        block_s=min(k, attend[1]),
         attend_stages=2,
         num_warps=8,
     )
-    fused = k <= 128 and width <= 64
     backward = Backward(
-        fused=fused,
-        block_rows=64,
-        block_s=min(k, 64 if width <= 64 else 32),
-        row_stages=2,
-        block_k=min(k, 128 if width <= 64 else 64),
-        block_q=32,
-        column_stages=2,
+        fused=k <= columns and not wide and width <= 64,
+        block_rows=rows[0],
+        block_s=min(k, rows[1]),
+        row_stages=1 if wide or width > 128 else 2,
+        block_k=min(k, columns),
+        block_q=16 if wide else 32,
+        column_stages=1 if wide or width > 128 else 2,
         num_warps=8,
     )
-    unit = unit_for(shape)
     project_backward = ProjectBackward(
-        block_r=min(k, 128),
-        block_n=128,
+        block_r=min(k, 64 if wide else 128),
+        block_n=64 if wide else 128,
         block_w=min(unit.piece, 32 if wide else 64),
         block_c=unit.columns,
         block_k=min(k, 32 if wide else 64),
