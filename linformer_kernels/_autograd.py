@@ -40,7 +40,7 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         out, key_proj, value_proj = _below_autograd(_ops.attention.default, *args)
-        *tensors, ctx.dropout_p, ctx.scale = args
+        tensors, ctx.scalars = args[:-3], args[-3:]
         ctx.save_for_backward(*tensors, key_proj, value_proj)
         ctx.mark_non_differentiable(key_proj, value_proj)
         ctx.set_materialize_grads(False)
@@ -51,34 +51,37 @@ class _Attention(Function):
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = _wanted(ctx.needs_input_grad, 5)
-        grads = attention_backward(unit_stride(grad_out), *ctx.saved_tensors, ctx.dropout_p, ctx.scale, needs)
+        grads = attention_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.scalars, needs)
         return _returned(ctx, grads)
 
 
 class _Project(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        ctx.save_for_backward(*args)
+        *tensors, ctx.allow_tf32 = args
+        ctx.save_for_backward(*tensors)
         return _below_autograd(_ops.project.default, *args)
 
     @staticmethod
     def backward(ctx: Any, grad_key_proj: Tensor, grad_value_proj: Tensor) -> Any:
         needs = _wanted(ctx.needs_input_grad, 4)
-        grads = project_backward(unit_stride(grad_key_proj), unit_stride(grad_value_proj), *ctx.saved_tensors, needs)
+        grads = project_backward(
+            unit_stride(grad_key_proj), unit_stride(grad_value_proj), *ctx.saved_tensors, ctx.allow_tf32, needs
+        )
         return _returned(ctx, grads)
 
 
 class _ProjectedAttention(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
-        *tensors, ctx.dropout_p, ctx.scale = args
+        tensors, ctx.scalars = args[:-3], args[-3:]
         ctx.save_for_backward(*tensors)
         return _below_autograd(_ops.projected_attention.default, *args)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         needs = _wanted(ctx.needs_input_grad, 3)
-        grads = projected_attention_backward(unit_stride(grad_out), *ctx.saved_tensors, ctx.dropout_p, ctx.scale, needs)
+        grads = projected_attention_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.scalars, needs)
         return _returned(ctx, grads)
 
 

@@ -5,6 +5,8 @@ arrive validated and cast (`_validation`), so nothing here reports a user's mist
 
 `needs` is a bit mask: bit i asks for gradient i of the op's returns. A gradient that is not wanted comes back with
 shape (0,), and so does the gradient of `proj_value` where it is None (the gradient of `proj_key` is then the sum).
+
+`allow_tf32`: float32 may be multiplied in TF32. CPU kernels do not look at it.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ LIBRARY = torch.library.Library("linformer_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _PROJECT_ARGS = (
-    "Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, Tensor? cu_seqlens_k"
+    "Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, Tensor? cu_seqlens_k, "
+    "bool allow_tf32"
 )
 _ATTENTION_ARGS = (
     "Tensor query, Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng_state"
 )
 _PROJECTED_ARGS = "Tensor query, Tensor key_proj, Tensor value_proj, Tensor? cu_seqlens_q, Tensor? rng_state"
-_SCALARS = "float dropout_p, float scale"
+_SCALARS = "float dropout_p, float scale, bool allow_tf32"
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ LIBRARY.define(f"attention({_ATTENTION_ARGS}, {_SCALARS}) -> (Tensor, Tensor, Te
 
 
 @torch.library.register_fake("linformer_kernels::attention", lib=LIBRARY)
-def _(query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return _like(query, value.size(-1)), *_empty_projections(key, value, proj_key, cu_seqlens_k)
 
 
@@ -82,7 +85,7 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("linformer_kernels::attention_backward", lib=LIBRARY)
-def _(grad_out, query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+def _(grad_out, query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return _empty_grads(needs, query, key, value, proj_key, proj_value)
 
 
@@ -90,7 +93,7 @@ LIBRARY.define(f"project({_PROJECT_ARGS}) -> (Tensor, Tensor)", tags=_TAGS)
 
 
 @torch.library.register_fake("linformer_kernels::project", lib=LIBRARY)
-def _(key, value, proj_key, proj_value, mask, cu_seqlens_k):  # type: ignore[no-untyped-def]
+def _(key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32):  # type: ignore[no-untyped-def]
     return _empty_projections(key, value, proj_key, cu_seqlens_k)
 
 
@@ -102,7 +105,7 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("linformer_kernels::project_backward", lib=LIBRARY)
-def _(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, mask, cu_seqlens_k, needs):  # type: ignore[no-untyped-def]
+def _(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32, needs):  # type: ignore[no-untyped-def]
     return _empty_grads(needs, key, value, proj_key, proj_value)
 
 
@@ -110,7 +113,7 @@ LIBRARY.define(f"projected_attention({_PROJECTED_ARGS}, {_SCALARS}) -> Tensor", 
 
 
 @torch.library.register_fake("linformer_kernels::projected_attention", lib=LIBRARY)
-def _(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale):  # type: ignore[no-untyped-def]
+def _(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]
     return _like(query, value_proj.size(-1))
 
 
@@ -122,7 +125,7 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("linformer_kernels::projected_attention_backward", lib=LIBRARY)
-def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, needs):  # type: ignore[no-untyped-def]
+def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]
     # Gradients of K' and V' are sums over query tiles: contiguous, as K' and V' themselves.
     grad_query, *grads = _empty_grads(needs, query, key_proj.contiguous(), value_proj.contiguous())
     return grad_query, *grads
