@@ -65,6 +65,12 @@ def exact(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None) -> Tenso
     return scaled_dot_product_attention(query, key, value)
 
 
+def flash(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(*(tensor.transpose(1, 2) for tensor in (query, key, value))).transpose(1, 2)
+
+
 def ours(backend: str | None, *tensors: Any) -> Tensor:
     # Imported here so that the rest of the benchmark, and its help, work where the package is not installed.
     import linformer_kernels
@@ -79,9 +85,9 @@ def candidates(options: argparse.Namespace, cell: Cell) -> list[Candidate]:
         torch._dynamo.reset()  # a ninth shape would be one too many for a function, which then runs uncompiled
         calls["compile"] = torch.compile(eager, dynamic=False)
     if cell.dtype != "float32":
-        calls["upcast"] = upcast
+        calls |= {"upcast": upcast, "flash": flash}
     rivals = [name for name in options.rivals if name in calls]
-    return found + [Candidate(name, calls[name], "exact" if name == "exact" else "rival") for name in rivals]
+    return found + [Candidate(name, calls[name], "exact" if name in ("exact", "flash") else "rival") for name in rivals]
 
 
 def make_inputs(cell: Cell, device: str) -> Inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -67,9 +68,11 @@ def positive(text: str) -> float:
 
 
 SHARING_HELP = "headwise (one E, one F), key_value (E = F; layerwise is the same to a single op), none (E, F a head)"
+FLASH = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 RIVALS_HELP = (
     "eager formula; sdpa_proj: matmul, then SDPA on K', V'; upcast: sdpa_proj in float32, for 16-bit inputs; "
-    "compile: torch.compile of eager; exact: SDPA over the whole sequence; none"
+    "compile: torch.compile of eager; exact: SDPA over the whole sequence; "
+    "flash: the same by the package flash_attn, for 16-bit inputs on a GPU; none"
 )
 GRID = (
     ("--op", names("fwd bwd full"), "fwd", "fwd, bwd (backward alone), full (forward and backward)"),
@@ -85,8 +88,8 @@ OTHERS = (
     ("--backend", names("auto cuda triton cpu reference"), "auto", "list of ours: auto, cuda, triton, cpu, reference"),
     (
         "--rivals",
-        names("eager sdpa_proj upcast compile exact none"),
-        "eager,sdpa_proj,upcast,compile,exact",
+        names("eager sdpa_proj upcast compile exact flash none"),
+        "eager,sdpa_proj,upcast,compile,exact" + (",flash" if FLASH else ""),
         RIVALS_HELP,
     ),
     ("--threads", size, torch.get_num_threads(), "CPU threads, one value"),

@@ -12,6 +12,7 @@ STYLES = {
     "upcast": ("#66a61e", "v", "the same in float32"),
     "compile": ("#7570b3", "D", "torch.compile of eager"),
     "exact": ("#1f4e79", "x", "exact attention (SDPA)"),
+    "flash": ("#4ea8de", "+", "exact attention (flash_attn)"),
 }
 OURS = ("#d1495b", "#edae49", "#b5179e", "#e07a1f", "#6d2e46")
 
@@ -42,7 +43,7 @@ def draw(path: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> str 
             n = [row["cell"].seq_len for row in mine]
             if name in STYLES:
                 color, marker, label = STYLES[name]
-                line = {"lw": 1.4, "ls": "--" if name == "exact" else "-", "ms": 5, "zorder": 2}
+                line = {"lw": 1.4, "ls": "--" if name in ("exact", "flash") else "-", "ms": 5, "zorder": 2}
             else:
                 color, marker, label = OURS[ours.index(name) % len(OURS)], "o", f"linformer_kernels ({name[5:]})"
                 line = {"lw": 2.6, "ms": 6.5, "zorder": 3}

@@ -338,8 +338,10 @@ Tensor projection_gradient(bool wanted, const Tensor& like, const Problem& p, Ro
 std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor proj_key,
                                              OptionalTensor proj_value, OptionalTensor key_padding_mask,
                                              OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                             OptionalTensor rng_state, double dropout_p, double scale) {
+                                             OptionalTensor rng_state, double dropout_p, double scale,
+                                             bool allow_tf32) {
   Problem p;
+  p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
   const Problem sequence = p;
   set_query(p, query, cu_seqlens_q);
@@ -359,8 +361,9 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor proj_key, OptionalTensor proj_value,
     OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor rng_state,
-    Tensor key_proj, Tensor value_proj, double dropout_p, double scale, int64_t needs) {
+    Tensor key_proj, Tensor value_proj, double dropout_p, double scale, bool allow_tf32, int64_t needs) {
   Problem p;
+  p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
   const Problem sequence = p;
   set_query(p, query, cu_seqlens_q);
@@ -380,8 +383,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 }
 
 std::tuple<Tensor, Tensor> project(Tensor key, Tensor value, Tensor proj_key, OptionalTensor proj_value,
-                                   OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_k) {
+                                   OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_k, bool allow_tf32) {
   Problem p;
+  p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
   Tensor key_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
   Tensor value_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
@@ -394,8 +398,10 @@ std::tuple<Tensor, Tensor> project(Tensor key, Tensor value, Tensor proj_key, Op
 std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(Tensor grad_key_proj, Tensor grad_value_proj, Tensor key,
                                                             Tensor value, Tensor proj_key, OptionalTensor proj_value,
                                                             OptionalTensor key_padding_mask,
-                                                            OptionalTensor cu_seqlens_k, int64_t needs) {
+                                                            OptionalTensor cu_seqlens_k, bool allow_tf32,
+                                                            int64_t needs) {
   Problem p;
+  p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
   p.grad_key_proj = projected_rows(grad_key_proj, "grad_key_proj", key, p, p.head_dim);
   p.grad_value_proj = projected_rows(grad_value_proj, "grad_value_proj", key, p, p.value_dim);
@@ -408,8 +414,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(Tensor grad_key_proj
 }
 
 Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, OptionalTensor cu_seqlens_q,
-                           OptionalTensor rng_state, double dropout_p, double scale) {
+                           OptionalTensor rng_state, double dropout_p, double scale, bool allow_tf32) {
   Problem p;
+  p.allow_tf32 = allow_tf32;
   set_query(p, query, cu_seqlens_q);
   STD_TORCH_CHECK(key_proj.scalar_type() == query.scalar_type(), "linformer_kernels: key_proj differs in dtype");
   set_projected(p, key_proj, value_proj);
@@ -424,8 +431,9 @@ Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, Opt
 std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out, Tensor query, Tensor key_proj,
                                                                 Tensor value_proj, OptionalTensor cu_seqlens_q,
                                                                 OptionalTensor rng_state, double dropout_p,
-                                                                double scale, int64_t needs) {
+                                                                double scale, bool allow_tf32, int64_t needs) {
   Problem p;
+  p.allow_tf32 = allow_tf32;
   set_query(p, query, cu_seqlens_q);
   STD_TORCH_CHECK(key_proj.scalar_type() == query.scalar_type(), "linformer_kernels: key_proj differs in dtype");
   set_projected(p, key_proj, value_proj);

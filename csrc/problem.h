@@ -46,6 +46,7 @@ struct Problem {
 
   bool per_head_proj = false;    // E and F have a head dimension
   bool shared_kv = false;        // F is E
+  bool allow_tf32 = false;       // fp32 may be multiplied in TF32; a CPU does not look at it
 
   const int64_t* cu_seqlens_q = nullptr;    // batch + 1 offsets, or nullptr for padded tensors
   const int64_t* cu_seqlens_k = nullptr;

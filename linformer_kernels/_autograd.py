@@ -2,12 +2,14 @@
 
 Registered there, a raw op differentiates like the public function, and torch.compile and torch.export see one op
 where they would otherwise trace a Function. Only the inputs, K' and V' are saved: nothing of size N x K.
+The first two arguments of a Function are the op and, differentiable once more in name only, its backward op.
 Each Function takes `ctx` in forward: the setup_context form costs an inspect.signature a call, about 30 us.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ._ops import LIBRARY, unit_stride
+from ._ops import LIBRARY, OVERLOADS, unit_stride
 
 _ops = torch.ops.linformer_kernels
 
@@ -25,22 +27,23 @@ def _below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
-def _wanted(needs_input_grad: tuple[bool, ...], count: int) -> int:
-    """The ops' `needs` mask for their first `count` inputs."""
-    return sum(1 << i for i in range(count) if needs_input_grad[i])
+def _wanted(ctx: Any, count: int) -> int:
+    """The ops' `needs` mask for their first `count` inputs, which follow the two of the Function itself."""
+    return sum(1 << i for i in range(count) if ctx.needs_input_grad[2 + i])
 
 
-def _returned(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _returned(ctx: Any, grads: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, ...]:
     """The wanted gradients, and None for every other input."""
-    needed = ctx.needs_input_grad
-    return tuple(grads[i] if i < len(grads) and needed[i] else None for i in range(len(needed)))
+    needed = ctx.needs_input_grad[2:]
+    return None, None, *(grads[i] if i < len(grads) and needed[i] else None for i in range(len(needed)))
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        out, key_proj, value_proj = _below_autograd(_ops.attention.default, *args)
-        *tensors, ctx.dropout_p, ctx.scale = args
+    def forward(ctx: Any, op: Callable[..., Any], backward: Callable[..., Any], *args: Any) -> Any:
+        out, key_proj, value_proj = _below_autograd(op, *args)
+        tensors, ctx.scalars = args[:-3], args[-3:]
+        ctx.op_backward = backward
         ctx.save_for_backward(*tensors, key_proj, value_proj)
         ctx.mark_non_differentiable(key_proj, value_proj)
         ctx.set_materialize_grads(False)
@@ -49,36 +52,37 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> Any:
         if grad_out is None:
-            return (None,) * len(ctx.needs_input_grad)
-        needs = _wanted(ctx.needs_input_grad, 5)
-        grads = attention_backward(unit_stride(grad_out), *ctx.saved_tensors, ctx.dropout_p, ctx.scale, needs)
+            return _returned(ctx)
+        grads = ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.scalars, _wanted(ctx, 5))
         return _returned(ctx, grads)
 
 
 class _Project(Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        ctx.save_for_backward(*args)
-        return _below_autograd(_ops.project.default, *args)
+    def forward(ctx: Any, op: Callable[..., Any], backward: Callable[..., Any], *args: Any) -> Any:
+        *tensors, ctx.allow_tf32 = args
+        ctx.op_backward = backward
+        ctx.save_for_backward(*tensors)
+        return _below_autograd(op, *args)
 
     @staticmethod
     def backward(ctx: Any, grad_key_proj: Tensor, grad_value_proj: Tensor) -> Any:
-        needs = _wanted(ctx.needs_input_grad, 4)
-        grads = project_backward(unit_stride(grad_key_proj), unit_stride(grad_value_proj), *ctx.saved_tensors, needs)
+        grad_key_proj, grad_value_proj = unit_stride(grad_key_proj), unit_stride(grad_value_proj)
+        grads = ctx.op_backward(grad_key_proj, grad_value_proj, *ctx.saved_tensors, ctx.allow_tf32, _wanted(ctx, 4))
         return _returned(ctx, grads)
 
 
 class _ProjectedAttention(Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        *tensors, ctx.dropout_p, ctx.scale = args
+    def forward(ctx: Any, op: Callable[..., Any], backward: Callable[..., Any], *args: Any) -> Any:
+        tensors, ctx.scalars = args[:-3], args[-3:]
+        ctx.op_backward = backward
         ctx.save_for_backward(*tensors)
-        return _below_autograd(_ops.projected_attention.default, *args)
+        return _below_autograd(op, *args)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        needs = _wanted(ctx.needs_input_grad, 3)
-        grads = projected_attention_backward(unit_stride(grad_out), *ctx.saved_tensors, ctx.dropout_p, ctx.scale, needs)
+        grads = ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.scalars, _wanted(ctx, 3))
         return _returned(ctx, grads)
 
 
@@ -120,14 +124,23 @@ def _register(op: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> 
     return call
 
 
-attention = _register(_ops.attention.default, _Attention.apply)
-project = _register(_ops.project.default, _Project.apply)
-projected_attention = _register(_ops.projected_attention.default, _ProjectedAttention.apply)
-attention_backward, project_backward, projected_attention_backward = (
-    _register(op, partial(_Gradient.apply, op))
-    for op in (
-        _ops.attention_backward.default,
-        _ops.project_backward.default,
-        _ops.projected_attention_backward.default,
+@dataclass(frozen=True)
+class Operations:
+    """The three differentiable operations of one overload of the ops."""
+
+    attention: Callable[..., Any]
+    project: Callable[..., Any]
+    projected_attention: Callable[..., Any]
+
+
+def _operations(overload: str) -> Operations:
+    def make(name: str, function: type[Function]) -> Callable[..., Any]:
+        op, op_backward = (getattr(getattr(_ops, n), overload) for n in (name, f"{name}_backward"))
+        return _register(op, partial(function.apply, op, _register(op_backward, partial(_Gradient.apply, op_backward))))
+
+    return Operations(
+        make("attention", _Attention), make("project", _Project), make("projected_attention", _ProjectedAttention)
     )
-)
+
+
+NATIVE, TRITON = (_operations(overload) for overload in OVERLOADS)

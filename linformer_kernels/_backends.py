@@ -5,16 +5,18 @@ Without any of the three, the first backend that has no reason to refuse a call 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import _autograd, _library, reference
+from . import _autograd, _library, _ops, reference
 from ._validation import Call
 
 ENVIRONMENT_VARIABLE = "LINFORMER_BACKEND"
@@ -38,29 +40,30 @@ class Backend:
         return self.missing or self.limits(call)
 
 
-def _native(name: str, missing: str | None) -> Backend:
-    """A backend whose kernels implement the ops for its device; the dispatcher finds them by the tensors' device."""
+def _fused(name: str, missing: str | None, device_types: tuple[str, ...], operations: _autograd.Operations) -> Backend:
+    """A backend of kernels behind the ops."""
 
     def limits(call: Call) -> str | None:
-        if call.device.type != device_type:
-            return f"its kernels run on {device_type} tensors and these are on {call.device}"
+        if call.device.type not in device_types:
+            return f"its kernels run on {device_types[0]} tensors and these are on {call.device}"
         if call.dtype == torch.float64:
             return 'its kernels take float32, float16 and bfloat16, and these tensors are float64: use "reference"'
-        return _cuda_limits(call) if name == "cuda" else None
+        return _gpu_limits(call) if name != "cpu" else None
 
-    device_type = "cpu" if name == "cpu" else "cuda"
-    return Backend(name, missing, limits, _autograd.attention, _autograd.project, _autograd.projected_attention)
-
-
-_CUDA_WIDEST_HEAD = 256
+    return Backend(name, missing, limits, operations.attention, operations.project, operations.projected_attention)
 
 
-def _cuda_limits(call: Call) -> str | None:
-    """What the CUDA kernels cannot do."""
+_GPU_WIDEST_HEAD = 256
+
+
+def _gpu_limits(call: Call) -> str | None:
+    """What the CUDA and the Triton kernels cannot do."""
     heads = (call.query, call.key, call.value, call.key_proj, call.value_proj)
     widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
-    if widest > _CUDA_WIDEST_HEAD:
-        return f'its kernels take heads of up to {_CUDA_WIDEST_HEAD} columns, and these have {widest}: use "reference"'
+    if widest > _GPU_WIDEST_HEAD:
+        return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "reference"'
+    if call.device.type != "cuda":
+        return None
     major, minor = torch.cuda.get_device_capability(call.device)
     if major < 8:
         return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "reference"'
@@ -78,15 +81,44 @@ def _cuda_missing() -> str | None:
     return None
 
 
+def _triton_missing() -> str | None:
+    """Why this installation has no Triton backend. Triton is imported, and its kernels tied to the ops, only here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    accelerated = torch.backends.cuda.is_built() or torch.xpu._is_compiled()
+    if not accelerated and not _triton_interprets():
+        return f"torch {torch.__version__} was built without CUDA, ROCm and XPU"
+    return _load_triton()
+
+
+@functools.cache
+def _load_triton() -> str | None:
+    try:
+        from .triton_kernels import ops
+    except Exception as error:  # whatever a broken installation raises is the reason
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    for name in ("attention", "project", "projected_attention"):
+        for op in (name, f"{name}_backward"):
+            _ops.LIBRARY.impl(f"{op}.triton", getattr(ops, op), "CompositeExplicitAutograd")
+    return None
+
+
+def _triton_interprets() -> bool:
+    """Triton's interpreter runs kernels on the CPU, slowly, for those who look for bugs."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
 # Read once, here: a compiler that traces a call must not meet the loading of a library.
 _LIBRARY_MISSING = _library.load()
 
 BACKENDS = {
     backend.name: backend
     for backend in (
-        _native("cuda", _cuda_missing()),
-        _native("triton", "this version has no Triton kernels"),
-        _native("cpu", _LIBRARY_MISSING),
+        _fused("cuda", _cuda_missing(), ("cuda",), _autograd.NATIVE),
+        _fused(
+            "triton", _triton_missing(), ("cpu", "cuda") if _triton_interprets() else ("cuda", "xpu"), _autograd.TRITON
+        ),
+        _fused("cpu", _LIBRARY_MISSING, ("cpu",), _autograd.NATIVE),
         Backend(
             "reference",
             None,
@@ -97,6 +129,11 @@ BACKENDS = {
         ),
     )
 }
+
+# "cuda" comes before "triton", but for these: bytes of an element, and the compute capability from which on. The CUDA
+# kernels use mma.sync everywhere; Triton compiles products of 16-bit numbers to wgmma on 9.0 and to tcgen05 on 10.0.
+# A choice by the instructions that are used; nobody has timed it.
+TRITON_FIRST = {2: 9}
 
 # A thread of its own choice; and unlike a ContextVar, torch.compile can read it and guards on what it read.
 _chosen = threading.local()
@@ -121,6 +158,16 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = previous
 
 
+def _in_order(call: Call) -> Iterable[Backend]:
+    """The backends as `TRITON_FIRST` has them for this call."""
+    backends = list(BACKENDS.values())
+    if call.device.type == "cuda" and call.dtype.itemsize in TRITON_FIRST:
+        major, _ = torch.cuda.get_device_capability(call.device)
+        if major >= TRITON_FIRST[call.dtype.itemsize]:
+            backends[:2] = backends[1::-1]
+    return backends
+
+
 def choose(call: Call, backend: str | None) -> Backend:
     """The backend for a call. Raises if the one that was asked for is unknown, is missing, or refuses."""
     name, source = backend, "argument backend"
@@ -129,7 +176,7 @@ def choose(call: Call, backend: str | None) -> Backend:
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
     if name is None:
-        for candidate in BACKENDS.values():
+        for candidate in _in_order(call):
             if candidate.supports(call) is None:
                 return candidate
         raise AssertionError("the reference takes every validated call")

@@ -5,12 +5,15 @@ arrive validated and cast (`_validation`), so nothing here reports a user's mist
 
 `needs` is a bit mask: bit i asks for gradient i of the op's returns. A gradient that is not wanted comes back with
 shape (0,), and so does the gradient of `proj_value` where it is None (the gradient of `proj_key` is then the sum).
+
+`allow_tf32`: float32 may be multiplied in TF32. CPU kernels do not look at it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +25,32 @@ LIBRARY = torch.library.Library("linformer_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _PROJECT_ARGS = (
-    "Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, Tensor? cu_seqlens_k"
+    "Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, Tensor? cu_seqlens_k, "
+    "bool allow_tf32"
 )
 _ATTENTION_ARGS = (
     "Tensor query, Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng_state"
 )
 _PROJECTED_ARGS = "Tensor query, Tensor key_proj, Tensor value_proj, Tensor? cu_seqlens_q, Tensor? rng_state"
-_SCALARS = "float dropout_p, float scale"
+_SCALARS = "float dropout_p, float scale, bool allow_tf32"
+
+
+# Each op is defined twice, with the same arguments and results: by default it runs the kernels of the native library
+# for its device, as overload "triton" those of triton_kernels.
+OVERLOADS = ("default", "triton")
+
+
+def _op(name: str, signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an op whose fake is the decorated function."""
+
+    def define(fake: Callable[..., Any]) -> Callable[..., Any]:
+        for qualified in (name, f"{name}.triton"):
+            LIBRARY.define(qualified + signature, tags=_TAGS)
+            torch.library.register_fake(f"linformer_kernels::{qualified}", fake, lib=LIBRARY)
+        return fake
+
+    return define
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -73,51 +94,35 @@ def empty_attention(
     return _like(query, value.size(-1)), *_empty_projections(key, value, proj_key, cu_seqlens_k)
 
 
-LIBRARY.define(f"attention({_ATTENTION_ARGS}, {_SCALARS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
-
-
-@torch.library.register_fake("linformer_kernels::attention", lib=LIBRARY)
-def _(query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale):  # type: ignore[no-untyped-def]
+@_op("attention", f"({_ATTENTION_ARGS}, {_SCALARS}) -> (Tensor, Tensor, Tensor)")
+def _(query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return empty_attention(query, key, value, proj_key, cu_seqlens_k)
 
 
-LIBRARY.define(
-    f"attention_backward(Tensor grad_out, {_ATTENTION_ARGS}, Tensor key_proj, Tensor value_proj, {_SCALARS}, int needs)"
+@_op(
+    "attention_backward",
+    f"(Tensor grad_out, {_ATTENTION_ARGS}, Tensor key_proj, Tensor value_proj, {_SCALARS}, int needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
 )
-
-
-@torch.library.register_fake("linformer_kernels::attention_backward", lib=LIBRARY)
-def _(grad_out, query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+def _(grad_out, query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return _empty_grads(needs, query, key, value, proj_key, proj_value)
 
 
-LIBRARY.define(f"project({_PROJECT_ARGS}) -> (Tensor, Tensor)", tags=_TAGS)
-
-
-@torch.library.register_fake("linformer_kernels::project", lib=LIBRARY)
-def _(key, value, proj_key, proj_value, mask, cu_seqlens_k):  # type: ignore[no-untyped-def]
+@_op("project", f"({_PROJECT_ARGS}) -> (Tensor, Tensor)")
+def _(key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32):  # type: ignore[no-untyped-def]
     return _empty_projections(key, value, proj_key, cu_seqlens_k)
 
 
-LIBRARY.define(
-    f"project_backward(Tensor grad_key_proj, Tensor grad_value_proj, {_PROJECT_ARGS}, int needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+@_op(
+    "project_backward",
+    f"(Tensor grad_key_proj, Tensor grad_value_proj, {_PROJECT_ARGS}, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-
-
-@torch.library.register_fake("linformer_kernels::project_backward", lib=LIBRARY)
-def _(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, mask, cu_seqlens_k, needs):  # type: ignore[no-untyped-def]
+def _(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32, needs):  # type: ignore[no-untyped-def]
     return _empty_grads(needs, key, value, proj_key, proj_value)
 
 
-LIBRARY.define(f"projected_attention({_PROJECTED_ARGS}, {_SCALARS}) -> Tensor", tags=_TAGS)
-
-
-@torch.library.register_fake("linformer_kernels::projected_attention", lib=LIBRARY)
-def _(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale):  # type: ignore[no-untyped-def]
+@_op("projected_attention", f"({_PROJECTED_ARGS}, {_SCALARS}) -> Tensor")
+def _(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]
     return _like(query, value_proj.size(-1))
 
 
@@ -126,15 +131,11 @@ def empty_projected_grads(needs: int, query: Tensor, key_proj: Tensor, value_pro
     return _empty_grads(needs, query, key_proj.contiguous(), value_proj.contiguous())
 
 
-LIBRARY.define(
-    f"projected_attention_backward(Tensor grad_out, {_PROJECTED_ARGS}, {_SCALARS}, int needs)"
-    " -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+@_op(
+    "projected_attention_backward",
+    f"(Tensor grad_out, {_PROJECTED_ARGS}, {_SCALARS}, int needs) -> (Tensor, Tensor, Tensor)",
 )
-
-
-@torch.library.register_fake("linformer_kernels::projected_attention_backward", lib=LIBRARY)
-def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, needs):  # type: ignore[no-untyped-def]
+def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]
     return empty_projected_grads(needs, query, key_proj, value_proj)
 
 

@@ -11,6 +11,8 @@ Each function validates, chooses a backend (see `use_backend`) and runs it. All 
 * Empty batches, sequences and queries give empty or zero results.
 * Differentiable once with respect to every floating tensor; the "reference" backend any number of times.
 * Results do not change from run to run on one device.
+* float32 is true to float32. On a GPU it is multiplied in TF32 where torch allows that when the forward runs, backward
+  too: torch.backends.cuda.matmul.fp32_precision = "tf32", or one of the older ways to say so.
 * Dropout draws one seed from torch's generator of the device, so torch.manual_seed and checkpointing govern it.
 """
 
@@ -173,7 +175,13 @@ def project_kv(
     key, value, proj_key, proj_value = _autocast(key, value, proj_key, proj_value)
     call = check_project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k)
     return choose(call, backend).project(
-        call.key, call.value, call.proj_key, call.proj_value, call.key_padding_mask, call.cu_seqlens_k
+        call.key,
+        call.value,
+        call.proj_key,
+        call.proj_value,
+        call.key_padding_mask,
+        call.cu_seqlens_k,
+        _allow_tf32(call),
     )
 
 
@@ -207,7 +215,14 @@ def projected_attention(
     query, key_proj, value_proj = _autocast(query, key_proj, value_proj)
     call = check_projected_attention(query, key_proj, value_proj, cu_seqlens_q, dropout_p, scale)
     return choose(call, backend).projected_attention(
-        call.query, call.key_proj, call.value_proj, call.cu_seqlens_q, _draw_rng_state(call), call.dropout_p, call.scale
+        call.query,
+        call.key_proj,
+        call.value_proj,
+        call.cu_seqlens_q,
+        _draw_rng_state(call),
+        call.dropout_p,
+        call.scale,
+        _allow_tf32(call),
     )
 
 
@@ -241,6 +256,7 @@ def _attention(
         _draw_rng_state(call),
         call.dropout_p,
         call.scale,
+        _allow_tf32(call),
     )
     return out
 
@@ -264,3 +280,17 @@ def _draw_rng_state(call: Call) -> Tensor | None:
     if call.dropout_p == 0.0:
         return None
     return pad(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=call.device), (0, 1))
+
+
+def _allow_tf32(call: Call) -> bool:
+    return call.device.type == "cuda" and call.dtype == torch.float32 and _torch_allows_tf32()
+
+
+def _torch_allows_tf32() -> bool:
+    # Follows allow_tf32 and set_float32_matmul_precision too, and unlike allow_tf32 does not raise where both ways mix.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# The compiler takes the answer for a constant: it guards on the setting itself. torch.compiler.assume_constant_result
+# does no more than this, but loads the compiler, for seconds.
+_torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """The formula in plain PyTorch: the yardstick of the kernels, and the backend that runs anywhere.
 
 Same arguments and results as the ops in `_ops`, for any floating dtype, differentiable any number of times.
+`allow_tf32` changes nothing here: torch's own products follow torch's setting.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ def attention(
     rng_state: Tensor | None,
     dropout_p: float,
     scale: float,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, K' and V'."""
-    key_proj, value_proj = project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k)
-    out = projected_attention(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale)
+    key_proj, value_proj = project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k, allow_tf32)
+    out = projected_attention(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32)
     return out, key_proj, value_proj
 
 
@@ -38,6 +40,7 @@ def project(
     proj_value: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """K' = E[:, :N] @ key and V' = F[:, :N] @ value."""
     proj_value = proj_key if proj_value is None else proj_value
@@ -58,6 +61,7 @@ def projected_attention(
     rng_state: Tensor | None,
     dropout_p: float,
     scale: float,
+    allow_tf32: bool,
 ) -> Tensor:
     """softmax(scale * query @ K'^T) @ V', with dropout after the softmax."""
     if cu_seqlens_q is None:

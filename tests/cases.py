@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -38,6 +39,7 @@ class Case:
     scale: float | None = None
     size: float = 1.0  # of the query's entries
     dropout_p: float = 0.0
+    tf32: bool = False  # the user has allowed TF32 in torch; of no account on a CPU
 
     def __str__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
@@ -145,17 +147,22 @@ def run(x: Inputs, backend: str | None) -> dict[str, torch.Tensor]:
     """Through linformer_attention or its packed form."""
     options = {"scale": x.case.scale, "backend": backend, "dropout_p": x.case.dropout_p}
     torch.manual_seed(x.seed)
-    if x.case.lengths is not None:
-        return x.results(lk.linformer_attention_varlen(*x.positional(), **x.cu_seqlens(), **options))
-    return x.results(lk.linformer_attention(*x.positional(), key_padding_mask=x.mask, **options))
+    with tf32(x.case.tf32):
+        if x.case.lengths is not None:
+            out = lk.linformer_attention_varlen(*x.positional(), **x.cu_seqlens(), **options)
+        else:
+            out = lk.linformer_attention(*x.positional(), key_padding_mask=x.mask, **options)
+    return x.results(out)
 
 
 def run_halves(x: Inputs, backend: str | None) -> dict[str, torch.Tensor]:
     """Through project_kv, then projected_attention; with K' and V'."""
-    k, v = lk.project_kv(*x.positional()[1:], key_padding_mask=x.mask, cu_seqlens_k=x.cu_seqlens_k, backend=backend)
-    torch.manual_seed(x.seed)
     options = {"cu_seqlens_q": x.cu_seqlens_q, "scale": x.case.scale, "dropout_p": x.case.dropout_p, "backend": backend}
-    return x.results(lk.projected_attention(x.query, k, v, **options)) | {"key_proj": k, "value_proj": v}
+    with tf32(x.case.tf32):
+        k, v = lk.project_kv(*x.positional()[1:], key_padding_mask=x.mask, cu_seqlens_k=x.cu_seqlens_k, backend=backend)
+        torch.manual_seed(x.seed)
+        out = lk.projected_attention(x.query, k, v, **options)
+    return x.results(out) | {"key_proj": k, "value_proj": v}
 
 
 def plain(x: Inputs) -> dict[str, torch.Tensor]:
@@ -208,7 +215,9 @@ def compare(results: dict[object, dict[str, torch.Tensor]], x: Inputs) -> None:
     """Several results for the same inputs, each under a name for messages."""
     want, usual, rounded = exact(x), {}, {}
     if x.case.dtype != torch.float64:
-        usual, rounded = plain(x), exact(x, torch.finfo(x.case.dtype).eps)
+        with tf32(x.case.tf32), RoundedProducts() if x.case.tf32 else contextlib.nullcontext():
+            usual = plain(x)
+        rounded = exact(x, TF32_EPS if x.case.tf32 else torch.finfo(x.case.dtype).eps)
     for title, got in results.items():
         for name, tensor in got.items():
             oracle.assert_close(tensor, want[name], usual.get(name), f"{name} [{title}]", rounded.get(name))
@@ -228,6 +237,30 @@ def _multiplier(x: Inputs, b: int, shape) -> np.ndarray:
     return np.stack([
         oracle.dropout_multiplier(state, x.case.dropout_p, b, h, heads, rows, columns) for h in range(heads)
     ])  # fmt: skip
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    """Torch's setting."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+TF32_EPS = 2.0**-10
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Matrix products of float32 with both operands rounded to TF32: what cuBLAS does where the user has allowed it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            # Half a unit in the last place kept, added to the bits, rounds the magnitude to the nearest.
+            args = [((t.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32) for t in args]
+        return func(*args, **(kwargs or {}))
 
 
 class Spy(TorchDispatchMode):

@@ -13,14 +13,16 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import emulator
 import numpy as np
+import torch
 
-from linformer_kernels import _library
+from linformer_kernels import _library, functional
 
 RESERVED = 64  # bytes of shared memory for the kernels' own variables, as in csrc/cuda/launch.cu
 SHARED_BYTES = {80: 163 * 1024 - RESERVED, 86: 99 * 1024 - RESERVED, 90: 227 * 1024 - RESERVED}
@@ -109,8 +111,12 @@ def emulated(arch: int = 80, multiprocessors: int = 3, shared_bytes: int | None 
     callback = _LAUNCH(launch)
     limit = SHARED_BYTES[arch] if shared_bytes is None else shared_bytes
     library.linformer_emulate(callback, multiprocessors, limit)
+    asked = functional._allow_tf32  # only of a GPU's tensors
     try:
-        yield run
+        with mock.patch.object(
+            functional, "_allow_tf32", lambda call: asked(replace(call, device=torch.device("cuda")))
+        ):
+            yield run
     finally:
         library.linformer_emulate(_LAUNCH(), 0, 0)
     if run.error is not None:

@@ -63,6 +63,28 @@ def test_the_two_halves(case):
     check(case, cases.run_halves)
 
 
+@pytest.mark.parametrize("case, through", [
+    (Case(n=130, n_q=40, k=40, mask="random", kv_heads=2, d_v=24, extra=5, dropout_p=0.2), cases.run),
+    (Case(n=40, n_q=130, k=70, d=64, sharing="key-value", layout="padded"), cases.run_halves),
+    (Case(lengths=(50, 0, 7), lengths_q=(3, 60, 0), k=20, d=96), cases.run),
+    (Case(batch=1, heads=1, kv_heads=1, n=70, n_q=30, k=129, d=128), cases.run),
+    (Case(batch=1, heads=1, kv_heads=1, n=40, n_q=20, k=20, d=250, scale=-0.1), cases.run_halves),
+], ids=str)  # fmt: skip
+def test_tf32_where_torch_allows_it(case, through):
+    """As near as torch's own products in TF32 and no nearer, gradients too, for a third of the work."""
+    x, stats = cases.Inputs(case, "cpu"), {}
+    for x.case in (case, dataclasses.replace(case, tf32=True)):
+        with emulated.emulated() as run:
+            got = through(x, "cpu")
+        cases.compare({x.case: got}, x)
+        stats[x.case.tf32] = run.stats
+    assert [one.tensor_flops for one in stats[False]] == [3 * one.tensor_flops for one in stats[True]]
+    x.case = case
+    for name, tensor in got.items():
+        with pytest.raises(AssertionError, match="error"):
+            cases.compare({"TF32": {name: tensor}}, x)
+
+
 SPLIT = Case(batch=1, heads=2, kv_heads=2, n=1500, n_q=700, k=70, d=32, dtype=BF16)
 
 
@@ -116,6 +138,6 @@ def test_offsets_that_run_past_their_tensor_are_held_inside():
     for wrong in ([0, 5, 400], [0, 2**40, 20], [-7, 10, 20], [0, 15, 3]):
         offsets = torch.tensor(wrong)
         with emulated.emulated():  # raises if anything is read or written out of bounds
-            torch.ops.linformer_kernels.attention(q, q, q, proj, None, None, offsets, offsets, None, 0.0, 1.0)
+            torch.ops.linformer_kernels.attention(q, q, q, proj, None, None, offsets, offsets, None, 0.0, 1.0, False)
     with pytest.raises(ValueError, match="cu_seqlens_q"):
         linformer_attention_varlen(q, q, q, proj, cu_seqlens_q=offsets, cu_seqlens_k=offsets)

@@ -173,7 +173,8 @@ def wrong(op, good, changes):
         calls.append((op, {**good, **change}))
 state = I(1, 0)
 forward = dict(query=R(2, 4, 6, 8), key=R(2, 2, 5, 8), value=R(2, 2, 5, 8), proj_key=R(3, 7), proj_value=R(3, 7),
-    key_padding_mask=None, cu_seqlens_q=None, cu_seqlens_k=None, rng_state=None, dropout_p=0.0, scale=1.0)
+    key_padding_mask=None, cu_seqlens_q=None, cu_seqlens_k=None, rng_state=None, dropout_p=0.0, scale=1.0,
+    allow_tf32=False)
 big = 10**6
 shapes = [dict(query=R(2, 4, 6, 9)), dict(query=R(3, 4, 6, 8)), dict(query=R(2, 3, 6, 8)), dict(query=R(4, 6, 8)),
     dict(key=R(2, 2, 5, 7)), dict(key=R(2, 2, big, 8)), dict(key=R(1, 2, 5, 8)), dict(key=R(8)),
@@ -201,13 +202,14 @@ wrong(ops.attention_backward, backward, shapes + more)
 wrong(ops.attention_backward, dict(packed, grad_out=R(9, 4, 8), key_proj=key_proj, value_proj=value_proj, needs=31),
     [{name: cu} for name in ("cu_seqlens_q", "cu_seqlens_k") for cu in bad_cu[:-1]])
 pick = lambda source, *names: {name: source[name] for name in names}
-project = pick(forward, "key", "value", "proj_key", "proj_value", "key_padding_mask", "cu_seqlens_k")
+project = pick(forward, "key", "value", "proj_key", "proj_value", "key_padding_mask", "cu_seqlens_k", "allow_tf32")
 usable = [s for s in shapes if set(s) <= set(project) and not {"query"} & set(s)]
 usable = [s for s in usable if "key" not in s or s["key"].shape[-1] != 7]  # project alone does not care for D of key
 wrong(ops.project, project, usable)
 wrong(ops.project_backward, dict(project, grad_key_proj=key_proj, grad_value_proj=value_proj, needs=15),
     usable + [dict(grad_key_proj=R(2, 2, 4, 8)), dict(grad_value_proj=R(2, 1, 3, 8)), dict(grad_key_proj=R(3))])
-attend = pick(backward, "query", "cu_seqlens_q", "rng_state", "dropout_p", "scale", "key_proj", "value_proj")
+attend = pick(backward, "query", "cu_seqlens_q", "rng_state", "dropout_p", "scale", "allow_tf32", "key_proj",
+    "value_proj")
 attended = [dict(query=R(2, 4, 6, 9)), dict(query=R(3, 4, 6, 8)), dict(query=R(2, 3, 6, 8)),
     dict(key_proj=R(2, 2, 4, 8)),
     dict(value_proj=R(2, 1, 3, 8)), dict(value_proj=R(3)), dict(rng_state=None, dropout_p=0.5)]

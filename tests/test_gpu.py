@@ -3,6 +3,8 @@
 The rest of the tests run on a GPU by themselves, see conftest.py.
 """
 
+import dataclasses
+
 import cases
 import oracle
 import pytest
@@ -13,6 +15,10 @@ import linformer_kernels as lk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
 CASE = Case(batch=2, heads=4, kv_heads=2, n=300, n_q=300, k=64, d=64, dtype=torch.bfloat16)
+
+
+def test_tf32_where_torch_allows_it():
+    cases.check(dataclasses.replace(CASE, dtype=torch.float32, tf32=True), "cuda", "cuda")
 
 
 def call(x: cases.Inputs) -> torch.Tensor:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_results_of_the_ops_are_poisoned(device, native):
     """The poison of conftest.py reaches what C++ allocates: every result is filled before the kernel writes."""
     x = Inputs(Case(), device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.ops.linformer_kernels.attention(*x.positional(), None, None, None, None, 0.0, 1.0)
+        torch.ops.linformer_kernels.attention(*x.positional(), None, None, None, None, 0.0, 1.0, False)
     names = [event.name for event in profile.events()]
     assert names.count("aten::fill_") >= 3 and names.count("aten::empty") + names.count("aten::new_empty") >= 3, names
 
@@ -174,6 +175,22 @@ def test_bench_rejects_a_wrong_answer(monkeypatch):
     assert all(verdict.right for verdict in check(Candidate("right", eager, "ours")))
     wrong = lambda query, *rest: eager(query * 1.001, *rest)  # noqa: E731
     assert not all(verdict.right for verdict in check(Candidate("wrong", wrong, "ours")))
+
+
+def test_bench_flash_has_the_layout_of_its_package(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import options
+    from bench.candidates import candidates, make_inputs
+    from bench.check import Checker
+
+    transposed = lambda tensor: tensor.transpose(1, 2)  # noqa: E731
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    stub = types.SimpleNamespace(flash_attn_func=lambda *qkv: transposed(sdpa(*map(transposed, qkv))))
+    monkeypatch.setitem(sys.modules, "flash_attn", stub)
+    settings = options.parse([*TINY, "--device=cpu", "--dtype=bf16", "--rivals=flash"])
+    (cell,) = options.cells(settings)
+    _, flash = candidates(settings, cell)
+    assert all(verdict.right for verdict in Checker(cell, make_inputs(cell, "cpu"), flash.exact)(flash))
 
 
 def test_bench_percentiles(monkeypatch):

@@ -1,5 +1,6 @@
 """Good citizenship: opcheck, fakes, compile, export, autocast, checkpointing, FLOP counts, double backward, DDP."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import linformer_kernels as lk
+from linformer_kernels import functional
 
 ops = torch.ops.linformer_kernels
 
@@ -112,6 +114,47 @@ def test_compile_with_dropout_draws_anew(device):
     once = compiled()
     torch.manual_seed(5)
     assert torch.equal(once, compiled())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+@pytest.mark.parametrize("tf32", [False, True])
+def test_every_op_hears_whether_tf32_is_allowed(tf32, dtype, device, native, monkeypatch):
+    """Backward as forward; a GPU's ops alone, and of float32."""
+    x = Inputs(Case(dtype=dtype, tf32=tf32), device)
+    asked = functional._allow_tf32
+    for type_of_device in {device, "cuda"}:
+        on = torch.device(type_of_device)
+        as_if = lambda call, on=on: asked(dataclasses.replace(call, device=on))  # noqa: E731
+        monkeypatch.setattr(functional, "_allow_tf32", as_if)
+        with Spy() as spy:
+            cases.run(x, native)
+            cases.run_halves(x, native)
+        want = tf32 and dtype == torch.float32 and type_of_device == "cuda"
+        assert [arguments["allow_tf32"] for _, arguments in spy.calls] == [want] * 6
+
+
+def test_tf32_is_allowed_in_every_way_that_torch_has():
+    """Ways that torch calls mixed among them. Compiled code follows a change."""
+    torch._dynamo.reset()
+    allowed = lambda x: x + 1 if functional._torch_allows_tf32() else x  # noqa: E731
+    compiled, zero = torch.compile(allowed, fullgraph=True, backend="eager"), torch.zeros(())
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision(), matmul.fp32_precision
+    try:
+        for allow in (
+            lambda: setattr(matmul, "fp32_precision", "tf32"),
+            lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+            lambda: setattr(matmul, "allow_tf32", True),
+            lambda: torch.set_float32_matmul_precision("high"),
+        ):
+            assert allowed(zero) == compiled(zero) == 0
+            allow()
+            assert allowed(zero) == compiled(zero) == 1
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.fp32_precision = matmul.fp32_precision = "none"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        matmul.fp32_precision = before[1]
 
 
 class Module(torch.nn.Module):

@@ -104,7 +104,7 @@ def sequence(cu_seqlens, b, rows, most):
 
 @triton.jit
 def find_tile(cu_seqlens, batch, rows, most, tile, BLOCK: tl.constexpr):
-    """Sequence and number in it of a tile of BLOCK rows, counted over all sequences; sequence `batch` if there is none."""
+    """Sequence, and number in it, of a tile of BLOCK rows counted over all sequences; `batch` if there is none."""
     b = 0
     if cu_seqlens is None:
         tiles = tl.cdiv(tl.minimum(rows, most), BLOCK)

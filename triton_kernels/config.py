@@ -1,4 +1,4 @@
-"""Sizes of tiles, by rule: what a problem and a GPU ask for. Pure functions; nothing is tried out here (see tune.py)."""
+"""Sizes of tiles, by rule. Pure functions of a problem and a GPU; nothing is tried out here (tune.py does)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def power_of_2(n: int, least: int = 16) -> int:
 
 
 def unit_for(shape: Shape, most_columns: int = 128) -> Unit:
-    """Columns are a power of 2 for the compiler; heads of 96, say, are three pieces of 32, and four of them fill tiles."""
+    """Tiles have a power of 2 of columns, for the compiler; heads of 96, say, are three pieces of 32 each."""
     width = max(shape.head_dim, shape.value_dim)
     padded = power_of_2(width)
     piece, parts = min(padded, most_columns), max(1, padded // most_columns)

@@ -33,9 +33,10 @@ from .common import (
 def project_tile(
     ticket, key, value, proj_key, proj_value, key_proj, value_proj, mask, cu_seqlens_k, strides, sizes, ready, arrived,
     partial, splits, units,
-    unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr,
-    UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr,
+    PARTS: tl.constexpr, UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_K, BLOCK_C] of K' = E key and V' = F value."""
     ROW_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -156,9 +157,9 @@ def attend_tile(
 def forward(
     query, key, value, proj_key, proj_value, key_proj, value_proj, out, mask, cu_seqlens_q, cu_seqlens_k, rng_state,
     strides, sizes, exponent, threshold, keep, counters, partial, project_tiles, splits, units,
-    unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr,
-    UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr, SPLIT: tl.constexpr,
-    NEGATIVE: tl.constexpr, PROJECT: tl.constexpr, ATTEND: tl.constexpr, PRECISION: tl.constexpr,
+    unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr,
+    PARTS: tl.constexpr, UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr,
+    SPLIT: tl.constexpr, NEGATIVE: tl.constexpr, PROJECT: tl.constexpr, ATTEND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PROJECT_STAGES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ATTEND_STAGES: tl.constexpr,
@@ -174,8 +175,8 @@ def forward(
         if PROJECT:
             project_tile(
                 ticket, key, value, proj_key, proj_value, key_proj, value_proj, mask, cu_seqlens_k, strides, sizes,
-                ready, ready + sizes.batch * units, partial, splits, units, unit, unit_e, K, D, D_V, PIECE, PARTS, UNIT_HEADS,
-                UNIT_TILES, SHARED_KV, SPLIT, PRECISION, BLOCK_K, BLOCK_C, BLOCK_N, PROJECT_STAGES,
+                ready, ready + sizes.batch * units, partial, splits, units, unit, unit_e, K, D, D_V, PIECE, PARTS,
+                UNIT_HEADS, UNIT_TILES, SHARED_KV, SPLIT, PRECISION, BLOCK_K, BLOCK_C, BLOCK_N, PROJECT_STAGES,
             )  # fmt: skip
     else:
         if ATTEND:

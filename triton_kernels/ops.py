@@ -84,7 +84,9 @@ class _Call:
         self.shape = Shape(like.element_size(), proj_dim, head_dim, value_proj.size(-1), per_head, self.shared_kv)
         self.config, self.unit = config_for(self.shape, self.device), unit_for(self.shape)
         self.units = -(-heads_kv // self.unit.heads)
-        self.precision = {"cuda": "tf32" if allow_tf32 else "tf32x3", "hip": "ieee"}.get(self.device.backend, "interpreter")
+        self.precision = {"cuda": "tf32" if allow_tf32 else "tf32x3", "hip": "ieee"}.get(
+            self.device.backend, "interpreter"
+        )
 
     def arguments(self, *names: str) -> dict[str, Any]:
         """Pointers and strides of tensors, and sizes; a tensor that is not there is None."""
@@ -192,7 +194,7 @@ def _forward(call: _Call, mask: Tensor | None, softmax: dict[str, Any], project:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None,
     key_padding_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    rng_state: Tensor | None, dropout_p: float, scale: float, allow_tf32: bool = False,
+    rng_state: Tensor | None, dropout_p: float, scale: float, allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out, K', V'."""
     out, key_proj, value_proj = _ops.empty_attention(query, key, value, proj_key, cu_seqlens_k)
@@ -207,7 +209,7 @@ def attention(
 
 def project(
     key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None, key_padding_mask: Tensor | None,
-    cu_seqlens_k: Tensor | None, allow_tf32: bool = False,
+    cu_seqlens_k: Tensor | None, allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """K', V'."""
     key_proj, value_proj = _ops._empty_projections(key, value, proj_key, cu_seqlens_k)
@@ -222,11 +224,13 @@ def project(
 
 def projected_attention(
     query: Tensor, key_proj: Tensor, value_proj: Tensor, cu_seqlens_q: Tensor | None, rng_state: Tensor | None,
-    dropout_p: float, scale: float, allow_tf32: bool = False,
+    dropout_p: float, scale: float, allow_tf32: bool,
 ) -> Tensor:  # fmt: skip
     """out."""
     out = _ops._like(query, value_proj.size(-1))
-    call = _Call({"query": query, "key_proj": key_proj, "value_proj": value_proj, "out": out}, cu_seqlens_q, None, allow_tf32)
+    call = _Call(
+        {"query": query, "key_proj": key_proj, "value_proj": value_proj, "out": out}, cu_seqlens_q, None, allow_tf32
+    )
     _forward(call, None, call.softmax(rng_state, dropout_p, scale), False, True)
     return out
 
@@ -302,13 +306,15 @@ def _present(grads: Sequence[Tensor], needs: int) -> list[Tensor | None]:
 def attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None,
     key_padding_mask: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    rng_state: Tensor | None, key_proj: Tensor, value_proj: Tensor, dropout_p: float, scale: float, needs: int,
-    allow_tf32: bool = False,
+    rng_state: Tensor | None, key_proj: Tensor, value_proj: Tensor, dropout_p: float, scale: float, allow_tf32: bool,
+    needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of query, key, value, proj_key, proj_value."""
     grads = _ops._empty_grads(needs, query, key, value, proj_key, proj_value)
     shared = proj_value is None
-    grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value = _present(grads, needs & (0b1111 if shared else -1))
+    grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value = _present(
+        grads, needs & (0b1111 if shared else -1)
+    )
     want_key = grad_key is not None or grad_proj_key is not None
     want_value = grad_value is not None or (grad_proj_key if shared else grad_proj_value) is not None
     tensors = {
@@ -329,8 +335,8 @@ def attention_backward(
 
 def project_backward(
     grad_key_proj: Tensor, grad_value_proj: Tensor, key: Tensor, value: Tensor, proj_key: Tensor,
-    proj_value: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None, needs: int,
-    allow_tf32: bool = False,
+    proj_value: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None, allow_tf32: bool,
+    needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of key, value, proj_key, proj_value."""
     grads = _ops._empty_grads(needs, key, value, proj_key, proj_value)
@@ -348,7 +354,7 @@ def project_backward(
 
 def projected_attention_backward(
     grad_out: Tensor, query: Tensor, key_proj: Tensor, value_proj: Tensor, cu_seqlens_q: Tensor | None,
-    rng_state: Tensor | None, dropout_p: float, scale: float, needs: int, allow_tf32: bool = False,
+    rng_state: Tensor | None, dropout_p: float, scale: float, allow_tf32: bool, needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of query, key_proj, value_proj."""
     grads = _ops.empty_projected_grads(needs, query, key_proj, value_proj)

@@ -98,9 +98,7 @@ def input_tile(
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_C] of dK and dV."""
     unit_id = tile // UNIT_TILES % units
-    b, row = find_tile(
-        cu_seqlens_k, sizes.batch, sizes.len_k, sizes.seq_len_max, tile // UNIT_TILES // units, BLOCK_N
-    )
+    b, row = find_tile(cu_seqlens_k, sizes.batch, sizes.len_k, sizes.seq_len_max, tile // UNIT_TILES // units, BLOCK_N)
     of_value, head, o_d, m_c = columns_of(
         unit_id, tile % UNIT_TILES, sizes.heads_kv, D, D_V, PIECE, PARTS, UNIT_HEADS, SHARED_KV, BLOCK_C
     )
@@ -137,7 +135,9 @@ def input_tile(
         # Columns of E that are no part of the sequence may hold anything: theirs are rows that nobody writes.
         m_n = o_n < length
         b_acc = tl.where(kept_rows(mask, b, o_n, m_n)[:, None], b_acc, 0.0)
-        p_x, x_row = column_pointers(grad_key, grad_value, strides.grad_key, strides.grad_value, of_value, b, head, o_d, unit)
+        p_x, x_row = column_pointers(
+            grad_key, grad_value, strides.grad_key, strides.grad_value, of_value, b, head, o_d, unit
+        )
         p_x = p_x[None, :] + (first + o_n)[:, None] * x_row
         tl.store(p_x, b_acc.to(grad_key.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
 

@@ -25,7 +25,10 @@ constexpr int kRagged = 64;
 // from `columns` on do not matter.
 template <DType kType, int kSummed, int kColumns>
 LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, int row_pitch,
-                                    const Element<kType>* tile, int pitch, int columns) {
+                                    const Element<kType>* tile, int pitch, int columns, bool allow_tf32) {
+  if constexpr (kType == DType::kFloat32) {
+    if (allow_tf32) return multiply_rows<kTf32, kSummed, kColumns>(c, rows, row_pitch, tile, pitch, columns, true);
+  }
 #pragma unroll
   for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
     FragmentA<kType> a;
@@ -49,7 +52,10 @@ LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<k
 // from `summed` on are zero.
 template <DType kType, int kSummed, int kColumns>
 LINFORMER_DEVICE void multiply_scores(float (&c)[kColumns / 8][4], const float (&scores)[kSummed / 8][4],
-                                      const Element<kType>* tile, int pitch, int summed) {
+                                      const Element<kType>* tile, int pitch, int summed, bool allow_tf32) {
+  if constexpr (kType == DType::kFloat32) {
+    if (allow_tf32) return multiply_scores<kTf32, kSummed, kColumns>(c, scores, tile, pitch, summed, true);
+  }
 #pragma unroll
   for (int group = 0; group < kSummed; group += kRagged) {
     if (group < summed) {

@@ -73,11 +73,11 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
       clear(grad);
       for_each_staged<Traits>(queries, staged, load_rows, [&](int column, bool) {
         multiply_rows<kType, Traits::kStaged, kKeys>(scores, staged, Traits::kStagePitch, key_tile + column,
-                                                     Traits::kPitch, proj_dim - k);
+                                                     Traits::kPitch, proj_dim - k, p.allow_tf32);
       });
       for_each_staged<Traits>(grads, staged_grad, load_rows, [&](int column, bool) {
         multiply_rows<kType, Traits::kStaged, kKeys>(grad, staged_grad, Traits::kStagePitch, value_tile + column,
-                                                     Traits::kPitch, proj_dim - k);
+                                                     Traits::kPitch, proj_dim - k, p.allow_tf32);
       });
       softmax.orient(scores);
       const Dropout dropout(a, b, head);
@@ -141,7 +141,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
           for (int e = 0; e < 4; ++e) scores[n][e] *= inverse[e / 2] * (grad[n][e] - delta[e / 2]);
         }
         multiply_scores<kType, kKeys, kDim>(out, scores, key_tiles + (resident ? k * Traits::kPitch : 0),
-                                            Traits::kPitch, proj_dim - k);
+                                            Traits::kPitch, proj_dim - k, p.allow_tf32);
       }
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
@@ -243,10 +243,10 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     clear(scores);
     clear(grad);
     multiply_rows<kType, kDim, kQueries>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
-                                         Traits::kPitch, kQueries);
+                                         Traits::kPitch, kQueries, p.allow_tf32);
     if (a.want_key_proj) {
       multiply_rows<kType, kDim, kQueries>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch, grad_tile,
-                                           Traits::kPitch, kQueries);
+                                           Traits::kPitch, kQueries, p.allow_tf32);
     }
     softmax.orient(scores);
 #pragma unroll
@@ -266,10 +266,12 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     }
     const int out_column = part * kOut;
     if (a.want_value_proj) {
-      multiply_scores<kType, kQueries, kOut>(grad_value, scores, grad_tile + out_column, Traits::kPitch, kQueries);
+      multiply_scores<kType, kQueries, kOut>(grad_value, scores, grad_tile + out_column, Traits::kPitch, kQueries,
+                                             p.allow_tf32);
     }
     if (a.want_key_proj) {
-      multiply_scores<kType, kQueries, kOut>(grad_key, grad, q_tile + out_column, Traits::kPitch, kQueries);
+      multiply_scores<kType, kQueries, kOut>(grad_key, grad, q_tile + out_column, Traits::kPitch, kQueries,
+                                             p.allow_tf32);
     }
   }
   wait_copies<0>();

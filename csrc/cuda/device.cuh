@@ -14,6 +14,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../problem.h"
 #include "traits.h"
@@ -22,13 +23,15 @@ namespace linformer::cuda {
 
 #define LINFORMER_DEVICE __device__ __forceinline__
 
+// How fp32 is multiplied where TF32 is allowed: a type of products, which no tensor has. Loops of products have a copy
+// for it, chosen by a branch before the loop, not in it.
+constexpr DType kTf32{3};
+template <DType kType>
+constexpr bool kWide = kType == DType::kFloat32 || kType == kTf32;
+
 template <DType kType>
 struct ElementOf {
-  using type = uint16_t;
-};
-template <>
-struct ElementOf<DType::kFloat32> {
-  using type = float;
+  using type = std::conditional_t<kWide<kType>, float, uint16_t>;
 };
 template <DType kType>
 using Element = typename ElementOf<kType>::type;
@@ -92,7 +95,7 @@ LINFORMER_DEVICE uint32_t to_tf32(float value) {
   return bits;
 }
 
-// Registers of an operand. fp32 is split in two TF32 numbers, which keep 22 of its 24 bits together.
+// Registers of an operand. fp32 is split in two TF32 numbers, which keep 22 of its 24 bits together, or rounded to one.
 template <DType kType, int kRegisters>
 struct Fragment {
   uint32_t high[kRegisters];
@@ -107,6 +110,12 @@ struct Fragment<DType::kFloat32, kRegisters> {
     low[i] = to_tf32(rest);
   }
 };
+template <int kRegisters>
+struct Fragment<kTf32, kRegisters> {
+  uint32_t high[kRegisters];
+
+  LINFORMER_DEVICE void set(int i, float value) { high[i] = to_tf32(value); }
+};
 template <DType kType>
 using FragmentA = Fragment<kType, 4>;
 template <DType kType>
@@ -114,7 +123,7 @@ using FragmentB = Fragment<kType, 4>;    // two tiles of 8 columns
 
 template <DType kType>
 struct Step {
-  static constexpr int kSummed = kType == DType::kFloat32 ? 8 : 16;
+  static constexpr int kSummed = kWide<kType> ? 8 : 16;
 };
 
 LINFORMER_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address) {
@@ -138,7 +147,7 @@ LINFORMER_DEVICE int warp_id() { return threadIdx.x / 32; }
 template <DType kType, bool kAcross>
 LINFORMER_DEVICE void load_a(FragmentA<kType>& a, const Element<kType>* tile, int pitch, int row, int summed) {
   const int lane = lane_id();
-  if constexpr (kType == DType::kFloat32) {
+  if constexpr (kWide<kType>) {
     const int g = lane / 4, t = lane % 4;
     if constexpr (kAcross) {
       const float* at = tile + (summed + 2 * t) * pitch + row + g;
@@ -167,7 +176,7 @@ LINFORMER_DEVICE void load_a(FragmentA<kType>& a, const Element<kType>* tile, in
 template <DType kType, bool kAcross>
 LINFORMER_DEVICE void load_b(FragmentB<kType>& b, const Element<kType>* tile, int pitch, int column, int summed) {
   const int lane = lane_id();
-  if constexpr (kType == DType::kFloat32) {
+  if constexpr (kWide<kType>) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -199,9 +208,11 @@ LINFORMER_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint3
 // c += a b for tile `i` of the two in b.
 template <DType kType>
 LINFORMER_DEVICE void multiply(float (&c)[4], const FragmentA<kType>& a, const FragmentB<kType>& b, int i) {
-  if constexpr (kType == DType::kFloat32) {
-    multiply_tf32(c, a.low, b.high[2 * i], b.high[2 * i + 1]);
-    multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
+  if constexpr (kWide<kType>) {
+    if constexpr (kType == DType::kFloat32) {
+      multiply_tf32(c, a.low, b.high[2 * i], b.high[2 * i + 1]);
+      multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
+    }
     multiply_tf32(c, a.high, b.high[2 * i], b.high[2 * i + 1]);
   } else if constexpr (kType == DType::kFloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -219,7 +230,7 @@ LINFORMER_DEVICE void multiply(float (&c)[4], const FragmentA<kType>& a, const F
 // Step `s` of A from neighbouring tiles of C, rounded to the type.
 template <DType kType, int kTiles>
 LINFORMER_DEVICE void as_a(FragmentA<kType>& a, const float (&c)[kTiles][4], int s) {
-  if constexpr (kType == DType::kFloat32) {
+  if constexpr (kWide<kType>) {
     a.set(0, c[s][0]);
     a.set(1, c[s][2]);
     a.set(2, c[s][1]);

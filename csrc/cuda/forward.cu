@@ -46,7 +46,7 @@ LINFORMER_DEVICE void project_tile(const Arguments& a, Element<Traits::kType>* s
   float c[Shape::kTilesM * Shape::kTilesN][4];
   clear(c);
   const bool active = piece_of(a, unit, tile, warp_id() % 2 * Shape::kWarpN / a.piece).exists;
-  multiply_stages<kType, Shape>(c, shared, to - from, active, [&](auto* e_tile, auto* x_tile, int step) {
+  multiply_stages<kType, Shape>(c, shared, to - from, active, p.allow_tf32, [&](auto* e_tile, auto* x_tile, int step) {
     const int n = (from + step) * Shape::kStep;
     load_tile<kType, Shape::kM, Shape::kStep, kThreads>(e_tile, Shape::kPitchA, matrix, block * Shape::kM, n,
                                                         threadIdx.x);
@@ -133,7 +133,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
           waiting = false;
         }
         multiply_rows<kType, Traits::kStaged, kKeys>(scores, staged, Traits::kStagePitch, key_tile + column,
-                                                     Traits::kKeyPitch, proj_dim - k);
+                                                     Traits::kKeyPitch, proj_dim - k, p.allow_tf32);
       });
       softmax.orient(scores);
 
@@ -147,7 +147,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
         for (int e = 0; e < 4; ++e) out[n][e] *= correction[e / 2];
       }
       multiply_scores<kType, kKeys, kDim>(out, scores, value_tiles + slot * Traits::kValuePitch, Traits::kValuePitch,
-                                          left);
+                                          left, p.allow_tf32);
     }
 
 #pragma unroll

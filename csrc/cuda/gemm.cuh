@@ -5,13 +5,40 @@
 
 namespace linformer::cuda {
 
+// C += A B of one stage, the part of this warp: tile (m, n) at c[m * kTilesN + n], row 4 x 2 position by warp_row and
+// warp_column.
+template <DType kType, class Shape>
+LINFORMER_DEVICE void multiply_stage(float (&c)[Shape::kTilesM * Shape::kTilesN][4], const Element<kType>* a_tile,
+                                     const Element<kType>* b_tile, bool allow_tf32) {
+  if constexpr (kType == DType::kFloat32) {
+    if (allow_tf32) return multiply_stage<kTf32, Shape>(c, a_tile, b_tile, true);
+  }
+  const int row = warp_id() / 2 * Shape::kWarpM, column = warp_id() % 2 * Shape::kWarpN;
+#pragma unroll
+  for (int k = 0; k < Shape::kStep; k += Step<kType>::kSummed) {
+    FragmentA<kType> a[Shape::kTilesM];
+#pragma unroll
+    for (int m = 0; m < Shape::kTilesM; ++m) {
+      load_a<kType, Shape::kAcrossA>(a[m], a_tile, Shape::kPitchA, row + 16 * m, k);
+    }
+#pragma unroll
+    for (int n = 0; n < Shape::kTilesN; n += 2) {
+      FragmentB<kType> b;
+      load_b<kType, Shape::kAcrossB>(b, b_tile, Shape::kPitchB, column + 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < Shape::kTilesM; ++m) {
+        multiply<kType>(c[m * Shape::kTilesN + n], a[m], b, 0);
+        multiply<kType>(c[m * Shape::kTilesN + n + 1], a[m], b, 1);
+      }
+    }
+  }
+}
+
 // `load(a, b, step)` fills one stage. Warps with `active` false (all their columns are padding) only keep the barriers.
-// C lies in registers: tile (m, n) of this warp at c[m * kTilesN + n], row 4 x 2 position by warp_row and warp_column.
 template <DType kType, class Shape, class Load>
 LINFORMER_DEVICE void multiply_stages(float (&c)[Shape::kTilesM * Shape::kTilesN][4], Element<kType>* shared, int steps,
-                                      bool active, const Load& load) {
+                                      bool active, bool allow_tf32, const Load& load) {
   constexpr int kStages = Shape::kStages, kStageElements = Shape::kElementsA + Shape::kElementsB;
-  const int row = warp_id() / 2 * Shape::kWarpM, column = warp_id() % 2 * Shape::kWarpN;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < steps) load(shared + s * kStageElements, shared + s * kStageElements + Shape::kElementsA, s);
@@ -29,25 +56,7 @@ LINFORMER_DEVICE void multiply_stages(float (&c)[Shape::kTilesM * Shape::kTilesN
     commit_copies();
     if (active) {
       const Element<kType>* a_tile = shared + slot * kStageElements;
-      const Element<kType>* b_tile = a_tile + Shape::kElementsA;
-#pragma unroll
-      for (int k = 0; k < Shape::kStep; k += Step<kType>::kSummed) {
-        FragmentA<kType> a[Shape::kTilesM];
-#pragma unroll
-        for (int m = 0; m < Shape::kTilesM; ++m) {
-          load_a<kType, Shape::kAcrossA>(a[m], a_tile, Shape::kPitchA, row + 16 * m, k);
-        }
-#pragma unroll
-        for (int n = 0; n < Shape::kTilesN; n += 2) {
-          FragmentB<kType> b;
-          load_b<kType, Shape::kAcrossB>(b, b_tile, Shape::kPitchB, column + 8 * n, k);
-#pragma unroll
-          for (int m = 0; m < Shape::kTilesM; ++m) {
-            multiply<kType>(c[m * Shape::kTilesN + n], a[m], b, 0);
-            multiply<kType>(c[m * Shape::kTilesN + n + 1], a[m], b, 1);
-          }
-        }
-      }
+      multiply_stage<kType, Shape>(c, a_tile, a_tile + Shape::kElementsA, allow_tf32);
     }
     slot = slot + 1 == kStages ? 0 : slot + 1;
   }

@@ -45,7 +45,7 @@ LINFORMER_DEVICE void input_tile(const Arguments& a, Element<Traits::kType>* sha
   clear(c);
   const int steps = static_cast<int>((p.proj_dim + Shape::kStep - 1) / Shape::kStep);
   const bool active = piece_of(a, unit, tile, warp_id() % 2 * Shape::kWarpN / a.piece).exists;
-  multiply_stages<kType, Shape>(c, shared, steps, active, [&](auto* e_tile, auto* grad_tile, int step) {
+  multiply_stages<kType, Shape>(c, shared, steps, active, p.allow_tf32, [&](auto* e_tile, auto* grad_tile, int step) {
     load_tile<kType, Shape::kStep, Shape::kM, kThreads>(e_tile, Shape::kPitchA, matrix, step * Shape::kStep, first,
                                                         threadIdx.x);
     load_own_columns<kType, Shape::kStep, Shape::kN>(grad_tile, Shape::kPitchB, grads, step * Shape::kStep, own_column);
@@ -87,7 +87,7 @@ LINFORMER_DEVICE void matrix_tile(const Arguments& a, Element<Traits::kType>* sh
   float c[Shape::kTilesM * Shape::kTilesN][4];
   clear(c);
   const int steps = static_cast<int>(p.batch * heads * steps_of_head);
-  multiply_stages<kType, Shape>(c, shared, steps, true, [&](auto* grad_tile, auto* x_tile, int step) {
+  multiply_stages<kType, Shape>(c, shared, steps, true, p.allow_tf32, [&](auto* grad_tile, auto* x_tile, int step) {
     int d = step % steps_of_head;
     const int head = first_head + step / steps_of_head % heads;
     const int b = step / steps_of_head / heads;
