@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from ._backends import use_backend
 from .functional import linformer_attention, linformer_attention_varlen, project_kv, projected_attention
 from .modules import LinformerAttention, LinformerEncoderLayer, LinformerProjection
+from .tuning import tune
 
 try:
     __version__ = version("linformer_kernels")
@@ -20,5 +21,6 @@ __all__ = [
     "linformer_attention_varlen",
     "project_kv",
     "projected_attention",
+    "tune",
     "use_backend",
 ]

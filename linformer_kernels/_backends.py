@@ -82,17 +82,18 @@ def _cuda_missing() -> str | None:
 
 
 def _triton_missing() -> str | None:
-    """Why this installation has no Triton backend. Triton is imported, and its kernels tied to the ops, only here."""
+    """Why this installation has no Triton backend. Without hardware for it, Triton is not even imported."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     accelerated = torch.backends.cuda.is_built() or torch.xpu._is_compiled()
-    if not accelerated and not _triton_interprets():
+    if not accelerated and not interpreting():
         return f"torch {torch.__version__} was built without CUDA, ROCm and XPU"
-    return _load_triton()
+    return triton_problem()
 
 
 @functools.cache
-def _load_triton() -> str | None:
+def triton_problem() -> str | None:
+    """Import Triton and tie its kernels to the ops. Returns why that fails, else None; never raises."""
     try:
         from .triton_kernels import ops
     except Exception as error:  # whatever a broken installation raises is the reason
@@ -103,8 +104,8 @@ def _load_triton() -> str | None:
     return None
 
 
-def _triton_interprets() -> bool:
-    """Triton's interpreter runs kernels on the CPU, slowly, for those who look for bugs."""
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels: on the CPU, slowly, for those who look for bugs."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
@@ -115,9 +116,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         _fused("cuda", _cuda_missing(), ("cuda",), _autograd.NATIVE),
-        _fused(
-            "triton", _triton_missing(), ("cpu", "cuda") if _triton_interprets() else ("cuda", "xpu"), _autograd.TRITON
-        ),
+        _fused("triton", _triton_missing(), ("cpu", "cuda") if interpreting() else ("cuda", "xpu"), _autograd.TRITON),
         _fused("cpu", _LIBRARY_MISSING, ("cpu",), _autograd.NATIVE),
         Backend(
             "reference",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _library
+from . import __version__, _backends, _library
 from ._backends import BACKENDS, Backend
 
 
@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
             "reason": not_loaded,
             "cuda_architectures": _library.cuda_architectures().split(",") if _library.cuda_architectures() else [],
         },
+        "tuned": _tuned(),
         "cpu": {
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
@@ -48,10 +49,22 @@ def collect() -> dict[str, Any]:
     }
 
 
+def _tuned() -> dict[str, Any]:
+    """What `linformer_kernels.tune` has left for the Triton kernels."""
+    if _backends.triton_problem() is not None:
+        return {"path": None, "for": [], "problem": None}
+    from .triton_kernels import tuned
+
+    return {"path": str(tuned.path()), "for": sorted(tuned.table()), "problem": tuned.problem()}
+
+
 def _reason(backend: Backend) -> str | None:
     """Why no call can run on the backend here, in this process."""
-    if backend.name == "cuda" and backend.missing is None and not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA GPU"
+    if backend.name == "triton" and (problem := _backends.triton_problem()) is not None:
+        return problem
+    gpu = torch.cuda.is_available() or (backend.name == "triton" and torch.xpu.is_available())
+    if backend.missing is None and backend.name in ("cuda", "triton") and not gpu and not _backends.interpreting():
+        return f"torch {torch.__version__} sees no GPU"
     return backend.missing
 
 
@@ -72,6 +85,9 @@ def main() -> None:
     lines["CUDA kernels for"] = ", ".join(f"sm_{arch}" for arch in library["cuda_architectures"]) or "none"
     for name, backend in data["backends"].items():
         lines[f"backend {name}"] = "available" if backend["available"] else f"not available: {backend['reason']}"
+    tuned = data["tuned"]
+    if tuned["for"] or tuned["problem"]:
+        lines["tuned tiles"] = f"{tuned['path']}: {tuned['problem'] or '; '.join(tuned['for'])}"
     for label, text in lines.items():
         print(f"{label:18} {text}")
 

@@ -137,8 +137,8 @@ class Inputs:
         return {name: getattr(self, name) for name in first.values()}
 
     def results(self, out: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`out` and the gradients of all leaves, with grad_out for gradient."""
-        leaves = self.leaves()
+        """`out` and the gradients of the leaves that require them, with grad_out for gradient."""
+        leaves = {name: leaf for name, leaf in self.leaves().items() if leaf.requires_grad}
         grads = torch.autograd.grad(out, list(leaves.values()), self.grad_out)
         return {"out": out, **{f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 

@@ -7,6 +7,7 @@ GPU's.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,8 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,9 @@ import torch
 import triton
 from emulator.kernels import SHARED_LIMIT_KIB
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+
+from linformer_kernels import _backends
 
 
 class _Driver:
@@ -31,7 +33,7 @@ class _Driver:
 
     def __init__(self, arch: int, multiprocessors: int):
         self.arch = arch
-        properties = {"multiprocessor_count": multiprocessors, "max_shared_mem": 1024 * SHARED_LIMIT_KIB.get(arch, 227)}
+        properties = {"multiprocessor_count": multiprocessors, "max_shared_mem": 1024 * SHARED_LIMIT_KIB[arch]}
         self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
 
     def get_current_target(self) -> GPUTarget:
@@ -49,7 +51,7 @@ class _Driver:
 
 @dataclass
 class Run:
-    """What was launched within `emulated`, or compiled within `compiled_for`."""
+    """What was launched within `emulated`."""
 
     kernels: list[str] = field(default_factory=list)
     grids: list[int] = field(default_factory=list)
@@ -70,8 +72,9 @@ def _bits(value: Any) -> Any:
 
 @contextmanager
 def emulated(arch: int = 80, multiprocessors: int = 3, execute: bool = True, **options: Any) -> Iterator[Run]:
-    """Within the block Triton compiles for `arch`, and launches of the package run in the emulator (`options` are those
-    of its Kernel.launch), or, without `execute`, are only compiled."""
+    """Within the block backend "triton" takes CPU tensors: its kernels are compiled for `arch` and run in the emulator
+    (`options` are those of its Kernel.launch), or, without `execute`, are only compiled."""
+    assert _backends.triton_problem() is None, _backends.triton_problem()
     from linformer_kernels.triton_kernels import ops
 
     run = Run()
@@ -89,6 +92,8 @@ def emulated(arch: int = 80, multiprocessors: int = 3, execute: bool = True, **o
         run.stats.append(_kernel(compiled).launch(one.grid, args, names=names, **options))
 
     usual, ops.launch = ops.launch, launch
+    backend = _backends.BACKENDS["triton"]
+    _backends.BACKENDS["triton"] = dataclasses.replace(backend, missing=None, limits=lambda call: None)
     ops._device.cache_clear()
     config = triton.runtime.driver
     before = config._active
@@ -97,6 +102,7 @@ def emulated(arch: int = 80, multiprocessors: int = 3, execute: bool = True, **o
         yield run
     finally:
         ops.launch = usual
+        _backends.BACKENDS["triton"] = backend
         ops._device.cache_clear()
         config._active = before
 
@@ -116,19 +122,19 @@ def _kernel(compiled: Any) -> Any:
     return _KERNELS[compiled.hash]
 
 
-@cache
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def resources(compiled: Any) -> dict[str, int]:
-    """REG, STACK and the rest, as ptxas has compiled the kernel; and its shared memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+    """What Triton's ptxas says of the kernel: REG, STACK, bytes `spilled` (stores and loads); and shared memory."""
+    target = re.search(r"^\.target (sm_(\d+)\w*)", compiled.asm["ptx"], re.MULTILINE)
+    assert target, compiled.name
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
         file.flush()
-        text = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return found | {"shared": compiled.metadata.shared}
-
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody has chosen
+        ptxas = get_ptxas(int(target.group(2))).path
+        command = [ptxas, "-v", f"--gpu-name={target.group(1)}", file.name, "-o", os.devnull]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    registers = re.search(r"Used (\d+) registers", text)
+    assert stack and registers, text
+    found = {"REG": registers[1], "STACK": stack[1], "spilled": int(stack[2]) + int(stack[3])}
+    found["shared"] = compiled.metadata.shared
+    return {name: int(value) for name, value in found.items()}

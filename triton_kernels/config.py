@@ -10,6 +10,7 @@ from dataclasses import dataclass
 class Device:
     """What a plan needs to know of a GPU."""
 
+    name: str
     backend: str  # of Triton: cuda, hip, or interpreter
     capability: int  # e.g. 80; 0 where it is not NVIDIA's
     multiprocessors: int

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from .. import _ops
 from .backward import backward
+from .checks import check
 from .common import Mask, Sizes, Strides
-from .config import Device, Shape, config_for, power_of_2, unit_for
+from .config import Device, Shape, power_of_2, unit_for
 from .forward import forward
 from .project_backward import project_backward as project_backward_kernel
+from .tuned import config_of
 
 SPLIT_ROWS = 256  # of a sequence, at the least, that one split sums
 
@@ -45,7 +47,7 @@ def launch(one: Launch) -> None:
 def device_of(tensor: Tensor) -> Device:
     """The GPU of the tensor; for Triton's interpreter, which has none, a small one."""
     if triton.knobs.runtime.interpret:
-        return Device("interpreter", 80, 4)
+        return Device("Triton's interpreter", "interpreter", 80, 4)
     return _device(tensor.device.index or 0)
 
 
@@ -55,7 +57,14 @@ def _device(index: int) -> Device:
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
     capability = target.arch if target.backend == "cuda" else 0
-    return Device(target.backend, capability, properties["multiprocessor_count"])
+    name = torch.cuda.get_device_name(index) if torch.cuda.is_available() else f"{target.backend} {target.arch}"
+    return Device(name, target.backend, capability, properties["multiprocessor_count"])
+
+
+@functools.cache
+def _layout(names: tuple[str, ...]) -> Any:
+    """The type of the strides of tensors by name. Making one takes longer than a launch."""
+    return namedtuple("Layout", names)
 
 
 class _Call:
@@ -82,11 +91,10 @@ class _Call:
         self.shared_kv = proj_key is not None and tensors.get("proj_value") is None
         per_head = proj_key is not None and proj_key.dim() == 3
         self.shape = Shape(like.element_size(), proj_dim, head_dim, value_proj.size(-1), per_head, self.shared_kv)
-        self.config, self.unit = config_for(self.shape, self.device), unit_for(self.shape)
+        self.config, self.unit = config_of(self.shape, self.device), unit_for(self.shape)
         self.units = -(-heads_kv // self.unit.heads)
-        self.precision = {"cuda": "tf32" if allow_tf32 else "tf32x3", "hip": "ieee"}.get(
-            self.device.backend, "interpreter"
-        )
+        of_cuda = "tf32" if allow_tf32 else "tf32x3"
+        self.precision = {"cuda": of_cuda, "interpreter": "interpreter"}.get(self.device.backend, "ieee")
 
     def arguments(self, *names: str) -> dict[str, Any]:
         """Pointers and strides of tensors, and sizes; a tensor that is not there is None."""
@@ -97,7 +105,7 @@ class _Call:
         if self.sizes.seq_len_max % units["unit_e"]:
             units["unit_e"] = 1
         of = {name: units["unit_e" if name in matrices else "unit"] for name in names}
-        layout = namedtuple("Layout", names)(*(Strides(*(s // of[name] for s in strides[name])) for name in names))
+        layout = _layout(names)(*(Strides(*(s // of[name] for s in strides[name])) for name in names))
         if not matrices:
             del units["unit_e"]
         return {
@@ -170,6 +178,13 @@ def _mask(mask: Tensor | None) -> Mask:
     return Mask(None, 0, 0) if mask is None else Mask(mask, *mask.stride())
 
 
+def attention_call(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None) -> _Call:
+    """What a forward with these tensors derives from them; nothing is launched."""
+    key_proj, value_proj = _ops._empty_projections(key, value, proj_key, None)
+    tensors = {"query": query, "key": key, "proj_key": proj_key, "proj_value": proj_value}
+    return _Call({**tensors, "key_proj": key_proj, "value_proj": value_proj})
+
+
 def _forward(call: _Call, mask: Tensor | None, softmax: dict[str, Any], project: bool, attend: bool) -> None:
     config, sizes, shape = call.config.forward, call.sizes, call.shape
     tiles = splits = tickets = 0
@@ -197,11 +212,10 @@ def attention(
     rng_state: Tensor | None, dropout_p: float, scale: float, allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out, K', V'."""
+    inputs = {"query": query, "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value}
+    check(inputs, cu_seqlens_q, cu_seqlens_k, key_padding_mask, rng_state, dropout_p)
     out, key_proj, value_proj = _ops.empty_attention(query, key, value, proj_key, cu_seqlens_k)
-    tensors = {
-        "query": query, "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value,
-        "key_proj": key_proj, "value_proj": value_proj, "out": out,
-    }  # fmt: skip
+    tensors = {**inputs, "key_proj": key_proj, "value_proj": value_proj, "out": out}
     call = _Call(tensors, cu_seqlens_q, cu_seqlens_k, allow_tf32)
     _forward(call, key_padding_mask, call.softmax(rng_state, dropout_p, scale), True, True)
     return out, key_proj, value_proj
@@ -212,11 +226,10 @@ def project(
     cu_seqlens_k: Tensor | None, allow_tf32: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """K', V'."""
+    inputs = {"key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value}
+    check(inputs, None, cu_seqlens_k, key_padding_mask)
     key_proj, value_proj = _ops._empty_projections(key, value, proj_key, cu_seqlens_k)
-    tensors = {
-        "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value, "key_proj": key_proj,
-        "value_proj": value_proj,
-    }  # fmt: skip
+    tensors = {**inputs, "key_proj": key_proj, "value_proj": value_proj}
     call = _Call(tensors, None, cu_seqlens_k, allow_tf32)
     _forward(call, key_padding_mask, call.softmax(None, 0.0, 1.0), True, False)
     return key_proj, value_proj
@@ -227,6 +240,8 @@ def projected_attention(
     dropout_p: float, scale: float, allow_tf32: bool,
 ) -> Tensor:  # fmt: skip
     """out."""
+    inputs = {"query": query, "key_proj": key_proj, "value_proj": value_proj}
+    check(inputs, cu_seqlens_q, rng_state=rng_state, dropout_p=dropout_p)
     out = _ops._like(query, value_proj.size(-1))
     call = _Call(
         {"query": query, "key_proj": key_proj, "value_proj": value_proj, "out": out}, cu_seqlens_q, None, allow_tf32
@@ -310,6 +325,11 @@ def attention_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of query, key, value, proj_key, proj_value."""
+    inputs = {
+        "query": query, "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value,
+        "key_proj": key_proj, "value_proj": value_proj, "grad_out": grad_out,
+    }  # fmt: skip
+    check(inputs, cu_seqlens_q, cu_seqlens_k, key_padding_mask, rng_state, dropout_p)
     grads = _ops._empty_grads(needs, query, key, value, proj_key, proj_value)
     shared = proj_value is None
     grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value = _present(
@@ -318,9 +338,8 @@ def attention_backward(
     want_key = grad_key is not None or grad_proj_key is not None
     want_value = grad_value is not None or (grad_proj_key if shared else grad_proj_value) is not None
     tensors = {
-        "query": query, "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value,
-        "key_proj": key_proj, "value_proj": value_proj, "grad_out": grad_out, "grad_query": grad_query,
-        "grad_key": grad_key, "grad_value": grad_value, "grad_proj_key": grad_proj_key,
+        **inputs, "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value,
+        "grad_proj_key": grad_proj_key,
         "grad_proj_value": grad_proj_value, "grad_key_proj": _gradient_of(key_proj) if want_key else None,
         "grad_value_proj": _gradient_of(value_proj) if want_value else None,
     }  # fmt: skip
@@ -339,13 +358,16 @@ def project_backward(
     needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of key, value, proj_key, proj_value."""
+    inputs = {
+        "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value, "grad_key_proj": grad_key_proj,
+        "grad_value_proj": grad_value_proj,
+    }  # fmt: skip
+    check(inputs, None, cu_seqlens_k, key_padding_mask)
     grads = _ops._empty_grads(needs, key, value, proj_key, proj_value)
     names = ("grad_key", "grad_value", "grad_proj_key", "grad_proj_value")
     wanted = _present(grads, needs & (0b111 if proj_value is None else -1))
     tensors = {
-        "key": key, "value": value, "proj_key": proj_key, "proj_value": proj_value, "grad_key_proj": grad_key_proj,
-        "grad_value_proj": grad_value_proj, "key_proj": grad_key_proj, "value_proj": grad_value_proj,
-        **dict(zip(names, wanted, strict=True)),
+        **inputs, "key_proj": grad_key_proj, "value_proj": grad_value_proj, **dict(zip(names, wanted, strict=True)),
     }  # fmt: skip
     if any(grad is not None for grad in wanted):
         _project_backward(_Call(tensors, None, cu_seqlens_k, allow_tf32), key_padding_mask)
@@ -357,11 +379,12 @@ def projected_attention_backward(
     rng_state: Tensor | None, dropout_p: float, scale: float, allow_tf32: bool, needs: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of query, key_proj, value_proj."""
+    inputs = {"query": query, "key_proj": key_proj, "value_proj": value_proj, "grad_out": grad_out}
+    check(inputs, cu_seqlens_q, rng_state=rng_state, dropout_p=dropout_p)
     grads = _ops.empty_projected_grads(needs, query, key_proj, value_proj)
     grad_query, grad_key_proj, grad_value_proj = _present(grads, needs)
     tensors = {
-        "query": query, "key_proj": key_proj, "value_proj": value_proj, "grad_out": grad_out,
-        "grad_query": grad_query, "grad_key_proj": grad_key_proj, "grad_value_proj": grad_value_proj,
+        **inputs, "grad_query": grad_query, "grad_key_proj": grad_key_proj, "grad_value_proj": grad_value_proj,
     }  # fmt: skip
     call = _Call(tensors, cu_seqlens_q, None, allow_tf32)
     wanted = tuple(grad is not None for grad in (grad_query, grad_key_proj, grad_value_proj))

@@ -14,7 +14,7 @@ from emulator.build import core
 from emulator.errors import SOFT, PtxError, PtxIssues
 from emulator.stats import Stats
 
-SHARED_LIMIT_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # a block, by compute capability
+SHARED_LIMIT_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # a block, by compute capability
 
 Dims = int | Sequence[int]
 

@@ -1,0 +1,227 @@
+"""The Triton kernels without a GPU: compiled as they are on one, executed by the emulator, against the oracle.
+
+The algorithm alone, over the whole matrix of cases, is test_triton_interpreted.py's. On a GPU, test_gpu.py runs it all.
+"""
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import test_attention
+import test_errors
+import torch
+from cases import Case
+
+pytest.importorskip("triton")
+import emulated_triton
+
+import linformer_kernels as lk
+from linformer_kernels import linformer_attention
+
+BF16, FP16 = torch.bfloat16, torch.float16
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+CASES = [
+    Case(dtype=BF16, d=64, k=128, n=300, n_q=200),
+    Case(dtype=BF16, d=64, k=200, n=300, n_q=170, kv_heads=2, mask="random", layout="bnhd"),
+    Case(d=64, k=64, n=200, extra=8),
+    Case(n=130, n_q=70, d=17, d_v=33, k=20, extra=5, mask="random", kv_heads=2),
+    Case(lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, sharing="key-value", k=129, layout="padded", dtype=BF16),
+    Case(dropout_p=0.3, sharing="per-head", layout="offset", mask="nothing", dtype=FP16),
+    Case(dropout_p=0.3, d=96, k=150, sharing="per-head-key-value", dtype=FP16, scale=-0.3),
+    Case(d=128, k=40, n=70, n_q=90, dtype=BF16, alias="qkv", sharing="same"),
+    Case(d=256, k=70, n=40, n_q=40, heads=2, kv_heads=1, batch=1, dtype=BF16),
+    Case(lengths=(64, 40), d=32, k=32, dropout_p=0.2, kv_heads=1),
+]
+
+
+def check(case: Case, through=cases.run, **options) -> emulated_triton.Run:
+    x = cases.Inputs(case, "cpu")
+    with emulated_triton.emulated(**options) as run:
+        got = through(x, "triton")
+    cases.compare({case: got}, x)
+    return run
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chosen(case, arch):
+    check(case, arch=arch)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_sampled(index, seed):
+    """On a GPU of another size each time: other splits, other residents, another order of warps."""
+    rng = np.random.default_rng(seed)
+    case = test_attention.sampled(rng)
+    while case.k * max(case.d, case.d_v or 0) * max(case.n, case.n_q) > 4e6:
+        case = test_attention.sampled(rng)
+    arch, residents = int(rng.choice([80, 90])), int(rng.choice([0, 1, 3]))
+    check(
+        case,
+        arch=arch,
+        multiprocessors=int(rng.integers(1, 40)),
+        seed=int(rng.integers(1, 2**31)),
+        max_resident=residents,
+    )
+
+
+@pytest.mark.parametrize(
+    "case", [Case(dtype=BF16, k=100, n=130, mask="prefix"), Case(lengths=(9, 31), kv_heads=1)], ids=str
+)
+def test_the_two_halves(case):
+    run = check(case, through=cases.run_halves)
+    assert run.kernels == ["forward", "forward", "backward", "project_backward"]
+
+
+SPLIT = Case(batch=1, heads=2, kv_heads=1, n=1100, n_q=1050, k=96, d=32, dtype=BF16, sharing="key-value", mask="random")
+
+
+@pytest.mark.parametrize("case", [SPLIT, dataclasses.replace(SPLIT, k=160, sharing="headwise", d=64)], ids=str)
+def test_splits_and_orders_give_the_same_bits(case, seed):
+    """Whatever order warps run in, and however many programs are resident."""
+    x = cases.Inputs(case, "cpu")
+    results = []
+    for order, residents in ((0, 0), (seed + 1, 1), (seed + 2, 3)):
+        with emulated_triton.emulated(80, 24, seed=order, max_resident=residents) as run:
+            results.append(cases.run(x, "triton"))
+    assert run.grids[0] > 10
+    cases.compare({case: results[0]}, x)
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_launches():
+    """One launch forward, two backward; none for what nobody wants."""
+    x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")
+    with emulated_triton.emulated(execute=False) as run:
+        cases.run(x, "triton")
+    assert run.kernels == ["forward", "backward", "project_backward"]
+    x = cases.Inputs(Case(dtype=BF16, batch=0), "cpu")
+    with emulated_triton.emulated() as run:
+        cases.run(x, "triton")
+    assert run.kernels == ["project_backward"]  # dE of an empty batch is zero, and has to be written
+
+
+@pytest.mark.parametrize("wanted", [("query",), ("value",), ("proj_key",), ("key", "proj_value")], ids=str)
+@pytest.mark.parametrize("k", [32, 150])
+def test_gradients_that_are_wanted(wanted, k):
+    """The others are neither computed nor written."""
+    x = cases.Inputs(Case(dtype=BF16, k=k, n=70, n_q=50, heads=2, kv_heads=2), "cpu")
+    for name in cases.ARGUMENTS:
+        getattr(x, name).requires_grad_(name in wanted)
+    with emulated_triton.emulated():
+        got = cases.run(x, "triton")
+    assert set(got) == {"out", *(f"grad_{name}" for name in wanted)}
+    cases.compare({wanted: got}, x)
+
+
+def test_offsets_that_run_past_their_tensor_are_held_inside():
+    """On a GPU nobody reads them before the kernels do, so the kernels must."""
+    q, proj = torch.randn(20, 2, 16), torch.randn(8, 30)
+    for wrong in ([0, 5, 400], [0, 2**40, 20], [-7, 10, 20], [0, 15, 3]):
+        offsets = torch.tensor(wrong)
+        with emulated_triton.emulated():  # raises if anything is read or written out of bounds
+            tensors = (q, q, q, proj, None, None, offsets, offsets, None)
+            out, k, v = torch.ops.linformer_kernels.attention.triton(*tensors, 0.0, 1.0, False)
+            backward = torch.ops.linformer_kernels.attention_backward.triton
+            backward(out, *tensors, k, v, 0.0, 1.0, False, 15)
+
+
+def test_no_recompilation_storm():
+    """Fifty shapes: neither batch, heads, lengths nor strides compile a kernel anew, only whether a sum is split."""
+    rng = random.Random(0)
+    compiled = set()
+    with emulated_triton.emulated(execute=False, multiprocessors=108) as run:
+        for _ in range(50):
+            b, h, group, n = rng.randint(1, 20), rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 5000)
+            shapes = ((b, n, h * group, 64), (b, n, h, 64), (b, n, h, 64))
+            inputs = [torch.empty(shape, dtype=BF16, requires_grad=True).transpose(1, 2) for shape in shapes]
+            proj = torch.empty(128, 5000, dtype=BF16, requires_grad=True)
+            out = linformer_attention(*inputs, proj, backend="triton")
+            out.backward(torch.empty_like(out))
+        compiled = {(one.name, one.hash) for one in run.compiled}
+    for name, most in (("forward", 2), ("backward", 2), ("project_backward", 1)):
+        assert len([1 for kernel, _ in compiled if kernel == name]) <= most, (name, len(compiled))
+
+
+def test_raw_ops_refuse_nonsense():
+    """As the native ops do, before anything is launched."""
+    source = test_errors.RAW.replace("ops, R, I = torch.ops.linformer_kernels,", "ops, R, I = Overloads(),")
+    # The values of offsets are not read on a GPU.
+    source = source.replace(
+        "bad_cu = [", "bad_cu = [I(0, 4, 9).int(), I(0, 9), I([0, 4, 9]), I(0, 4, 9)[::2]]; unused = ["
+    )
+    source = source.replace(
+        "wrong(ops.attention, packed, [dict(cu_seqlens_k=bad_cu[-1]), ", "wrong(ops.attention, packed, ["
+    )
+    prelude = """
+import torch, emulated_triton
+class Overloads:
+    def __getattr__(self, name):
+        return getattr(torch.ops.linformer_kernels, name).triton
+"""
+    body = "".join(f"    {line}\n" for line in source.splitlines())
+    code = f"{prelude}with emulated_triton.emulated(execute=False):\n{body}"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(lk.__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_compilers_see_one_op():
+    x = cases.Inputs(Case(dtype=BF16, n=40, n_q=40, k=16, heads=2, kv_heads=2), "cpu")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    with emulated_triton.emulated(execute=False):
+        function = torch.compile(lambda *t: linformer_attention(*t, backend="triton"), fullgraph=True, backend=backend)
+        function(*x.positional())
+    assert torch.ops.linformer_kernels.attention.triton in graphs[0]
+
+
+def test_opcheck():
+    x = cases.Inputs(Case(dtype=torch.float32, n=20, n_q=20, k=16, heads=2, kv_heads=2, batch=1), "cpu")
+    with emulated_triton.emulated():
+        arguments = (*x.positional(), None, None, None, None, 0.0, 1.0, False)
+        torch.library.opcheck(torch.ops.linformer_kernels.attention.triton, arguments)
+
+
+TENSOR_INSTRUCTIONS = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
+SHIPPED = [
+    Case(dtype=dtype, d=d, k=k, n=256, n_q=256, sharing=sharing)
+    for dtype in (BF16, torch.float32)
+    for d, k, sharing in (
+        (32, 128, "headwise"), (64, 64, "per-head"), (64, 128, "headwise"), (64, 256, "key-value"),
+        (96, 128, "headwise"), (128, 128, "headwise"), (128, 256, "headwise"), (256, 256, "headwise"),
+    )
+]  # fmt: skip
+
+
+def compiled_for(arch: int, case: Case) -> emulated_triton.Run:
+    x = cases.Inputs(case, "cpu")
+    with emulated_triton.emulated(arch, multiprocessors=4, execute=False) as run:
+        cases.run(x, "triton")
+    return run
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("case", SHIPPED, ids=str)
+def test_every_tile_fits_its_architecture(case, arch):
+    """Shared memory, no spills up to D = 128, and products on the tensor cores that were meant."""
+    for compiled in compiled_for(arch, case).compiled:
+        found = emulated_triton.resources(compiled)
+        assert found["shared"] <= 1024 * emulated_triton.SHARED_LIMIT_KIB[arch], (compiled.name, found)
+        if case.d <= 128:
+            assert found["spilled"] == 0, (compiled.name, found)
+        if case.dtype == BF16:
+            assert TENSOR_INSTRUCTIONS[arch] in compiled.asm["ptx"], compiled.name
