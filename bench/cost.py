@@ -28,8 +28,9 @@ def weighted_bytes(cell: Cell, per_head: int, per_projection: int) -> int:
     return per_row * cell.seq_len * cell.torch_dtype.itemsize
 
 
-def floor_bytes(cell: Cell) -> int:
-    return weighted_bytes(cell, *{"fwd": (4, 1), "bwd": (7, 2), "full": (11, 3)}[cell.op])
+def floor_bytes(cell: Cell, exact: bool = False) -> int:
+    per_head, per_projection = {"fwd": (4, 1), "bwd": (7, 2), "full": (11, 3)}[cell.op]
+    return weighted_bytes(cell, per_head, 0 if exact else per_projection)
 
 
 def tensor_bytes(cell: Cell) -> int:
