@@ -15,7 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import add_splits, dot, find_tile, kept_scores, offsets_2d, sequence, signal, start_of, wait_for
+from .common import (
+    add_splits,
+    dot,
+    find_tile,
+    kept_scores,
+    offsets_2d,
+    powers,
+    row_of,
+    sequence,
+    signal,
+    sizes_of,
+    start_of,
+    wait_for,
+)
 
 
 @triton.jit
@@ -54,7 +67,7 @@ def row_tile(
         p_v = start_of(value_proj, strides.value_proj, b, head_kv, unit) + offsets_2d(
             strides.value_proj, o_k, o_v, unit
         )
-        k_step, v_step = strides.key_proj.row * BLOCK_S * unit, strides.value_proj.row * BLOCK_S * unit
+        k_step, v_step = row_of(strides.key_proj, unit) * BLOCK_S, row_of(strides.value_proj, unit) * BLOCK_S
         b_q = tl.load(p_q, mask=m_q[:, None] & m_d[None, :], other=0.0)
         b_do = tl.load(p_do, mask=m_q[:, None] & m_v[None, :], other=0.0)
 
@@ -69,10 +82,10 @@ def row_tile(
                 b_s = -b_s
             if K % BLOCK_S:
                 b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent)
-                b_p = tl.where(m_k[None, :], tl.exp2(b_s * exponent - b_new[:, None]), 0.0)
+                b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
             else:
                 b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent)
-                b_p = tl.exp2(b_s * exponent - b_new[:, None])
+                b_p = powers(b_s, exponent, b_new[:, None])
             b_change = tl.exp2(b_most - b_new)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
             b_most = b_new
@@ -102,7 +115,7 @@ def row_tile(
                 b_s = dot(b_q, tl.trans(b_k), None, PRECISION)
                 if NEGATIVE:
                     b_s = -b_s
-                b_p = tl.exp2(b_s * exponent - b_most[:, None]) * b_one[:, None]
+                b_p = powers(b_s, exponent, b_most[:, None]) * b_one[:, None]
                 if K % BLOCK_S:
                     b_p = tl.where(m_k[None, :], b_p, 0.0)
                 b_v = tl.load(p_v, mask=m_k[:, None] & m_v[None, :], other=0.0)
@@ -169,15 +182,15 @@ def column_tile(
         if FUSED:
             if BLOCK_K == K:
                 b_most = tl.max(b_s, 0) * exponent
-                b_p = tl.exp2(b_s * exponent - b_most[None, :])
+                b_p = powers(b_s, exponent, b_most[None, :])
             else:
                 b_most = tl.max(tl.where(m_k[:, None], b_s, float("-inf")), 0) * exponent
-                b_p = tl.where(m_k[:, None], tl.exp2(b_s * exponent - b_most[None, :]), 0.0)
+                b_p = tl.where(m_k[:, None], powers(b_s, exponent, b_most[None, :]), 0.0)
             b_p = b_p * (1.0 / tl.sum(b_p, 0))[None, :]
         else:
             p_most, p_one, p_delta = statistics_of(statistics, sizes, cu_seqlens_q, b, head, first + o_q)
             b_most, b_one = tl.load(p_most, mask=m_q, other=0.0), tl.load(p_one, mask=m_q, other=0.0)
-            b_p = tl.exp2(b_s * exponent - b_most[None, :]) * b_one[None, :]
+            b_p = powers(b_s, exponent, b_most[None, :]) * b_one[None, :]
         b_kept = b_p
         if rng_state is not None:
             m_kept = kept_scores(
@@ -226,7 +239,10 @@ def column_tile(
             tl.store(p_dv, b_dv.to(grad_value_proj.dtype.element_ty), mask=m_k[:, None] & m_v[None, :])
 
 
-@triton.jit(do_not_specialize=["strides", "sizes", "threshold", "row_tiles", "splits", "tiles"])
+_NUMBERS = ["threshold", "row_tiles", "splits", "tiles"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS)
 def backward(
     query, key_proj, value_proj, grad_out, grad_query, grad_key_proj, grad_value_proj, cu_seqlens_q, rng_state, strides,
     sizes, exponent, scale, threshold, keep, statistics, counters, partial, row_tiles, splits, tiles,
@@ -241,6 +257,7 @@ def backward(
     counters: [0] the next ticket, then for each (sequence, head of K') the row tiles that are ready, then for each
     column tile the splits that have arrived, for dK' and for dV'; zero when the launch starts.
     """
+    sizes = sizes_of(sizes)
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     ready = counters + 1
     if ticket < row_tiles:

@@ -13,8 +13,20 @@ import triton
 import triton.language as tl
 
 
+def opaque(number: int) -> int:
+    """A number as it stands in a tuple of arguments. There Triton compiles a kernel anew for multiples of 16 and for 1,
+    whatever do_not_specialize says; odd numbers above 1 are all the same to it."""
+    return 2 * number + 3
+
+
+@triton.jit
+def number(opaque):
+    return (opaque >> 1) - 1
+
+
 class Strides(NamedTuple):
-    """Of a (batch, head, row, column) tensor, in units; columns are adjacent. E and F: batch 0, rows are the K."""
+    """Of a (batch, head, row, column) tensor, in units; columns are adjacent. E and F: batch 0, rows are the K.
+    Opaque."""
 
     batch: int
     head: int
@@ -22,7 +34,7 @@ class Strides(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a problem, but for K and the widths of heads, which are compiled in."""
+    """Of a problem, but for K and the widths of heads, which are compiled in. Opaque until `sizes_of`."""
 
     batch: int
     heads: int
@@ -33,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """key_padding_mask and its strides in bytes."""
+    """key_padding_mask and its strides in bytes, opaque."""
 
     data: Any
     batch: int
@@ -41,15 +53,29 @@ class Mask(NamedTuple):
 
 
 @triton.jit
+def sizes_of(sizes):
+    return Sizes(
+        number(sizes.batch), number(sizes.heads), number(sizes.heads_kv), number(sizes.len_q), number(sizes.len_k),
+        number(sizes.seq_len_max),
+    )  # fmt: skip
+
+
+@triton.jit
 def start_of(data, strides, b, h, unit: tl.constexpr):
     """Pointer to the first row of head h of sequence b."""
-    return data + (b.to(tl.int64) * strides.batch + h.to(tl.int64) * strides.head) * unit
+    return data + (b.to(tl.int64) * number(strides.batch) + h.to(tl.int64) * number(strides.head)) * unit
+
+
+@triton.jit
+def row_of(strides, unit: tl.constexpr):
+    """Elements from a row to the next."""
+    return number(strides.row).to(tl.int64) * unit
 
 
 @triton.jit
 def offsets_2d(strides, o_row, o_column, unit: tl.constexpr):
     """[rows, columns] of a head."""
-    return o_row.to(tl.int64)[:, None] * strides.row * unit + o_column[None, :]
+    return o_row.to(tl.int64)[:, None] * row_of(strides, unit) + o_column[None, :]
 
 
 @triton.jit
@@ -85,7 +111,7 @@ def column_pointers(key, value, key_strides, value_strides, of_value, b, head, o
     """Pointers to row 0 of sequence b at the columns of `columns_of`, and the distance of a row to the next."""
     p_key = start_of(key, key_strides, b, head, unit) + o_d
     p_value = start_of(value, value_strides, b, head, unit) + o_d
-    row = tl.where(of_value, value_strides.row, key_strides.row).to(tl.int64) * unit
+    row = tl.where(of_value, row_of(value_strides, unit), row_of(key_strides, unit))
     return tl.where(of_value, p_value, p_key), row
 
 
@@ -124,7 +150,7 @@ def find_tile(cu_seqlens, batch, rows, most, tile, BLOCK: tl.constexpr):
 def kept_rows(mask, b, o_n, m_n):
     """Which of the rows m_n of the sequence take part."""
     if mask.data is not None:
-        p_mask = mask.data + b.to(tl.int64) * mask.batch + o_n.to(tl.int64) * mask.row
+        p_mask = mask.data + b.to(tl.int64) * number(mask.batch) + o_n.to(tl.int64) * number(mask.row)
         m_n = m_n & (tl.load(p_mask, mask=m_n, other=0) != 0)
     return m_n
 
@@ -137,6 +163,12 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
         return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision="ieee")
     else:
         return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+
+
+@triton.jit
+def powers(b_s, exponent, b_most):
+    """2^(exponent s - most), rounded once: `most`, rounded too, is common to a row, so its error cancels."""
+    return tl.exp2(tl.fma(b_s, exponent, -b_most))
 
 
 @triton.jit

@@ -22,8 +22,11 @@ from .common import (
     kept_rows,
     kept_scores,
     offsets_2d,
+    powers,
+    row_of,
     sequence,
     signal,
+    sizes_of,
     start_of,
     wait_for,
 )
@@ -134,10 +137,10 @@ def attend_tile(
                 b_s = -b_s
             if K % BLOCK_S:
                 b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent)
-                b_p = tl.where(m_k[None, :], tl.exp2(b_s * exponent - b_new[:, None]), 0.0)
+                b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
             else:
                 b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent)
-                b_p = tl.exp2(b_s * exponent - b_new[:, None])
+                b_p = powers(b_s, exponent, b_new[:, None])
             b_change = tl.exp2(b_most - b_new)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
             if rng_state is not None:
@@ -146,14 +149,17 @@ def attend_tile(
             b_v = tl.load(p_v, mask=m_k[:, None] & m_v[None, :], other=0.0)
             b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_change[:, None], PRECISION)
             b_most = b_new
-            p_k += strides.key_proj.row * BLOCK_S * unit
-            p_v += strides.value_proj.row * BLOCK_S * unit
+            p_k += row_of(strides.key_proj, unit) * BLOCK_S
+            p_v += row_of(strides.value_proj, unit) * BLOCK_S
         b_out = b_out * (keep / b_sum)[:, None]
         p_out = start_of(out, strides.out, b, head, unit) + offsets_2d(strides.out, first + o_q, o_v, unit)
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_q[:, None] & m_v[None, :])
 
 
-@triton.jit(do_not_specialize=["strides", "sizes", "mask", "threshold", "project_tiles", "splits", "units"])
+_NUMBERS = ["threshold", "project_tiles", "splits", "units"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS)
 def forward(
     query, key, value, proj_key, proj_value, key_proj, value_proj, out, mask, cu_seqlens_q, cu_seqlens_k, rng_state,
     strides, sizes, exponent, threshold, keep, counters, partial, project_tiles, splits, units,
@@ -169,6 +175,7 @@ def forward(
     counters: [0] the next ticket, then for each unit the tiles that are ready, then for each tile the splits that have
     arrived; zero when the launch starts.
     """
+    sizes = sizes_of(sizes)
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
     ready = counters + 1
     if ticket < project_tiles:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import _ops
 from .backward import backward
 from .checks import check
-from .common import Mask, Sizes, Strides
+from .common import Mask, Sizes, Strides, opaque
 from .config import Device, Shape, power_of_2, unit_for
 from .forward import forward
 from .project_backward import project_backward as project_backward_kernel
@@ -105,11 +105,11 @@ class _Call:
         if self.sizes.seq_len_max % units["unit_e"]:
             units["unit_e"] = 1
         of = {name: units["unit_e" if name in matrices else "unit"] for name in names}
-        layout = _layout(names)(*(Strides(*(s // of[name] for s in strides[name])) for name in names))
+        layout = _layout(names)(*(Strides(*(opaque(s // of[name]) for s in strides[name])) for name in names))
         if not matrices:
             del units["unit_e"]
         return {
-            **tensors, "strides": layout, "sizes": self.sizes, **units, "K": self.shape.proj_dim,
+            **tensors, "strides": layout, "sizes": Sizes(*map(opaque, self.sizes)), **units, "K": self.shape.proj_dim,
             "D": self.shape.head_dim, "D_V": self.shape.value_dim, "PRECISION": self.precision,
         }  # fmt: skip
 
@@ -175,7 +175,7 @@ class _Call:
 
 
 def _mask(mask: Tensor | None) -> Mask:
-    return Mask(None, 0, 0) if mask is None else Mask(mask, *mask.stride())
+    return Mask(mask, *map(opaque, (0, 0) if mask is None else mask.stride()))
 
 
 def attention_call(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None) -> _Call:

@@ -11,7 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import column_pointers, columns_of, dot, find_tile, kept_rows, offsets_2d, sequence, start_of
+from .common import (
+    column_pointers,
+    columns_of,
+    dot,
+    find_tile,
+    kept_rows,
+    offsets_2d,
+    row_of,
+    sequence,
+    sizes_of,
+    start_of,
+)
 
 
 @triton.jit
@@ -113,13 +124,13 @@ def input_tile(
         p_e = start_of(proj_key, strides.proj_key, 0 * unit_id, unit_id, unit_e) + offsets_2d(
             strides.proj_key, o_k, o_n, unit_e
         )
-        e_step = strides.proj_key.row * BLOCK_K * unit_e
+        e_step = row_of(strides.proj_key, unit_e) * BLOCK_K
         if not SHARED_KV:
             if of_value:
                 p_e = start_of(proj_value, strides.proj_value, 0 * unit_id, unit_id, unit_e) + offsets_2d(
                     strides.proj_value, o_k, o_n, unit_e
                 )
-                e_step = strides.proj_value.row * BLOCK_K * unit_e
+                e_step = row_of(strides.proj_value, unit_e) * BLOCK_K
         p_g, g_row = column_pointers(
             grad_key_proj, grad_value_proj, strides.grad_key_proj, strides.grad_value_proj, of_value, b, head, o_d, unit
         )
@@ -142,7 +153,10 @@ def input_tile(
         tl.store(p_x, b_acc.to(grad_key.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["strides", "sizes", "mask", "matrix_tiles", "units"])
+_NUMBERS = ["matrix_tiles", "units"]
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS)
 def project_backward(
     key, value, proj_key, proj_value, grad_key_proj, grad_value_proj, grad_key, grad_value, grad_proj_key,
     grad_proj_value, mask, cu_seqlens_k, strides, sizes, matrix_tiles, units,
@@ -153,6 +167,7 @@ def project_backward(
     BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The formulas above. A gradient that nobody wants is another tensor of its kind, and never written."""
+    sizes = sizes_of(sizes)
     tile = tl.program_id(0)
     if tile < matrix_tiles:
         if WANT_PROJ_KEY or WANT_PROJ_VALUE:
