@@ -166,6 +166,32 @@ def test_barrier_after_divergence(cuda, n):
     assert y[n:].count_nonzero() == 0
 
 
+LATE = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry late()
+{
+  .reg .pred %p;
+  .reg .b32 %r<3>;
+  mov.u32 %r1, %tid.x;
+  setp.lt.u32 %p, %r1, 16;
+  @%p bra DETOUR;
+MEET:
+  shfl.sync.idx.b32 %r2, %r1, 0, 31, -1;
+  ret;
+DETOUR:
+  bra MEET;
+}
+"""
+
+
+def test_a_collective_that_waits_counts_once():
+    """Half a warp that came first and waited for the other half was counted then, and again with all of it."""
+    shuffle = line(emulator.Module(LATE).kernel().launch(1, WARP, []), "shfl")
+    assert (shuffle["warps"], shuffle["threads"]) == (1, WARP)
+
+
 # Kernels known to be right that nobody here wrote
 
 

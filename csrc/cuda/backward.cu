@@ -302,15 +302,14 @@ LINFORMER_DEVICE void backward(const Arguments& a) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ uint32_t word;
   auto* shared = reinterpret_cast<Element<Traits::kType>*>(memory);
-  const int total = a.attend_tiles + a.column_tiles;
-  for (;;) {
-    const int ticket = static_cast<int>(next_ticket(a.ticket, &word));
-    if (ticket >= total) return;
-    if (ticket < a.attend_tiles) {
-      row_item<Traits>(a, shared, ticket);
-    } else {
-      column_tile<Traits>(a, shared, &word, ticket - a.attend_tiles);
-    }
+  const auto next = [&] { return static_cast<int>(next_ticket(a.ticket, &word)); };
+  // Tickets of a CTA rise, so each role has a loop of its own. In one loop for both, what does not change within a role
+  // takes registers from the other: 136 bytes of stack for 16 bits and width 64 on sm_100 (cuobjdump -res-usage).
+  int ticket;
+  while ((ticket = next()) < a.attend_tiles) row_item<Traits>(a, shared, ticket);
+  while (ticket < a.attend_tiles + a.column_tiles) {
+    column_tile<Traits>(a, shared, &word, ticket - a.attend_tiles);
+    ticket = next();
   }
 }
 

@@ -168,6 +168,9 @@ void collective(Warp& warp, const Instruction& instruction, u32 lanes) {
   const u32 wanted = members(warp, instruction, lanes);
   if ((lanes & wanted) != wanted && !warp.stop_waiting) {
     warp.fragments[warp.current].state = FragmentState::kAtCollective;
+    Counter& counter = warp.launch->counter(instruction);    // not executed yet
+    counter.warps--;
+    counter.threads -= count_lanes(lanes);
     return;
   }
   if (warp.stop_waiting) {
