@@ -83,8 +83,6 @@ def _cuda_missing() -> str | None:
 
 def _triton_missing() -> str | None:
     """Why this installation has no Triton backend. Without hardware for it, Triton is not even imported."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
     accelerated = torch.backends.cuda.is_built() or torch.xpu._is_compiled()
     if not accelerated and not interpreting():
         return f"torch {torch.__version__} was built without CUDA, ROCm and XPU"
@@ -94,6 +92,8 @@ def _triton_missing() -> str | None:
 @functools.cache
 def triton_problem() -> str | None:
     """Import Triton and tie its kernels to the ops. Returns why that fails, else None; never raises."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
     try:
         from .triton_kernels import ops
     except Exception as error:  # whatever a broken installation raises is the reason

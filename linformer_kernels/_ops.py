@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+try:
+    from torch.utils.flop_counter import register_flop_formula
+except Exception:  # it imports Triton, and a broken one would break this package: torch's counter is lost then anyway
+
+    def register_flop_formula(targets: Any, get_raw: bool = False) -> Callable[[Any], Any]:  # type: ignore[misc]
+        """Nothing to register with."""
+        return lambda formula: formula
+
 
 LIBRARY = torch.library.Library("linformer_kernels", "DEF")
 

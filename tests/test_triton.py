@@ -18,11 +18,13 @@ import test_errors
 import torch
 from cases import Case
 
-pytest.importorskip("triton")
-import emulated_triton
-
 import linformer_kernels as lk
-from linformer_kernels import linformer_attention
+from linformer_kernels import info, linformer_attention
+
+triton = pytest.importorskip("triton")
+emulated_triton = pytest.importorskip("emulated_triton")
+config = pytest.importorskip("linformer_kernels.triton_kernels.config")
+tuned = pytest.importorskip("linformer_kernels.triton_kernels.tuned")
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -197,14 +199,103 @@ def test_opcheck():
 
 
 TENSOR_INSTRUCTIONS = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
-SHIPPED = [
-    Case(dtype=dtype, d=d, k=k, n=256, n_q=256, sharing=sharing)
+SHIPPED = [  # as Case, architecture: the usual sizes on all six, the others where code differs most
+    (Case(dtype=dtype, d=d, k=k, n=256, n_q=256, sharing=sharing), arch)
     for dtype in (BF16, torch.float32)
-    for d, k, sharing in (
-        (32, 128, "headwise"), (64, 64, "per-head"), (64, 128, "headwise"), (64, 256, "key-value"),
-        (96, 128, "headwise"), (128, 128, "headwise"), (128, 256, "headwise"), (256, 256, "headwise"),
+    for d, k, sharing, architectures in (
+        (64, 128, "headwise", ARCHITECTURES),
+        (128, 256, "headwise", ARCHITECTURES),
+        (64, 256, "key-value", (80, 90, 100)),
+        (32, 128, "headwise", (80, 90, 120)),
+        (64, 64, "per-head", (80, 120)),
+        (96, 128, "headwise", (90, 100)),
+        (128, 64, "headwise", (86, 90)),
+        (256, 256, "headwise", (80, 90, 100, 120)),
     )
-]  # fmt: skip
+    for arch in architectures
+]
+
+
+SHAPE = config.Shape(2, 128, 64, 64)
+DEVICE = config.Device("a GPU", "cuda", 80, 108)
+
+
+def test_tiles_are_a_pure_function_of_the_problem():
+    """Powers of two that cover K and the heads as the kernels expect it, for any problem that the backend takes."""
+    rng = random.Random(0)
+    for _ in range(300):
+        shape = config.Shape(rng.choice((2, 4)), rng.randint(1, 2000), rng.randint(1, 256), rng.randint(1, 256),
+                             rng.random() < 0.5, rng.random() < 0.5)  # fmt: skip
+        tiles, unit = config.config_for(shape, DEVICE), config.unit_for(shape)
+        assert tiles == config.config_for(shape, DEVICE)
+        for part in (tiles.forward, tiles.backward, tiles.project_backward):
+            for name, value in dataclasses.asdict(part).items():
+                if name.startswith("block"):
+                    assert value >= 16 and value & value - 1 == 0, (shape, name, value)
+        assert not tiles.backward.fused or tiles.backward.block_k >= shape.proj_dim
+        assert unit.piece * unit.parts >= max(shape.head_dim, shape.value_dim)
+        assert tiles.forward.block_c == unit.columns and unit.columns % unit.piece == 0
+        pieces = unit.heads * unit.parts * (2 if shape.shared_kv else 1)
+        assert unit.tiles // (1 if shape.shared_kv else 2) * (unit.columns // unit.piece) >= pieces
+
+
+@pytest.fixture
+def tuned_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, str(tmp_path / "folder" / "tuned.json"))
+    tuned._read.cache_clear()
+    yield tmp_path / "folder" / "tuned.json"
+    tuned._read.cache_clear()
+
+
+def test_tune(tuned_file, monkeypatch):
+    """The fastest tiles serve later calls, in later processes too; tiles that do not fit are passed over."""
+
+    def time(run, return_mode):
+        (tiles,) = tuned.table().values()
+        if tiles.forward.block_s == 32:
+            raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+        return 1000 * (9 - (tiles.forward.block_q == 64) - 2 * (tiles.forward.num_warps == 4))
+
+    monkeypatch.setattr(triton.testing, "do_bench", time)
+    x = cases.Inputs(Case(dtype=BF16, d=64, k=64, n=100, n_q=100, heads=2, kv_heads=2, batch=1), "cpu")
+    with emulated_triton.emulated() as run:
+        found = lk.tune(*x.positional(), backward=False)
+    assert found["forward"] == (9, 6)
+    tuned._read.cache_clear()  # as in another process
+    (tiles,) = tuned.table().values()
+    assert (tiles.forward.block_q, tiles.forward.num_warps) == (64, 4)
+    with emulated_triton.emulated() as run:
+        cases.compare({"tuned": cases.run(x, "triton")}, x)
+    assert run.compiled[0].metadata.num_warps == 4 and run.compiled[1].metadata.num_warps == 8
+    assert info.collect()["tuned"]["for"] == list(tuned.table()) and info.collect()["tuned"]["path"] == str(tuned_file)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": {"forward": {}}}'])
+def test_a_spoilt_file_of_tiles_is_not_used(tuned_file, text):
+    tuned_file.parent.mkdir()
+    tuned_file.write_text(text)
+    assert tuned.config_of(SHAPE, DEVICE) == config.config_for(SHAPE, DEVICE)
+    assert text == "[]" or tuned.problem()
+    assert info.collect()["tuned"]["problem"] == tuned.problem()
+
+
+@pytest.mark.parametrize("source, says", [("raise RuntimeError('half of it')", "half of it"), (None, "not installed")])
+def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
+    """And neither an error nor output at import; the CPU goes on."""
+    code = "import sys\n"
+    if source is None:
+        code += "sys.modules['triton'] = None\n"
+    else:
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text(source)
+    code += "import torch, linformer_kernels as lk\nfrom linformer_kernels import info\n"
+    code += "x, e = torch.randn(1, 1, 4, 8), torch.randn(2, 4)\nlk.linformer_attention(x, x, x, e)\n"
+    code += "print(info.collect()['backends']['triton'])"
+    paths = os.pathsep.join([str(tmp_path), str(Path(lk.__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout.startswith("{'available': False") and says in done.stdout
 
 
 def compiled_for(arch: int, case: Case) -> emulated_triton.Run:
@@ -214,8 +305,7 @@ def compiled_for(arch: int, case: Case) -> emulated_triton.Run:
     return run
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("case", SHIPPED, ids=str)
+@pytest.mark.parametrize("case, arch", SHIPPED, ids=str)
 def test_every_tile_fits_its_architecture(case, arch):
     """Shared memory, no spills up to D = 128, and products on the tensor cores that were meant."""
     for compiled in compiled_for(arch, case).compiled:
