@@ -4,6 +4,7 @@ The algorithm alone, over the whole matrix of cases, is test_triton_interpreted.
 """
 
 import dataclasses
+import importlib
 import os
 import random
 import subprocess
@@ -21,10 +22,10 @@ from cases import Case
 import linformer_kernels as lk
 from linformer_kernels import info, linformer_attention
 
-triton = pytest.importorskip("triton")
-emulated_triton = pytest.importorskip("emulated_triton")
-config = pytest.importorskip("linformer_kernels.triton_kernels.config")
-tuned = pytest.importorskip("linformer_kernels.triton_kernels.tuned")
+triton = pytest.importorskip("triton")  # behind it, what needs Triton: that must import
+emulated_triton = importlib.import_module("emulated_triton")
+config = importlib.import_module("linformer_kernels.triton_kernels.config")
+tuned = importlib.import_module("linformer_kernels.triton_kernels.tuned")
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -36,7 +37,7 @@ CASES = [
     Case(lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, sharing="key-value", k=129, layout="padded", dtype=BF16),
     Case(dropout_p=0.3, sharing="per-head", layout="offset", mask="nothing", dtype=FP16),
     Case(dropout_p=0.3, d=96, k=150, sharing="per-head-key-value", dtype=FP16, scale=-0.3),
-    Case(d=128, k=40, n=70, n_q=90, dtype=BF16, alias="qkv", sharing="same"),
+    Case(d=128, k=40, n=70, n_q=70, dtype=BF16, alias="qkv", sharing="same"),
     Case(d=256, k=70, n=40, n_q=40, heads=2, kv_heads=1, batch=1, dtype=BF16),
     Case(lengths=(64, 40), d=32, k=32, dropout_p=0.2, kv_heads=1),
 ]
@@ -142,7 +143,7 @@ def test_no_recompilation_storm():
     compiled = set()
     with emulated_triton.emulated(execute=False, multiprocessors=108) as run:
         for _ in range(50):
-            b, h, group, n = rng.randint(1, 20), rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 5000)
+            b, h, group, n = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 2), rng.randint(1, 5000)
             shapes = ((b, n, h * group, 64), (b, n, h, 64), (b, n, h, 64))
             inputs = [torch.empty(shape, dtype=BF16, requires_grad=True).transpose(1, 2) for shape in shapes]
             proj = torch.empty(128, 5000, dtype=BF16, requires_grad=True)
