@@ -11,6 +11,7 @@ shape (0,), and so does the gradient of `proj_value` where it is None (the gradi
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# torch's counter imports Triton. Where that is broken the counter does not import, but this package does; where it is
+# missing, torch logs so, and importing this package never prints.
+_log = logging.getLogger("torch.utils.flop_counter")
+_log.disabled = True
 try:
     from torch.utils.flop_counter import register_flop_formula
-except Exception:  # it imports Triton, and a broken one would break this package: torch's counter is lost then anyway
+except Exception:
 
     def register_flop_formula(targets: Any, get_raw: bool = False) -> Callable[[Any], Any]:  # type: ignore[misc]
         """Nothing to register with."""
         return lambda formula: formula
 
+finally:
+    _log.disabled = False
 
 LIBRARY = torch.library.Library("linformer_kernels", "DEF")
 
