@@ -79,6 +79,13 @@ def offsets_2d(strides, o_row, o_column, unit: tl.constexpr):
 
 
 @triton.jit
+def columns_exist(o_n, columns, unit: tl.constexpr):
+    """o_n < columns, and up to the next multiple of `unit`, which a row of E has: in this form the compiler sees that
+    `unit` neighbours have one answer, and loads them at once."""
+    return o_n // unit * unit < columns
+
+
+@triton.jit
 def columns_of(
     unit_id, tile, heads_kv,
     D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr, PARTS: tl.constexpr, UNIT_HEADS: tl.constexpr,

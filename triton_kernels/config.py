@@ -106,19 +106,28 @@ def config_for(shape: Shape, device: Device) -> Config:
     k = power_of_2(shape.proj_dim)
     width = power_of_2(max(shape.head_dim, shape.value_dim))
     unit = unit_for(shape)
+    # Rows of query and of K', by the width of heads. Eight warps stand one above the other on the rows of a tile of
+    # scores, 16 rows each: with fewer than 128 rows several of them compute the same.
     # float32 takes three products of TF32, whose operands are split in registers: smaller tiles, or they spill.
+    width = max(width, 32)
     if wide:
-        attend = {32: (32, 64), 64: (32, 64), 128: (32, 32), 256: (16, 16)}[max(width, 32)]
-        rows = {32: (32, 32), 64: (32, 32), 128: (16, 16), 256: (16, 16)}[max(width, 32)]
-        columns = {32: 64, 64: 64, 128: 32, 256: 16}[max(width, 32)]
+        attend = {32: (32, 64), 64: (32, 64), 128: (32, 32), 256: (16, 16)}[width]
+        rows = {32: (16, 32), 64: (16, 32), 128: (16, 32), 256: (16, 16)}[width]
+        columns = {32: 32, 64: 32, 128: 16, 256: 16}[width]
     else:
-        attend = {32: (128, 64), 64: (128, 64), 128: (64, 64), 256: (64, 32)}[max(width, 32)]
-        rows = {32: (64, 64), 64: (64, 64), 128: (64, 32), 256: (32, 32)}[max(width, 32)]
-        columns = {32: 128, 64: 128, 128: 64, 256: 32}[max(width, 32)]
+        attend = {32: (128, 64), 64: (128, 64), 128: (128, 64), 256: (64, 32)}[width]
+        rows = {32: (128, 64), 64: (128, 64), 128: (64, 32), 256: (32, 32)}[width]
+        columns = {32: 128, 64: 128, 128: 64, 256: 32}[width]
+    fused = k <= columns and not wide and width <= 64
+    # Products on 9.0 and 10.0 are so fast that bytes from L2 limit them at large K: taller tiles read key, K' and V'
+    # less often (python -m bench.counts --gpu H100). Below they would not help.
+    tall = 90 <= device.capability < 120 and not wide and width <= 64 and k > 128
+    if tall and device.capability < 100:
+        attend = (256, 64)
     forward = Forward(
-        block_k=min(k, 64 if wide else 128),
+        block_k=256 if tall else min(k, 64 if wide else 128),
         block_c=unit.columns,
-        block_n=32 if wide else 64,
+        block_n=32 if wide or tall else 64,
         project_stages=3,
         block_q=attend[0],
         block_s=min(k, attend[1]),
@@ -126,14 +135,14 @@ def config_for(shape: Shape, device: Device) -> Config:
         num_warps=8,
     )
     backward = Backward(
-        fused=k <= columns and not wide and width <= 64,
+        fused=fused,
         block_rows=rows[0],
         block_s=min(k, rows[1]),
         row_stages=1 if wide or width > 128 else 2,
         block_k=min(k, columns),
         block_q=16 if wide else 32,
         column_stages=1 if wide or width > 128 else 2,
-        num_warps=8,
+        num_warps=8 if width > 128 or not (wide or fused or width == 128) else 4,
     )
     project_backward = ProjectBackward(
         block_r=min(k, 64 if wide else 128),
@@ -142,6 +151,6 @@ def config_for(shape: Shape, device: Device) -> Config:
         block_c=unit.columns,
         block_k=min(k, 32 if wide else 64),
         stages=2,
-        num_warps=8,
+        num_warps=4 if wide and 90 <= device.capability < 120 else 8,
     )
     return Config(forward, backward, project_backward)

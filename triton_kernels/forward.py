@@ -16,6 +16,7 @@ import triton.language as tl
 from .common import (
     add_splits,
     column_pointers,
+    columns_exist,
     columns_of,
     dot,
     find_tile,
@@ -82,9 +83,11 @@ def project_tile(
         p_e += BLOCK_N
         p_x += BLOCK_N * x_row
     if whole < end:  # columns of E that are no part of the sequence may hold anything, NaN included
-        m_e = whole * BLOCK_N + o_n < length
-        m_n = kept_rows(mask, b, whole * BLOCK_N + o_n, m_e)
+        m_n = whole * BLOCK_N + o_n < length
+        m_e = columns_exist(o_n, length - whole * BLOCK_N, unit_e)
         b_e = tl.load(p_e, mask=m_k[:, None] & m_e[None, :], other=0.0)
+        b_e = tl.where(m_n[None, :], b_e, 0.0)
+        m_n = kept_rows(mask, b, whole * BLOCK_N + o_n, m_n)
         b_x = tl.load(p_x, mask=m_n[:, None] & m_c[None, :], other=0.0)
         b_acc = dot(b_e, b_x, b_acc, PRECISION)
 

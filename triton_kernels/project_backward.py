@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .common import (
     column_pointers,
+    columns_exist,
     columns_of,
     dot,
     find_tile,
@@ -23,13 +24,6 @@ from .common import (
     sizes_of,
     start_of,
 )
-
-
-@triton.jit
-def columns_exist(o_n, seq_len_max, unit: tl.constexpr):
-    """o_n < seq_len_max, in a form that shows the compiler that `unit` neighbours have one answer: seq_len_max is a
-    multiple of `unit`."""
-    return o_n // unit * unit < seq_len_max
 
 
 @triton.jit

@@ -15,14 +15,14 @@ from .tuned import config_of, key_of, save, table
 _ROWS = ("block_k", "block_s", "block_r")  # of K
 _TRIED = {
     "forward": (
-        {"attend_stages": 1}, {"attend_stages": 3}, {"block_q": 64}, {"block_q": 128}, {"block_s": 32}, {"block_s": 64},
-        {"block_s": 128}, {"block_k": 64}, {"block_n": 32}, {"project_stages": 2}, {"project_stages": 4},
-        {"num_warps": 4},
+        {"attend_stages": 1}, {"attend_stages": 3}, {"block_q": 64}, {"block_q": 128}, {"block_q": 256},
+        {"block_s": 32}, {"block_s": 64}, {"block_s": 128}, {"block_k": 64}, {"block_k": 128}, {"block_k": 256},
+        {"block_n": 32}, {"block_n": 64}, {"project_stages": 2}, {"project_stages": 4}, {"num_warps": 4},
     ),
     "backward": (
         {"fused": False}, {"block_q": 16}, {"block_q": 64}, {"block_k": 32}, {"block_k": 64}, {"block_rows": 32},
         {"block_rows": 128}, {"column_stages": 1}, {"column_stages": 3}, {"row_stages": 1}, {"row_stages": 3},
-        {"num_warps": 4},
+        {"num_warps": 4}, {"num_warps": 8},
     ),
     "project_backward": (
         {"block_r": 64}, {"block_n": 64}, {"block_w": 32}, {"block_k": 32}, {"stages": 3}, {"stages": 4},
