@@ -118,7 +118,8 @@ def column_pointers(key, value, key_strides, value_strides, of_value, b, head, o
     """Pointers to row 0 of sequence b at the columns of `columns_of`, and the distance of a row to the next."""
     p_key = start_of(key, key_strides, b, head, unit) + o_d
     p_value = start_of(value, value_strides, b, head, unit) + o_d
-    row = tl.where(of_value, row_of(value_strides, unit), row_of(key_strides, unit))
+    # The unit last: of a choice between two multiples of it the compiler does not see that it is one.
+    row = tl.where(of_value, number(value_strides.row), number(key_strides.row)).to(tl.int64) * unit
     return tl.where(of_value, p_value, p_key), row
 
 
