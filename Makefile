@@ -10,7 +10,7 @@ TRAIN_ARGS ?= --minutes 2
 export LINFORMER_CUDA_ARCHS ?= 80;90
 
 BIN := .venv/bin
-SOURCES := $(shell find csrc triton_kernels -type f 2>/dev/null)
+SOURCES := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator -type f))
 step = @printf '\n==> %s\n' $(1)
 
