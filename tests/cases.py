@@ -46,6 +46,12 @@ class Case:
         return ",".join(f"{name}={value}" for name, value in values.items()).replace(" ", "").replace("torch.", "")
 
 
+def work(case: Case) -> int:
+    """Products of sizes, for what executes kernels slowly."""
+    rows = max(case.n, case.n_q) if case.lengths is None else sum(case.lengths)
+    return case.batch * case.heads * rows * case.k * max(case.d, case.d_v or 0)
+
+
 def strided(shape, layout: str, dtype: torch.dtype, device: str, size: float = 1.0) -> torch.Tensor:
     """Normal numbers in the layout. Memory between and around them is NaN, so that a read outside the tensor shows."""
     values = (size * torch.randn(shape, dtype=torch.float64, device=device)).to(dtype)

@@ -45,9 +45,6 @@ class _Driver:
     def get_current_stream(self, device: Any) -> int:
         return 0
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
 
 @dataclass
 class Run:

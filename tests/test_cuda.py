@@ -20,11 +20,6 @@ BF16, FP16 = torch.bfloat16, torch.float16
 MOST_WORK = 2e7  # products of sizes; a case above takes the emulator many seconds
 
 
-def work(case: Case) -> int:
-    rows = max(case.n, case.n_q) if case.lengths is None else sum(case.lengths)
-    return case.batch * case.heads * rows * case.k * max(case.d, case.d_v or 0)
-
-
 def check(case: Case, through=cases.run, **options) -> emulated.Run:
     x = cases.Inputs(case, "cpu")
     with emulated.emulated(**options) as run:
@@ -33,7 +28,7 @@ def check(case: Case, through=cases.run, **options) -> emulated.Run:
     return run
 
 
-CHOSEN = [case for case in test_attention.CHOSEN if work(case) < MOST_WORK]
+CHOSEN = [case for case in test_attention.CHOSEN if cases.work(case) < MOST_WORK]
 
 
 @pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
@@ -47,7 +42,7 @@ def test_sampled(index, seed):
     """On a GPU of another size each time: other splits, other runs of tiles, other residents."""
     rng = np.random.default_rng(seed)
     case = test_attention.sampled(rng)
-    while work(case) > MOST_WORK:
+    while cases.work(case) > MOST_WORK:
         case = test_attention.sampled(rng)
     order, shared_bytes = int(rng.integers(1, 2**31)), emulated.SHARED_BYTES[rng.choice([80, 86])]
     check(case, multiprocessors=int(rng.integers(1, 9)), shared_bytes=shared_bytes, seed=order)

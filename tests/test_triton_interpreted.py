@@ -14,18 +14,11 @@ import numpy as np
 import pytest
 import test_attention
 import torch
-from cases import Case
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_WORK = 2e7  # products of sizes; a case above takes many seconds
-
-
-def work(case: Case) -> int:
-    rows = max(case.n, case.n_q) if case.lengths is None else sum(case.lengths)
-    return case.batch * case.heads * rows * case.k * max(case.d, case.d_v or 0)
-
 
 if INTERPRETING:
     import triton.language as tl
@@ -74,7 +67,7 @@ if INTERPRETING:
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
-    @pytest.mark.parametrize("case", [case for case in test_attention.CHOSEN if work(case) < MOST_WORK], ids=str)
+    @pytest.mark.parametrize("case", [case for case in test_attention.CHOSEN if cases.work(case) < MOST_WORK], ids=str)
     def test_chosen(case, dtype):
         cases.check(dataclasses.replace(case, dtype=dtype), "cpu", "triton")
 
@@ -82,7 +75,7 @@ if INTERPRETING:
     def test_sampled(index, seed):
         rng = np.random.default_rng(seed)
         case = test_attention.sampled(rng)
-        while work(case) > MOST_WORK:
+        while cases.work(case) > MOST_WORK:
             case = test_attention.sampled(rng)
         cases.check(case, "cpu", "triton")
 

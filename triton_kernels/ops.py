@@ -243,9 +243,7 @@ def projected_attention(
     inputs = {"query": query, "key_proj": key_proj, "value_proj": value_proj}
     check(inputs, cu_seqlens_q, rng_state=rng_state, dropout_p=dropout_p)
     out = _ops._like(query, value_proj.size(-1))
-    call = _Call(
-        {"query": query, "key_proj": key_proj, "value_proj": value_proj, "out": out}, cu_seqlens_q, None, allow_tf32
-    )
+    call = _Call({**inputs, "out": out}, cu_seqlens_q, None, allow_tf32)
     _forward(call, None, call.softmax(rng_state, dropout_p, scale), False, True)
     return out
 
