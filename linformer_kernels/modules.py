@@ -334,7 +334,8 @@ class LinformerAttention(nn.Module):
         queries = _heads(self.q_proj(query), self.num_heads)
         dropout_p = self.dropout if self.training else 0.0
         if self.compress_first:
-            keys, values = self._compressed(key, value, key_padding_mask)
+            rows = compress_first(self.projection, key, value, self.k_proj, self.v_proj, key_padding_mask)
+            keys, values = (_heads(x, self.num_kv_heads) for x in rows)
             out = projected_attention(queries, keys, values, dropout_p=dropout_p)
         else:
             keys = _heads(self.k_proj(key), self.num_kv_heads)
@@ -347,28 +348,6 @@ class LinformerAttention(nn.Module):
                 out = projected_attention(queries, keys, values, dropout_p=dropout_p)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return out if self.batch_first else out.transpose(0, 1)
-
-    def _compressed(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """K' and V' by heads, with the linear layers applied to K rows instead of N."""
-        proj_key, proj_value = self.projection.matrices()
-        if proj_value is None and value is key and self.kdim > 1:
-            # E X serves keys and values: the two halves of X's columns keep both products of the op busy.
-            left, right = key[:, None].tensor_split(2, dim=-1)
-            compressed = project_kv(left, right, proj_key, key_padding_mask=key_padding_mask)
-            key_rows = value_rows = torch.cat(compressed, dim=-1).squeeze(1)
-        else:
-            mask = key_padding_mask
-            compressed = project_kv(key[:, None], value[:, None], proj_key, proj_value, key_padding_mask=mask)
-            key_rows, value_rows = (rows.squeeze(1) for rows in compressed)
-        keys = functional.linear(key_rows, self.k_proj.weight)
-        values = functional.linear(value_rows, self.v_proj.weight)
-        if self.k_proj.bias is not None:
-            length = key.size(1)
-            key_sum = value_sum = _row_sum(proj_key, length, key_padding_mask)
-            if proj_value is not None:
-                value_sum = _row_sum(proj_value, length, key_padding_mask)
-            keys, values = keys + key_sum * self.k_proj.bias, values + value_sum * self.v_proj.bias
-        return _heads(keys, self.num_kv_heads), _heads(values, self.num_kv_heads)
 
 
 class LinformerEncoderLayer(nn.Module):
@@ -451,6 +430,40 @@ class LinformerEncoderLayer(nn.Module):
             return src + feed_forward(self.norm2(src))
         src = self.norm1(src + attend(src))
         return self.norm2(src + feed_forward(src))
+
+
+def compress_first(
+    projection: LinformerProjection,
+    key: Tensor,
+    value: Tensor,
+    k_proj: nn.Linear,
+    v_proj: nn.Linear,
+    key_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """K' and V' (B, K, width) of key and value (B, N, input width), the linear layers applied to K rows instead of N.
+
+    E (X W^T + 1 b^T) = (E X) W^T + (E 1) b^T, exact for a projection that is a matrix and the same for all heads.
+    """
+    proj_key, proj_value = projection.matrices()
+    if proj_value is None and value is key and key.size(-1) > 1:
+        # E X serves keys and values: the two halves of X's columns keep both products of the op busy.
+        left, right = key[:, None].tensor_split(2, dim=-1)
+        compressed = project_kv(left, right, proj_key, key_padding_mask=key_padding_mask)
+        key_rows = value_rows = torch.cat(compressed, dim=-1).squeeze(1)
+    else:
+        mask = key_padding_mask
+        compressed = project_kv(key[:, None], value[:, None], proj_key, proj_value, key_padding_mask=mask)
+        key_rows, value_rows = (rows.squeeze(1) for rows in compressed)
+    keys = functional.linear(key_rows, k_proj.weight)
+    values = functional.linear(value_rows, v_proj.weight)
+    length = key.size(1)
+    if k_proj.bias is not None:
+        keys = keys + _row_sum(proj_key, length, key_padding_mask) * k_proj.bias
+    if v_proj.bias is not None:
+        values = (
+            values + _row_sum(proj_key if proj_value is None else proj_value, length, key_padding_mask) * v_proj.bias
+        )
+    return keys, values
 
 
 def _own_projection(

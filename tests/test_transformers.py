@@ -78,7 +78,10 @@ def test_attention_is_the_formula(sharing, init):
     layer.register_forward_hook(lambda module, given, out: seen.update(x=given[0], out=out[0]))
     model(**batch)
     x, mask = seen["x"], batch["attention_mask"].bool()
-    query, key, value = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (layer.query, layer.key, layer.value))
+    query, key, value = (
+        nn.functional.linear(x, f.weight, f.bias).unflatten(-1, (4, 8)).transpose(1, 2)
+        for f in (layer.query, layer.key, layer.value)
+    )
     matrices = model.linformer[0 if sharing == "layerwise" else 1]
     e, f = matrices.matrices()
     e, f = e[..., :LENGTH], (e if f is None else f)[..., :LENGTH]
@@ -154,13 +157,43 @@ def test_layerwise_is_one_parameter():
 
 def test_dropout_and_scale_reach_the_op(monkeypatch):
     seen = []
-    module = "linformer_kernels.integrations.transformers.linformer_attention"
+    module = "linformer_kernels.integrations.transformers.projected_attention"
     monkeypatch.setattr(module, lambda q, *rest, **options: seen.append(options) or torch.zeros_like(q))
     model = linformerize(make("Bert", attention_probs_dropout_prob=0.3), LENGTH, 16)
     model.train()(**inputs("Bert"))
     model.eval()(**inputs("Bert"))
     assert [options["dropout_p"] for options in seen] == [0.3] * 3 + [0.0] * 3
     assert {options["scale"] for options in seen} == {8**-0.5}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_are_compressed_before_their_linear_layers(family):
+    """With defer and without: the same loss and gradients, and E is multiplied with X once."""
+    model, batch = make(family), inputs(family)
+    results = []
+    for defer in (True, False):
+        torch.manual_seed(1)
+        converted = linformerize(copy.deepcopy(model), LENGTH, 16, defer=defer)
+        layers = [module for module in converted.modules() if type(module).__name__ == "DeferredLinear"]
+        assert len(layers) == (6 if defer else 0)
+        out = hidden(converted, batch)
+        (out * torch.randn(out.shape)).sum().backward()
+        results.append({name: weight.grad for name, weight in converted.named_parameters() if weight.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, grad in results[0].items():
+        other = results[1][name]
+        assert (grad - other).norm() <= 1e-4 * other.norm(), name
+
+
+def test_an_adapter_on_deferred_keys_is_refused():
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    layer = model.encoder.layer[0].attention.self
+    assert layer.key(torch.randn(1, 5, 32)).isnan().all()
+    handle = layer.value.register_forward_hook(lambda module, given, out: out + 1.0)
+    with pytest.raises(ValueError, match="changed between their linear layer and the attention"):
+        model(**batch)
+    handle.remove()
+    assert hidden(model, batch).isfinite().all()
 
 
 def test_proj_dim_by_layer():

@@ -20,10 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from .._validation import refuse_causal
 from ..functional import linformer_attention, projected_attention
-from ..modules import SHARINGS, LinformerProjection
+from ..modules import SHARINGS, LinformerProjection, compress_first
 
 NAME = "linformer"
 INITS = ("gaussian", "mean", "identity", "svd")
+KEY_LAYERS, VALUE_LAYERS = ("key", "k_lin", "k_proj"), ("value", "v_lin", "v_proj")
 # An empty row of K' gets this for a score before scaling; float16 holds it, and exp of it is 0 for any usual scale.
 _EMPTY = -3e4
 
@@ -37,6 +38,7 @@ def linformerize(
     init: str = "gaussian",
     projection: str = "learned",
     calibration: Iterable[dict[str, Tensor]] | None = None,
+    defer: bool = True,
 ) -> PreTrainedModel:
     """Replace the attention of an encoder of transformers by Linformer attention, in place.
 
@@ -60,6 +62,9 @@ def linformerize(
             model's keys and values on the calibration data: what a position shares with its neighbours goes with it.
         projection: kind of the projection, see LinformerProjection: "learned", "fixed", "mean", "max" or "conv".
         calibration: for init="svd": batches of the model's inputs, as dict of tensors; the model sees each once.
+        defer: whether keys and values are compressed before their linear layers, which then work on K rows instead of
+            N: the same numbers for less, done where E is the same for all heads and the layers are plain nn.Linear.
+            False for adapters (LoRA) on those layers: with True they raise ValueError.
 
     Returns:
         The model itself.
@@ -71,7 +76,7 @@ def linformerize(
         ValueError: arguments that do not fit each other or the model.
     """
     layers = _attention_layers(model)
-    settings = _check(len(layers), seq_len, proj_dim, sharing, init, projection, calibration)
+    settings = _check(len(layers), seq_len, proj_dim, sharing, init, projection, calibration) | {"defer": defer}
     moments = None if calibration is None else _position_moments(model, layers, seq_len, calibration)
     made = _install(model, layers, settings)
     if init != "gaussian":
@@ -149,14 +154,21 @@ def attention_forward(
             "linformer_kernels.integrations.transformers.load for a saved one"
         )
     whole = attention_mask is None and key.size(2) == matrices.seq_len
-    if matrices.is_matrix and (whole or not module.__dict__["linformer_rows_may_be_empty"]):
+    full = whole or not module.__dict__["linformer_rows_may_be_empty"]
+    deferred = module.__dict__.get("linformer_deferred")
+    if deferred is None and matrices.is_matrix and full:
         out = linformer_attention(
             query, key, value, *matrices.matrices(), key_padding_mask=attention_mask, dropout_p=dropout, scale=scaling
         )
     else:
         scale = query.size(-1) ** -0.5 if scaling is None else scaling
-        keys, values = matrices(key, value, attention_mask)
-        if not whole:
+        if deferred is None:
+            keys, values = matrices(key, value, attention_mask)
+        else:
+            linear, other = deferred
+            rows = compress_first(matrices, linear.taken(key), other.taken(value), linear, other, attention_mask)
+            keys, values = (x.unflatten(-1, (key.size(1), -1)).transpose(1, 2) for x in rows)
+        if not full:
             query, keys = _without_empty_rows(query, keys, matrices.occupied(key.size(2), attention_mask))
         out = projected_attention(query, keys, values, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2), None
@@ -183,6 +195,31 @@ def padding_mask(
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, padding_mask)
+
+
+class DeferredLinear(nn.Linear):
+    """The linear layer of keys or values, left to `attention_forward`, which applies it to K rows instead of N.
+
+    E (X W^T + 1 b^T) = (E X) W^T + (E 1) b^T. Called, it keeps X and returns a tensor of the right shape that takes no
+    memory: NaN everywhere, so that nobody else takes it for keys. A layer becomes one by a change of class: its
+    weights and their names stay.
+    """
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x
+        return x.new_full((), torch.nan).expand(*x.shape[:-1], self.out_features)
+
+    def taken(self, rows: Tensor) -> Tensor:
+        """X, if `rows` is still what was returned for it."""
+        x, self.kept = self.kept, None
+        if x is None or any(rows.stride()):
+            raise ValueError(
+                "keys or values were changed between their linear layer and the attention, by an adapter or a hook; "
+                "wanted: linformerize(..., defer=False), which computes them for all positions"
+            )
+        return x
 
 
 def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -284,9 +321,24 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
         # in state_dict once for each layer.
         layer.__dict__[NAME] = made[min(index, count - 1)]
         layer.__dict__["linformer_rows_may_be_empty"] = settings["rows_may_be_empty"]
+        if settings["defer"] and made[0].is_matrix and made[0].num_heads is None:
+            _defer(layer)
     setattr(model.config, NAME, settings)
     model.set_attn_implementation(NAME)
     return made
+
+
+def _defer(layer: nn.Module) -> None:
+    found = [
+        linear
+        for names in (KEY_LAYERS, VALUE_LAYERS)
+        for name in names
+        if type(linear := getattr(layer, name, None)) is nn.Linear
+    ]
+    if len(found) == 2:
+        for linear in found:
+            linear.__class__ = DeferredLinear
+        layer.__dict__["linformer_deferred"] = found
 
 
 def _shape_of_heads(layer: nn.Module) -> tuple[int, int]:
