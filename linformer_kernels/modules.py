@@ -219,6 +219,7 @@ class LinformerAttention(nn.Module):
         kdim: width of keys; None: embed_dim.
         vdim: width of values; None: embed_dim.
         num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
+        head_dim: width of a head; None: embed_dim / num_heads.
         batch_first: inputs are (B, N, width) if true, else (N, B, width).
 
     Raises:
@@ -240,20 +241,23 @@ class LinformerAttention(nn.Module):
         kdim: int | None = None,
         vdim: int | None = None,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         batch_first: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads != 0:
+        if num_heads < 1 or embed_dim < 1 or (head_dim is None and embed_dim % num_heads != 0):
             raise ValueError(f"embed_dim is {embed_dim} and num_heads {num_heads}; wanted: embed_dim a multiple of it")
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim is {head_dim}; wanted: at least 1, or None for embed_dim / num_heads")
         if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; wanted: a divisor of num_heads = {num_heads}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}; wanted: a float in [0, 1)")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
-        self.head_dim = embed_dim // num_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.dropout, self.batch_first = dropout, batch_first
@@ -263,11 +267,11 @@ class LinformerAttention(nn.Module):
         else:
             _check_projection(projection, seq_len, proj_dim, sharing, num_kv_heads, self.head_dim)
         self.projection = projection
-        kv_width = num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(embed_dim, width, bias=bias, **factory)
         self.k_proj = nn.Linear(self.kdim, kv_width, bias=bias, **factory)
         self.v_proj = nn.Linear(self.vdim, kv_width, bias=bias, **factory)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.out_proj = nn.Linear(width, embed_dim, bias=bias, **factory)
         # Multiplications per key row: K * input width, against those of the linear layer and then K * output width.
         inputs, outputs = self.kdim + self.vdim, 2 * kv_width
         linear = inputs * kv_width
@@ -353,13 +357,14 @@ class LinformerAttention(nn.Module):
 class LinformerEncoderLayer(nn.Module):
     """One encoder block: Linformer attention and a feed-forward network, after torch.nn.TransformerEncoderLayer.
 
-    Differences from it: `seq_len`, `proj_dim`, `sharing`, `projection` and `num_kv_heads` as in `LinformerAttention`;
-    `batch_first` is True by default; `src_key_padding_mask` is True where a position TAKES PART; no `src_mask`.
+    Differences from it: `seq_len`, `proj_dim`, `sharing`, `projection`, `num_kv_heads` and `head_dim` as in
+    `LinformerAttention`; `batch_first` is True by default; `src_key_padding_mask` is True where a position TAKES PART;
+    no `src_mask`.
 
     Args:
         d_model: width of the model.
         nhead: number of heads.
-        seq_len, proj_dim, sharing, projection, num_kv_heads: see `LinformerAttention`.
+        seq_len, proj_dim, sharing, projection, num_kv_heads, head_dim: see `LinformerAttention`.
         dim_feedforward: width inside the feed-forward network.
         dropout: after attention, in and after the feed-forward network, and on the attention weights.
         activation: "relu", "gelu" or a callable.
@@ -379,6 +384,7 @@ class LinformerEncoderLayer(nn.Module):
         *,
         projection: LinformerProjection | None = None,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
         activation: str | Callable[[Tensor], Tensor] = "relu",
@@ -406,6 +412,7 @@ class LinformerEncoderLayer(nn.Module):
             dropout=dropout,
             bias=bias,
             num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             batch_first=batch_first,
             **factory,
         )

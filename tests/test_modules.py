@@ -115,6 +115,14 @@ def test_attention_is_the_formula(options, masked, bias, device):
     compare(randomized(module), hand, inputs, {"key_padding_mask": mask})
 
 
+def test_heads_of_a_width_of_their_own(device):
+    """Of which embed_dim is no multiple."""
+    module = LinformerAttention(30, 4, 50, 7, head_dim=12, num_kv_heads=2).to(device)
+    assert module.q_proj.weight.shape == (48, 30) and module.out_proj.weight.shape == (30, 48)
+    hand = lambda m, x: attention_by_hand(m, *[x] * 3, None)  # noqa: E731
+    compare(randomized(module), hand, [torch.randn(2, 43, 30, device=device)], {})
+
+
 @pytest.mark.parametrize("sharing", ["headwise", "key_value"])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_self_attention_and_compress_first(sharing, batch_first, device):
@@ -214,7 +222,8 @@ def used(*shape, **options):
     lambda: LinformerProjection(8, 4, kind="max", num_heads=2), lambda: LinformerAttention(30, 4, 8, 4),
     lambda: LinformerAttention(32, 4, 8, 4, "all"), lambda: LinformerAttention(32, 4),
     lambda: LinformerAttention(32, 4, 8, 4, "layerwise"), lambda: LinformerAttention(32, 4, 8, 4, num_kv_heads=3),
-    lambda: LinformerAttention(32, 4, 8, 4, dropout=1.0), lambda: LinformerAttention(32, 4, projection=nn.Linear(2, 2)),
+    lambda: LinformerAttention(32, 4, 8, 4, head_dim=0), lambda: LinformerAttention(32, 4, 8, 4, dropout=1.0),
+    lambda: LinformerAttention(32, 4, projection=nn.Linear(2, 2)),
     lambda: LinformerAttention(32, 4, 8, 4, "headwise", projection=LinformerProjection(8, 4)),
     lambda: LinformerEncoderLayer(32, 4, 8, 4, activation="tanh"), lambda: used(2, 8, 31),
     lambda: used(2, 9, 32), lambda: used(8, 32), lambda: used(is_causal=True),

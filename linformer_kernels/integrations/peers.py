@@ -1,0 +1,362 @@
+"""Modules of the packages `linformer` and `linformer-pytorch` as modules of this one, with their weights and output.
+
+Theirs are known by their attributes; neither package is imported. The result is a copy: device, dtype, training mode
+and probabilities of dropout are those of the original, and all weights are trained. The peers have no bias in query,
+key and value; those of `q_proj`, `k_proj` and `v_proj` are zero and frozen, so that the state_dict is the usual one.
+
+linformer-pytorch adds a bias to each row of K' and V'. Our E has none: a `BiasedProjection` adds it, between the two
+halves of the operation.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import project_kv
+from ..modules import LinformerAttention, LinformerEncoderLayer, LinformerProjection
+
+
+class BiasedProjection(LinformerProjection):
+    """E and F with biases: K' = E[:, :N] @ key + b 1^T, with a number of b for each of the K rows.
+
+    Neither a mask nor a sequence shorter than seq_len changes what b adds, as in linformer-pytorch.
+
+    Args:
+        seq_len, proj_dim, num_heads: as in `LinformerProjection`; with num_heads each head has a b of its own.
+        share_kv: E = F, with one b.
+    """
+
+    bias_key: Tensor
+    bias_value: Tensor | None
+
+    def __init__(
+        self,
+        seq_len: int,
+        proj_dim: int,
+        *,
+        num_heads: int | None = None,
+        share_kv: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(seq_len, proj_dim, num_heads=num_heads, share_kv=share_kv, **factory)
+        self.kind = "biased"
+        shape = (proj_dim,) if num_heads is None else (num_heads, proj_dim)
+        self.bias_key = nn.Parameter(torch.zeros(shape, **factory))
+        self.register_parameter("bias_value", None if share_kv else nn.Parameter(torch.zeros(shape, **factory)))
+
+    @property
+    def is_matrix(self) -> bool:
+        """False: K' is no product of a matrix and the keys."""
+        return False
+
+    def reset_parameters(self) -> None:
+        """Draw E and F anew; biases start as zero."""
+        super().reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.startswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """K' (B, H_kv, K, D) and V' of key (B, H_kv, N, D) and value.
+
+        key_padding_mask is (B, N) bool, True = the position takes part.
+        """
+        assert self.proj_key is not None  # for mypy
+        keys, values = project_kv(key, value, self.proj_key, self.proj_value, key_padding_mask=key_padding_mask)
+        bias_value = self.bias_key if self.bias_value is None else self.bias_value
+        return keys + self.bias_key[..., None], values + bias_value[..., None]
+
+    def occupied(self, length: int, key_padding_mask: Tensor | None = None) -> Tensor:
+        """True for each row of K', (1, K) or (1, num_heads, K): b is in it, whichever positions take part."""
+        return torch.ones_like(self.bias_key, dtype=torch.bool)[None]
+
+
+def attention_from_linformer(peer: nn.Module) -> LinformerAttention:
+    """`linformer.LinformerSelfAttention` as LinformerAttention.
+
+    Args:
+        peer: with any of its options. With share_kv, k_proj and v_proj of the result are one module.
+
+    Returns:
+        A module whose `new(x)` is `peer(x)`, and `new(x, context)` is `peer(x, context=context)`.
+
+    Raises:
+        TypeError: peer is something else.
+    """
+    wanted = "a LinformerSelfAttention of linformer; for a Linformer: encoder_from_linformer"
+    theirs = _checked(peer, wanted, "to_q", "to_k", "to_out", "proj_k", "share_kv", "heads")
+    seq_len, proj_dim = theirs.proj_k.shape
+    projection = LinformerProjection(seq_len, proj_dim, share_kv=theirs.share_kv, **_factory(theirs.proj_k))
+    matrices = {"proj_key": theirs.proj_k.T} | ({} if theirs.share_kv else {"proj_value": theirs.proj_v.T})
+    projection.load_state_dict(matrices)
+    to_v = theirs.to_k if theirs.share_kv else theirs.to_v
+    weights = theirs.to_q.weight, theirs.to_k.weight, to_v.weight
+    attention = _attention(theirs.heads, projection, *weights, theirs.to_out, theirs.dropout.p)
+    if theirs.share_kv:
+        attention.v_proj = attention.k_proj
+    return attention.train(peer.training)
+
+
+def encoder_from_linformer(peer: nn.Module) -> nn.Sequential:
+    """`linformer.Linformer` as a sequence of LinformerEncoderLayer.
+
+    Args:
+        peer: with any of its options but reversible.
+
+    Raises:
+        TypeError: peer is something else.
+        NotImplementedError: reversible=True.
+    """
+    theirs = _checked(peer, "a Linformer of linformer; of a LinformerLM: its .linformer", "net")
+    if not hasattr(theirs.net, "layers"):
+        raise NotImplementedError(
+            "peer has reversible=True, whose layers compute with two streams; wanted: reversible=False, or "
+            "attention_from_linformer for each block.f.net.fn of peer.net.blocks"
+        )
+    layers = []
+    for attend, feed_forward in theirs.net.layers:
+        ff = feed_forward.fn
+        if ff.glu:
+            raise NotImplementedError("peer has a feed-forward network with glu=True; wanted: glu=False")
+        parts = ff.w1, ff.w2, attend.norm, feed_forward.norm
+        layer = _encoder_layer(attention_from_linformer(attend.fn), *parts, activation=ff.act, norm_first=True)
+        layer.dropout.p = ff.dropout.p
+        layers.append(layer)
+    return nn.Sequential(*layers).train(peer.training)
+
+
+def projection_from_linformer_pytorch(peer: nn.Module) -> LinformerProjection:
+    """E and F of a `linformer_pytorch.LinearAttentionHead`: all the weights it has.
+
+    Args:
+        peer: with a learnable E and F (the result is a BiasedProjection) or with method="no_params" (kind "fixed").
+
+    Returns:
+        `new` with which `projected_attention(query, *new(key, value), scale=peer.dim**-0.5)` of tensors (B, 1, N, D)
+        is peer's output of the same without their dimension of heads.
+
+    Raises:
+        TypeError: peer is something else.
+        NotImplementedError: causal, full_attention, method="convolution".
+    """
+    return _projection([_checked_head(peer)], {}).train(peer.training)
+
+
+def attention_from_linformer_pytorch(peer: nn.Module) -> LinformerAttention:
+    """`linformer_pytorch.MHAttention` as LinformerAttention.
+
+    Args:
+        peer: of any parameter_sharing and checkpoint_level. Checkpointing is a way to run it and is not copied.
+
+    Returns:
+        A module whose `new(x, key_padding_mask=mask)` is `peer(x, input_mask=mask)`, for a peer in decoder_mode
+        `new(x, embeddings)` is `peer(x, embeddings=embeddings)`. Its out_proj drops elements of the output in training.
+
+    Raises:
+        TypeError: peer is something else.
+        NotImplementedError: causal, full_attention, method="convolution", w_o_intermediate_dim, E and F shared by
+            some heads and not by others.
+    """
+    attention = _attention_from_linformer_pytorch(peer, {})
+    dropout: Any = peer.mh_dropout
+    if dropout.p > 0:
+        attention.out_proj = _LinearWithDropout(attention.out_proj, dropout.p)
+    return attention.train(peer.training)
+
+
+def encoder_from_linformer_pytorch(peer: nn.Module) -> nn.Sequential:
+    """`linformer_pytorch.Linformer` as a sequence of LinformerEncoderLayer.
+
+    Args:
+        peer: of any parameter_sharing and depth. With "layerwise" all layers of the result have one projection.
+
+    Raises:
+        TypeError: peer is something else.
+        NotImplementedError: decoder_mode, include_ff=False, ff_intermediate, and what attention_from_linformer_pytorch
+            refuses.
+    """
+    theirs = _checked(peer, "a Linformer of linformer_pytorch; of a LinformerLM: its .linformer", "seq", "decoder_mode")
+    blocks = list(theirs.seq)
+    for option, used in (
+        ("decoder_mode=True", theirs.decoder_mode),
+        ("include_ff=False", any(not hasattr(block.fn, "w_1") for block in blocks[1::2]) or len(blocks) % 2 == 1),
+        ("ff_intermediate", any(block.resample is not None for block in blocks)),
+    ):
+        if used:
+            raise NotImplementedError(
+                f"peer has {option}, and no LinformerEncoderLayer is like its layers; wanted: a peer without it, or "
+                "attention_from_linformer_pytorch for each MHAttention in it"
+            )
+    layers = []
+    made: dict[Any, LinformerProjection] = {}
+    for attend, feed_forward in zip(blocks[::2], blocks[1::2], strict=True):
+        ff = feed_forward.fn
+        parts = ff.w_1, ff.w_2, attend.norm, feed_forward.norm
+        attention = _attention_from_linformer_pytorch(attend.fn, made)
+        layer = _encoder_layer(attention, *parts, activation=ff.activation, norm_first=False)
+        layer.dropout1.p, layer.dropout.p, layer.dropout2.p = attend.fn.mh_dropout.p, ff.dropout.p, ff.dropout2.p
+        layers.append(layer)
+    return nn.Sequential(*layers).train(peer.training)
+
+
+class _LinearWithDropout(nn.Linear):
+    """A linear layer and dropout after it. Its state_dict is that of the linear layer."""
+
+    def __init__(self, linear: nn.Linear, p: float) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.dropout(super().forward(rows))
+
+
+def _attention_from_linformer_pytorch(peer: nn.Module, made: dict[Any, LinformerProjection]) -> LinformerAttention:
+    """Without the dropout of the output. `made` holds the projections of the layers before, by the identity of E, F."""
+    wanted = "an MHAttention of linformer_pytorch; for a Linformer: encoder_from_linformer_pytorch"
+    theirs = _checked(peer, wanted, "heads", "to_q", "to_k", "to_v", "mh_dropout", "w_o_intermediate_dim")
+    if theirs.w_o_intermediate_dim is not None:
+        raise NotImplementedError(
+            f"peer has w_o_intermediate_dim={theirs.w_o_intermediate_dim}, two linear layers for out_proj; wanted: "
+            "their product as peer.w_o, and peer.w_o_intermediate_dim = None"
+        )
+    heads = [_checked_head(head) for head in theirs.heads]
+    projection = _projection(heads, made)
+    q, k, v = (torch.cat([linear.weight for linear in part]) for part in (theirs.to_q, theirs.to_k, theirs.to_v))
+    return _attention(len(heads), projection, q, k, v, theirs.w_o, heads[0].dropout.p)
+
+
+def _checked_head(peer: nn.Module) -> Any:
+    wanted = "a LinearAttentionHead of linformer_pytorch"
+    head = _checked(peer, wanted, "E", "F", "dim", "causal_mask", "full_attention")
+    if head.causal_mask is not None:
+        raise NotImplementedError(
+            "peer has causal=True; wanted: causal=False. Each row of K' mixes all positions, so its mask on the (N, K) "
+            "scores hides no future; for causal models use torch.nn.functional.scaled_dot_product_attention"
+        )
+    if head.full_attention:
+        raise NotImplementedError(
+            "peer has full_attention=True and so no use for E and F; wanted: full_attention=False, or "
+            "torch.nn.MultiheadAttention"
+        )
+    for name, matrix in (("E", head.E), ("F", head.F)):
+        if not isinstance(matrix, (nn.Linear, Tensor)):
+            raise NotImplementedError(
+                f'{name} of peer is a {type(matrix).__name__}; wanted: method="learnable" or "no_params". The peer\'s '
+                "convolution mixes the features of a head, that of a LinformerProjection does not"
+            )
+    return head
+
+
+def _projection(heads: list[Any], made: dict[Any, LinformerProjection]) -> LinformerProjection:
+    """E and F of all heads, shared by whom they are shared there."""
+    keys, values = [head.E for head in heads], [head.F for head in heads]
+    identity = tuple(id(matrix) for matrix in keys + values)
+    if identity in made:
+        return made[identity]
+    key_is_value = {key is value for key, value in zip(keys, values, strict=True)}
+    distinct = {len({id(matrix) for matrix in matrices}) for matrices in (keys, values)}
+    if len(key_is_value) > 1 or distinct not in ({1}, {len(heads)}):
+        raise NotImplementedError("some heads of peer share E or F and some do not; wanted: all of them or none")
+    num_heads, share_kv = None if distinct == {1} else len(heads), key_is_value == {True}
+
+    def stacked(tensors: list[Tensor]) -> Tensor:
+        return tensors[0] if num_heads is None else torch.stack(tensors)
+
+    matrices = {"key": keys} if share_kv else {"key": keys, "value": values}
+    state = {f"proj_{name}": stacked([_matrix(e) for e in given]) for name, given in matrices.items()}
+    proj_dim, seq_len = state["proj_key"].shape[-2:]
+    options = {"num_heads": num_heads, "share_kv": share_kv, **_factory(state["proj_key"])}
+    if any(getattr(e, "bias", None) is not None for e in keys + values):
+        state |= {f"bias_{name}": stacked([e.bias for e in given]) for name, given in matrices.items()}
+        projection: LinformerProjection = BiasedProjection(seq_len, proj_dim, **options)
+    else:
+        kind = "fixed" if isinstance(keys[0], Tensor) else "learned"
+        projection = LinformerProjection(seq_len, proj_dim, kind=kind, **options)
+    projection.load_state_dict(state)
+    made[identity] = projection
+    return projection
+
+
+def _matrix(e: nn.Linear | Tensor) -> Tensor:
+    """(K, seq_len)."""
+    return e.T if isinstance(e, Tensor) else e.weight
+
+
+def _attention(
+    num_heads: int,
+    projection: LinformerProjection,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: nn.Linear,
+    dropout: float,
+) -> LinformerAttention:
+    """Of weights q (H * D, width), k and v (H_kv * D, width)."""
+    head_dim = q.size(0) // num_heads
+    attention = LinformerAttention(
+        q.size(1),
+        num_heads,
+        projection=projection,
+        dropout=dropout,
+        num_kv_heads=k.size(0) // head_dim,
+        head_dim=head_dim,
+        **_factory(q),
+    )
+    for linear, weight in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)):
+        linear.load_state_dict({"weight": weight, "bias": torch.zeros_like(linear.bias)})
+        linear.bias.requires_grad_(False)
+    attention.out_proj.load_state_dict(out.state_dict())
+    return attention
+
+
+def _encoder_layer(
+    attention: LinformerAttention,
+    linear1: nn.Linear,
+    linear2: nn.Linear,
+    norm1: nn.LayerNorm,
+    norm2: nn.LayerNorm,
+    *,
+    activation: Any,
+    norm_first: bool,
+) -> LinformerEncoderLayer:
+    """Without dropout but that of the attention weights."""
+    layer = LinformerEncoderLayer(
+        attention.embed_dim,
+        attention.num_heads,
+        projection=attention.projection,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        dim_feedforward=linear1.out_features,
+        dropout=0.0,
+        activation=copy.deepcopy(activation),
+        layer_norm_eps=norm1.eps,
+        norm_first=norm_first,
+        **_factory(linear1.weight),
+    )
+    layer.self_attn = attention
+    for ours, theirs in (
+        (layer.linear1, linear1),
+        (layer.linear2, linear2),
+        (layer.norm1, norm1),
+        (layer.norm2, norm2),
+    ):
+        ours.load_state_dict(theirs.state_dict())
+    return layer
+
+
+def _factory(like: Tensor) -> dict[str, Any]:
+    return {"device": like.device, "dtype": like.dtype}
+
+
+def _checked(peer: nn.Module, wanted: str, *names: str) -> Any:
+    missing = [name for name in names if not hasattr(peer, name)]
+    if missing:
+        raise TypeError(f"peer is a {type(peer).__name__}, without {', '.join(missing)}; wanted: {wanted}")
+    return peer

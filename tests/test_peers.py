@@ -1,0 +1,315 @@
+"""The importers of integrations/peers.py against the packages that they import from: outputs and all gradients."""
+
+import copy
+import io
+
+import linformer
+import linformer_pytorch
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from linformer_kernels import LinformerAttention, LinformerEncoderLayer, LinformerProjection, projected_attention
+from linformer_kernels.integrations.peers import (
+    BiasedProjection,
+    attention_from_linformer,
+    attention_from_linformer_pytorch,
+    encoder_from_linformer,
+    encoder_from_linformer_pytorch,
+    projection_from_linformer_pytorch,
+)
+
+PROMISE = 1e-5  # of docs/peers.md, in float32, relative to the largest element
+N, WIDTH, K = 48, 32, 12
+SHARINGS = ("none", "headwise", "kv", "layerwise")
+SHARED = [dict(one_kv_head=one, share_kv=share, dim_head=d) for one, share, d in [
+    (False, False, None), (True, False, 12), (False, True, None), (True, True, 12)
+]]  # fmt: skip
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request):
+    """All that the test makes is of this type, also the E of linformer-pytorch that no .double() would reach."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+def ready(peer: nn.Module, device: str) -> nn.Module:
+    """In evaluation, with weights of which none, also of the layer norms, is as at the start."""
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return peer.eval().to(device)
+
+
+def theirs(device: str, depth: int = 1, **options) -> linformer_pytorch.Linformer:
+    return ready(linformer_pytorch.Linformer(N, WIDTH, K, dim_ff=40, depth=depth, **options), device)
+
+
+def agree(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    if got.dtype == torch.float64:
+        oracle.assert_close(got, want.detach().cpu().numpy(), None, what)
+        return
+    error, size = (got - want).abs().max().item(), want.abs().max().item()
+    assert error <= PROMISE * size, f"{what} {tuple(got.shape)}: error {error:.3e}, largest element {size:.3e}"
+
+
+def check(peer, convert, inputs, call_peer=None, call_ours=None) -> nn.Module:
+    """Output and all gradients. That of a weight is known by converting a peer that has gradients for weights."""
+    peer.zero_grad()
+    ours = convert(peer)
+    results = []
+    grad_out = None
+    for module, call in ((peer, call_peer), (ours, call_ours)):
+        call = (lambda m, *xs: m(*xs)) if call is None else call
+        xs = [x.detach().clone().requires_grad_() for x in inputs]
+        out = call(module, *xs)
+        grad_out = torch.randn_like(out) if grad_out is None else grad_out
+        out.backward(grad_out)
+        results.append([out, *(x.grad for x in xs)])
+    for what, want, got in zip(["out", "query", "context"], *results, strict=False):
+        agree(got, want, what)
+    gradients = copy.deepcopy(peer)
+    with torch.no_grad():
+        for gradient, parameter in zip(gradients.parameters(), peer.parameters(), strict=True):
+            gradient.copy_(parameter.grad)
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == sum(p.numel() for p in peer.parameters())
+    want = dict(convert(gradients).named_parameters())
+    for name, parameter in trained.items():
+        agree(parameter.grad, want[name], f"gradient of {name}")
+    for name in want.keys() - trained.keys():
+        assert name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and not want[name].any()
+    return ours
+
+
+@pytest.mark.parametrize("length", [N, 31])
+@pytest.mark.parametrize("options", SHARED, ids=str)
+def test_attention_of_linformer(options, length, dtype, device):
+    peer = ready(linformer.LinformerSelfAttention(WIDTH, N, k=K, heads=4, **options), device)
+    ours = check(peer, attention_from_linformer, [torch.randn(3, length, WIDTH, device=device)])
+    assert (ours.v_proj is ours.k_proj) == options["share_kv"]
+    inputs = [torch.randn(3, n, WIDTH, device=device) for n in (7, length)]
+    check(peer, attention_from_linformer, inputs, lambda m, x, context: m(x, context=context))
+
+
+@pytest.mark.parametrize("length", [N, 31])
+@pytest.mark.parametrize("options", SHARED, ids=str)
+def test_encoder_of_linformer(options, length, dtype, device):
+    peer = ready(linformer.Linformer(WIDTH, N, 2, k=K, heads=4, **options), device)
+    layers = check(peer, encoder_from_linformer, [torch.randn(3, length, WIDTH, device=device)])
+    assert len(layers) == 2 and all(type(layer) is LinformerEncoderLayer for layer in layers)
+
+
+@pytest.mark.parametrize("method", ["learnable", "no_params"])
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_attention_of_linformer_pytorch(sharing, method, dtype, device):
+    peer = theirs(device, parameter_sharing=sharing, method=method, dim_d=12).seq[0].fn
+    ours = check(peer, attention_from_linformer_pytorch, [torch.randn(3, N, WIDTH, device=device)])
+    assert type(ours.projection) is (BiasedProjection if method == "learnable" else LinformerProjection)
+    assert ours.projection.share_kv == (sharing in ("kv", "layerwise"))
+    assert ours.projection.num_heads == (4 if sharing == "none" else None)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_masked_attention_of_linformer_pytorch(sharing, dtype, device):
+    """A sequence without any position left is what the biases of F make it, there and here."""
+    peer = theirs(device, parameter_sharing=sharing).seq[0].fn
+    mask = torch.rand(3, N, device=device) < 0.6
+    mask[0] = False
+    inputs = [torch.randn(3, N, WIDTH, device=device)]
+    masked = lambda m, x: m(x, input_mask=mask)  # noqa: E731
+    check(peer, attention_from_linformer_pytorch, inputs, masked, lambda m, x: m(x, key_padding_mask=mask))
+
+
+def test_masked_queries_of_linformer_pytorch_are_zero(dtype, device):
+    peer = theirs(device).seq[0].fn
+    mask, rows = (torch.rand(2, 3, N, device=device) < 0.6).unbind()
+    masked = lambda m, x: m(x, input_mask=mask, embeddings_mask=rows)  # noqa: E731
+    ours = lambda m, x: m(x.masked_fill(~rows[..., None], 0), x, key_padding_mask=mask)  # noqa: E731
+    check(peer, attention_from_linformer_pytorch, [torch.randn(3, N, WIDTH, device=device)], masked, ours)
+
+
+def test_cross_attention_of_linformer_pytorch(dtype, device):
+    peer = theirs(device, decoder_mode=True).seq[2].fn
+    inputs = [torch.randn(3, N, WIDTH, device=device) for _ in range(2)]
+    check(peer, attention_from_linformer_pytorch, inputs, lambda m, x, y: m(x, embeddings=y))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_encoder_of_linformer_pytorch(sharing, dtype, device):
+    """Layerwise, all layers have one projection; otherwise each has its own, here of another K.
+
+    relu in float64 alone: in float32 a rounding lands on the other side of its kink in one of some hundred runs.
+    """
+    activation = "relu" if dtype == torch.float64 else "gelu"
+    peer = theirs(device, 3, parameter_sharing=sharing, activation=activation, k_reduce_by_layer=2)
+    layers = check(peer, encoder_from_linformer_pytorch, [torch.randn(3, N, WIDTH, device=device)])
+    made = [layer.self_attn.projection for layer in layers]
+    assert [projection.proj_dim for projection in made] == ([K] * 3 if sharing == "layerwise" else [K, K - 2, K - 4])
+    assert len(set(made)) == (1 if sharing == "layerwise" else 3)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_a_short_sequence_is_the_masked_one_of_linformer_pytorch(sharing, dtype, device):
+    """Which itself takes full sequences only."""
+    peer = theirs(device, 2, parameter_sharing=sharing)
+    x = torch.randn(3, 31, WIDTH, device=device)
+    padded = torch.cat([x, torch.randn(3, N - 31, WIDTH, device=device)], 1)
+    mask = (torch.arange(N, device=device) < 31).expand(3, -1)
+    ours = encoder_from_linformer_pytorch(peer)
+    want = peer(padded, input_mask=mask)[:, :31]
+    agree(ours(x), want, "short")
+    for layer in ours:
+        padded = layer(padded, src_key_padding_mask=mask)
+    agree(padded[:, :31], want, "masked")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_of_linformer_pytorch(bias, dtype, device):
+    """With the scale that it was given, which need not be that of its width."""
+    e, f = (nn.Linear(N, K, bias=bias) for _ in range(2))
+    peer = ready(linformer_pytorch.LinearAttentionHead(20, 0.1, e, f, None), device)
+    query, key, value = (torch.randn(3, N, 8, device=device) for _ in range(3))
+    projection = projection_from_linformer_pytorch(peer)
+    assert type(projection) is (BiasedProjection if bias else LinformerProjection)
+    keys, values = projection(key[:, None], value[:, None])
+    out = projected_attention(query[:, None], keys, values, scale=peer.dim**-0.5)
+    agree(out[:, 0], peer(query, key, value), "head")
+
+
+def test_language_models_with_layers_of_ours(dtype, device):
+    tokens = torch.randint(100, (2, N), device=device)
+    peer = ready(linformer.LinformerLM(100, WIDTH, N, 2, k=K, heads=4), device)
+    want = peer(tokens)
+    peer.linformer = encoder_from_linformer(peer.linformer)
+    agree(peer(tokens), want, "LinformerLM of linformer")
+    peer = ready(linformer_pytorch.LinformerLM(100, N, WIDTH, dim_k=K), device)
+    want = peer(tokens)
+    peer.linformer = encoder_from_linformer_pytorch(peer.linformer)
+    agree(peer(tokens), want, "LinformerLM of linformer_pytorch")
+
+
+def test_reversible_layers_take_attention_of_ours(dtype, device):
+    peer = ready(linformer.Linformer(WIDTH, N, 2, k=K, heads=4, reversible=True), device)
+    x = torch.randn(2, N, WIDTH, device=device)
+    want = peer(x)
+    for block in peer.net.blocks:
+        block.f.net.fn = attention_from_linformer(block.f.net.fn)
+    agree(peer(x), want, "reversible")
+
+
+def biased(**options) -> BiasedProjection:
+    return BiasedProjection(N, K, **options)
+
+
+@pytest.mark.parametrize("convert, make_peer, make", [
+    (attention_from_linformer, lambda: linformer.LinformerSelfAttention(WIDTH, N, k=K, heads=4, dim_head=12),
+     lambda: LinformerAttention(WIDTH, 4, N, K, head_dim=12)),
+    (attention_from_linformer, lambda: linformer.LinformerSelfAttention(WIDTH, N, k=K, heads=4, share_kv=True),
+     lambda: LinformerAttention(WIDTH, 4, N, K, "key_value")),
+    (encoder_from_linformer, lambda: linformer.Linformer(WIDTH, N, 1, k=K, heads=4),
+     lambda: nn.Sequential(LinformerEncoderLayer(WIDTH, 4, N, K, dim_feedforward=4 * WIDTH, activation="gelu",
+                                                 norm_first=True))),
+    (attention_from_linformer_pytorch, lambda: linformer_pytorch.Linformer(N, WIDTH, K).seq[0].fn,
+     lambda: LinformerAttention(WIDTH, 4, projection=biased(share_kv=True))),
+    (encoder_from_linformer_pytorch, lambda: linformer_pytorch.Linformer(N, WIDTH, K, parameter_sharing="none"),
+     lambda: nn.Sequential(LinformerEncoderLayer(WIDTH, 4, projection=biased(num_heads=4), dim_feedforward=256,
+                                                 activation="gelu"))),
+], ids=["dim_head", "share_kv", "linformer", "biased", "linformer_pytorch"])  # fmt: skip
+def test_a_saved_result_loads_without_the_peer(convert, make_peer, make, device):
+    ours = convert(ready(make_peer(), device))
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    loaded = make().eval().to(device)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(2, N, WIDTH, device=device)
+    assert torch.equal(loaded(x), ours(x))
+
+
+def test_the_result_is_a_copy_in_the_same_type_and_mode(device):
+    x = torch.randn(2, N, WIDTH, device=device)
+    peers = {
+        attention_from_linformer: linformer.LinformerSelfAttention(WIDTH, N, k=K, heads=4),
+        encoder_from_linformer: linformer.Linformer(WIDTH, N, 1, k=K, heads=4),
+        attention_from_linformer_pytorch: theirs(device).seq[0].fn,
+        encoder_from_linformer_pytorch: theirs(device),
+    }
+    for convert, peer in peers.items():
+        ours = convert(ready(peer, device))
+        before = ours(x)
+        nn.init.zeros_(next(peer.parameters()))
+        assert torch.equal(ours(x), before) and not any(m.training for m in ours.modules())
+        ours = convert(peer.to(torch.bfloat16).train())
+        assert {p.dtype for p in ours.parameters()} == {torch.bfloat16} and all(m.training for m in ours.modules())
+
+
+def test_dropout_comes_along(device):
+    layer = encoder_from_linformer(linformer.Linformer(WIDTH, N, 1, k=K, heads=4, dropout=0.3))[0]
+    assert (layer.self_attn.dropout, layer.dropout1.p, layer.dropout.p, layer.dropout2.p) == (0.3, 0, 0.3, 0)
+    peer = linformer_pytorch.Linformer(N, WIDTH, K, dropout=0.4, dropout_ff=0.2).to(device)
+    layer = encoder_from_linformer_pytorch(peer)[0]
+    assert (layer.self_attn.dropout, layer.dropout1.p, layer.dropout.p, layer.dropout2.p) == (0.4, 0.4, 0.2, 0.2)
+    ours, x = attention_from_linformer_pytorch(peer.seq[0].fn), torch.randn(8, N, WIDTH, device=device)
+    assert ours.dropout == 0.4
+    assert (ours(x) == 0).float().mean().item() == pytest.approx(0.4, abs=0.05)
+    assert (ours.eval()(x) != 0).all()
+
+
+def test_biases_start_anew_as_zero():
+    projection = attention_from_linformer_pytorch(theirs("cpu", parameter_sharing="headwise").seq[0].fn).projection
+    matrix = projection.proj_key.clone()
+    projection.reset_parameters()
+    assert not projection.bias_key.any() and not projection.bias_value.any()
+    assert not torch.equal(projection.proj_key, matrix) and projection.proj_key.all()
+
+
+def test_a_row_with_a_bias_is_never_empty():
+    assert biased().occupied(0).shape == (1, K) and biased().occupied(0).all()
+    assert biased(num_heads=4).occupied(N, torch.zeros(2, N, dtype=torch.bool)).shape == (1, 4, K)
+
+
+def attention_of(**options):
+    return attention_from_linformer_pytorch(linformer_pytorch.Linformer(N, WIDTH, K, **options).seq[0].fn)
+
+
+def encoder_of(**options):
+    return encoder_from_linformer_pytorch(linformer_pytorch.Linformer(N, WIDTH, K, **options))
+
+
+def half_shared():
+    peer = linformer_pytorch.Linformer(N, WIDTH, K, parameter_sharing="none").seq[0].fn
+    peer.heads[1].E = peer.heads[0].E
+    return attention_from_linformer_pytorch(peer)
+
+
+@pytest.mark.parametrize("make, error, message", [
+    (lambda: attention_from_linformer(nn.Linear(2, 2)), TypeError, "peer is a Linear, without to_q"),
+    (lambda: attention_from_linformer(linformer.Linformer(8, 8, 1, k=4)), TypeError, "encoder_from_linformer"),
+    (lambda: encoder_from_linformer(linformer.LinformerLM(9, 8, 8, 1, k=4)), TypeError, r"its \.linformer"),
+    (lambda: encoder_from_linformer(linformer.Linformer(8, 8, 1, k=4, reversible=True)), NotImplementedError,
+     "reversible=True"),
+    (lambda: attention_from_linformer_pytorch(linformer_pytorch.Linformer(N, WIDTH, K)), TypeError,
+     "encoder_from_linformer_pytorch"),
+    (lambda: attention_from_linformer_pytorch(linformer.LinformerSelfAttention(8, 8, k=4)), TypeError, "MHAttention"),
+    (lambda: encoder_from_linformer_pytorch(linformer.Linformer(8, 8, 1, k=4)), TypeError, "without seq"),
+    (lambda: projection_from_linformer_pytorch(nn.Linear(2, 2)), TypeError, "LinearAttentionHead"),
+    (lambda: attention_of(causal=True), NotImplementedError, "causal=True"),
+    (lambda: attention_of(full_attention=True), NotImplementedError, "full_attention=True"),
+    (lambda: attention_of(method="convolution"), NotImplementedError, "E of peer is a Conv1d"),
+    (lambda: attention_of(w_o_intermediate_dim=8), NotImplementedError, "w_o_intermediate_dim=8"),
+    (half_shared, NotImplementedError, "some heads of peer share"),
+    (lambda: encoder_of(decoder_mode=True), NotImplementedError, "decoder_mode=True"),
+    (lambda: encoder_of(include_ff=False), NotImplementedError, "include_ff=False"),
+    (lambda: encoder_of(include_ff=False, depth=2), NotImplementedError, "include_ff=False"),
+    (lambda: encoder_of(ff_intermediate=16, depth=2, parameter_sharing="kv"), NotImplementedError, "ff_intermediate"),
+    (lambda: encoder_of(causal=True), NotImplementedError, "causal=True"),
+    (lambda: biased().matrices(), ValueError, "biased"),
+])  # fmt: skip
+def test_what_cannot_be_converted_is_refused(make, error, message):
+    with pytest.raises(error, match=message) as raised:
+        make()
+    assert "wanted: " in str(raised.value)
