@@ -1,0 +1,302 @@
+"""Fine-tuning on IMDB, SST-2, QNLI or QQP, from a checkpoint of pretrain_mlm.py or from scratch; accuracy and F1.
+
+    python examples/finetune.py --task imdb --data aclImdb --checkpoint runs/wiki --output runs/imdb
+    python examples/finetune.py --task imdb --data aclImdb_v1.tar.gz --bytes --seq-len 4096 --proj-dim 256 --output ...
+    python examples/finetune.py --task sst2 --data SST-2 --attention exact --output ...
+    torchrun --nproc-per-node 2 examples/finetune.py ...              # on several GPUs, or on several CPU processes
+
+The data is read as it is distributed, see tasks.py. A checkpoint says itself whether its attention is Linformer or
+exact; from scratch the options say it, and tokens are bytes (`--bytes`: the text task of the long range arena) or those
+of a tokenizer trained on the task's text. Batches are padded to their longest sequence and the padding takes no part.
+`--record FILE` writes what was run and measured as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pretrain_mlm import SPECIAL, build, train_tokenizer
+from recording import Recorder, arguments, machine
+from tasks import TASKS, Example, Task, read_task
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from linformer_kernels.integrations.transformers import load
+
+# Options of a model from scratch, with their defaults: a checkpoint has its own.
+SHAPE = {"attention": "linformer", "layers": 4, "width": 256, "heads": 4, "vocabulary": 8192, "dropout": 0.1}
+LINFORMER = {"proj_dim": 128, "sharing": "layerwise", "projection": "learned", "init": "gaussian"}
+SEQ_LEN = 512
+BYTES = len(SPECIAL) + 256  # a byte-level vocabulary of this size has room for bytes alone
+
+
+class Encoded(Dataset):
+    """Examples as tokens, cut to seq_len."""
+
+    def __init__(self, examples: list[Example], tokenizer: PreTrainedTokenizerFast, seq_len: int) -> None:
+        self.labels = [example.label for example in examples]
+        self.ids: list[Tensor] = []
+        for start in range(0, len(examples), 1024):  # lists of Python's numbers are 8 times as large
+            part = examples[start : start + 1024]
+            texts = [example.text for example in part]
+            pairs = None if part[0].pair is None else [example.pair for example in part]
+            encoded = tokenizer(texts, pairs, truncation=True, max_length=seq_len, split_special_tokens=True)
+            self.ids += [torch.tensor(ids, dtype=torch.int32) for ids in encoded["input_ids"]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+
+
+class Pad:
+    """Makes a batch as long as its longest sequence, with the mask of what is text."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [example["input_ids"].long() for example in examples]
+        lengths = torch.tensor([len(sequence) for sequence in ids])
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad)
+        return {
+            "input_ids": padded,
+            "attention_mask": (torch.arange(padded.size(1)) < lengths[:, None]).long(),
+            "labels": torch.tensor([example["labels"] for example in examples]),
+        }
+
+
+def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
+    """F1 of the label 1, and 0 where it is neither predicted nor right."""
+    predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
+    both = int(((predicted == 1) & (labels == 1)).sum())
+    either = int((predicted == 1).sum() + (labels == 1).sum())
+    return {"accuracy": float((predicted == labels).mean()), "f1": 2 * both / either if either else 0.0}
+
+
+def subset(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    if count is None:
+        return examples
+    return [examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
+def characters(example: Example) -> int:
+    return len(example.text) + len(example.pair or "")
+
+
+def make_model(options: argparse.Namespace, task: Task) -> tuple[PreTrainedTokenizerFast, PreTrainedModel]:
+    names = dict(enumerate(task.labels))
+    labels = {"num_labels": len(names), "id2label": names, "label2id": {name: label for label, name in names.items()}}
+    if options.checkpoint:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.checkpoint)
+        set_seed(options.seed)
+        if options.attention == "linformer":
+            model = load(RobertaForSequenceClassification, str(options.checkpoint), **labels)
+        else:
+            model = RobertaForSequenceClassification.from_pretrained(
+                options.checkpoint, attn_implementation="sdpa", **labels
+            )
+        return tokenizer, model
+    text = "" if options.bytes else "\n".join(f"{example.text}\n{example.pair or ''}" for example in task.train)
+    tokenizer = train_tokenizer(text, BYTES if options.bytes else options.vocabulary, options.seq_len)
+    set_seed(options.seed)
+    model = build(options, len(tokenizer), tokenizer.pad_token_id, RobertaForSequenceClassification, **labels)
+    return tokenizer, model
+
+
+def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fine-tunes a classifier and evaluates it.")
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="aclImdb or its tar.gz; GLUE's folder of tsv files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the final model")
+    parser.add_argument("--checkpoint", type=Path, help="folder of a model to start from (default: from scratch)")
+    parser.add_argument("--seq-len", type=int, help=f"N; default: the checkpoint's, from scratch {SEQ_LEN}")
+    scratch = parser.add_argument_group("from scratch")
+    scratch.add_argument("--attention", choices=["linformer", "exact"], help="default: linformer")
+    scratch.add_argument("--proj-dim", type=int, help="K; default: 128")
+    scratch.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], help="default: layerwise")
+    scratch.add_argument("--projection", choices=["learned", "fixed", "mean", "max", "conv"], help="default: learned")
+    scratch.add_argument("--init", choices=["gaussian", "mean", "identity"], help="default: gaussian")
+    scratch.add_argument("--layers", type=int, help="default: 4")
+    scratch.add_argument("--width", type=int, help="default: 256")
+    scratch.add_argument("--heads", type=int, help="default: 4")
+    tokens = scratch.add_mutually_exclusive_group()
+    tokens.add_argument("--vocabulary", type=int, help="default: 8192")
+    tokens.add_argument("--bytes", action="store_true", help="tokens are bytes")
+    scratch.add_argument("--dropout", type=float, help="default: 0.1")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step and process")
+    parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are summed")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help="default: 3")
+    length.add_argument("--steps", type=int, help="instead of --epochs")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--warmup", type=int, help="steps; default: a tenth of all")
+    parser.add_argument("--evaluate-every", type=int, help="steps; default: a fifth of all")
+    parser.add_argument("--group-by-length", action="store_true", help="sequences of like length share a batch")
+    parser.add_argument("--train-examples", type=int, help="train on so many, drawn by the seed (default: all)")
+    parser.add_argument("--evaluation-examples", type=int, help="evaluate so many, always the same (default: all)")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="write what was run and measured to this JSON file")
+    options = parser.parse_args(command_line)
+    for name in ("batch", "accumulate", "epochs", "steps", "evaluate_every", "seq_len", "train_examples",
+                 "evaluation_examples", "proj_dim", "layers", "width", "heads"):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {value}; wanted: more than 0")
+    if options.epochs is None and options.steps is None:
+        options.epochs = 3.0
+    if options.group_by_length and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("--group-by-length is for one process; under torchrun each would draw groups of its own")
+    if options.record and not options.record.parent.is_dir():
+        parser.error(f"--record: there is no folder {options.record.parent}")
+    try:
+        settle_model(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        task = read_task(options.task, options.data)
+    except (OSError, ValueError) as error:
+        parser.error(f"--data: {error}")
+    for name, examples in (("train", task.train), ("evaluation", task.evaluation)):
+        count = getattr(options, f"{name}_examples")
+        if count is not None and count > len(examples):
+            parser.error(f"--{name}-examples is {count:,}, but {options.data} has {len(examples):,}")
+    options.read = task
+    return options
+
+
+def settle_model(options: argparse.Namespace) -> None:
+    """Puts what is not given on the command line into the options: from the checkpoint, or the defaults."""
+    given = [name for name in SHAPE | LINFORMER if getattr(options, name) is not None] + ["bytes"] * options.bytes
+    if options.checkpoint is None:
+        exact = options.attention == "exact"
+        if exact and (useless := [name for name in given if name in LINFORMER]):
+            raise ValueError(f"--{useless[0].replace('_', '-')} is of Linformer attention; not for --attention exact")
+        for name, default in (SHAPE if exact else SHAPE | LINFORMER).items():
+            if name not in given:
+                setattr(options, name, default)
+        if options.bytes:
+            options.vocabulary = BYTES
+        options.seq_len = options.seq_len or SEQ_LEN
+        if options.width % options.heads:
+            raise ValueError(f"--width {options.width} is not a multiple of --heads {options.heads}")
+        return
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for a model from scratch; the checkpoint has its own")
+    file = options.checkpoint / "config.json"
+    for needed in (file, options.checkpoint / "tokenizer.json"):
+        if not needed.is_file():
+            raise FileNotFoundError(f"--checkpoint: there is no {needed}; wanted: the --output of pretrain_mlm.py")
+    config = json.loads(file.read_text())
+    if config.get("model_type") != "roberta":
+        raise ValueError(f"--checkpoint: {file} is of {config.get('model_type')!r}; wanted: 'roberta'")
+    settings = config.get("linformer")
+    options.attention = "exact" if settings is None else "linformer"
+    longest = config["max_position_embeddings"] - config["pad_token_id"] - 1
+    if settings is not None:
+        longest = min(longest, settings["seq_len"])
+        options.proj_dim, options.sharing = settings["proj_dim"], settings["sharing"]
+        options.projection = settings["projection"]
+    if options.seq_len is not None and options.seq_len > longest:
+        raise ValueError(f"--seq-len is {options.seq_len}; wanted: at most the checkpoint's {longest}")
+    options.seq_len = options.seq_len or longest
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    lines = [{name: name for name in widths}, *rows]
+    return "\n".join("  ".join(line[name].rjust(width) for name, width in widths.items()) for line in lines)
+
+
+def main(command_line: list[str] | None = None) -> dict[str, Any]:
+    options = parse_arguments(command_line)
+    task: Task = options.read
+    tokenizer, model = make_model(options, task)
+    # The longest sequences last: batches of the evaluation hold little padding.
+    evaluation = sorted(subset(task.evaluation, options.evaluation_examples, seed=0), key=characters)
+    train = subset(task.train, options.train_examples, options.seed)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    projections = sum(p.numel() for name, p in model.named_parameters() if ".linformer." in name)
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process:
+        print(f"Task: {options.task}, {len(train):,} examples to train on, {len(evaluation):,} for evaluation")
+        for note in task.notes:
+            print(f"Note: {note}")
+        origin = f"from {options.checkpoint}" if options.checkpoint else "from scratch"
+        print(f"Model: {options.attention}, {origin}, {weights:,} weights, {projections:,} of them in E and F")
+    record = {
+        "arguments": arguments(options, "read"), "train_examples": len(train), "evaluation_examples": len(evaluation),
+        "labels": list(task.labels), "notes": task.notes, "weights": weights, "projection_weights": projections,
+        "machine": machine(),
+    }  # fmt: skip
+    recorder = Recorder(record, options.record)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(options.output),
+            num_train_epochs=options.epochs or 1,  # not used with max_steps
+            max_steps=options.steps or -1,
+            per_device_train_batch_size=options.batch,
+            per_device_eval_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulate,
+            learning_rate=options.lr,
+            warmup_steps=0.1 if options.warmup is None else options.warmup,
+            lr_scheduler_type="linear",
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            eval_strategy="steps",
+            eval_steps=options.evaluate_every or 0.2,
+            save_strategy="no",
+            logging_steps=options.evaluate_every or 0.2,
+            train_sampling_strategy="group_by_length" if options.group_by_length else "random",
+            bf16=options.precision == "bf16",
+            fp16=options.precision == "fp16",
+            use_cpu=not torch.cuda.is_available(),
+            ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
+            report_to="none",
+            disable_tqdm=not sys.stderr.isatty(),
+            seed=options.seed,
+        ),
+        data_collator=Pad(tokenizer.pad_token_id),
+        train_dataset=Encoded(train, tokenizer, options.seq_len),
+        eval_dataset=Encoded(evaluation, tokenizer, options.seq_len),
+        processing_class=tokenizer,
+        compute_metrics=accuracy_and_f1,
+        callbacks=[recorder],
+    )
+    trainer.train()
+    trainer.save_model()
+    if main_process:
+        last = record["held_out"][-1]
+        row = {
+            "task": options.task, "attention": options.attention, "N": str(options.seq_len),
+            "K": str(options.proj_dim) if options.attention == "linformer" else "-", "weights": f"{weights:,}",
+            "accuracy": f"{last['accuracy']:.4f}", f"F1 of {task.labels[1]}": f"{last['f1']:.4f}",
+            "minutes of steps": f"{recorder.seconds / 60:.1f}",
+        }  # fmt: skip
+        print("\n" + table([row]))
+        print(f"Saved: {options.output}")
+    return record
+
+
+if __name__ == "__main__":
+    main()

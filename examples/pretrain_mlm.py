@@ -1,0 +1,245 @@
+"""Masked language modelling from your own text: RoBERTa with Linformer attention, or with its own for comparison.
+
+    python examples/pretrain_mlm.py --data PATH --seq-len 512 --proj-dim 128 --steps 2000 --output runs/wiki
+    torchrun --nproc-per-node 2 examples/pretrain_mlm.py ...          # on several GPUs, or on several CPU processes
+    python examples/pretrain_mlm.py --output runs/wiki --resume ...   # go on from the last checkpoint
+
+PATH is a text file or a folder of them; the default is the text of Python's standard library. A tokenizer is trained
+on it, a tenth is held out, and transformers' Trainer does the rest. The checkpoint loads with
+`linformer_kernels.integrations.transformers.load` (Linformer) or from_pretrained (exact), and examples/finetune.py
+takes it. `--record FILE` writes what was run and measured as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import read_corpus
+from recording import Recorder, arguments, machine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from linformer_kernels.integrations.transformers import linformerize
+
+SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+CHUNK = 1 << 16  # characters that are tokenized at once
+
+
+def train_tokenizer(text: str, vocabulary: int, seq_len: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, as RoBERTa's, of the text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = list(SPECIAL.values())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(chunks(text), trainer)
+    pair = [(name, tokenizer.token_to_id(name)) for name in ("</s>", "<s>")]
+    tokenizer.post_processor = processors.RobertaProcessing(*pair)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=seq_len, cls_token="<s>", sep_token="</s>", **SPECIAL
+    )
+
+
+def chunks(text: str) -> list[str]:
+    return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+
+
+class Blocks(Dataset):
+    """Text cut into sequences of one length, each after <s>."""
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> None:
+        encoded = tokenizer.backend_tokenizer.encode_batch(chunks(text), add_special_tokens=False)
+        ids = torch.cat([torch.tensor(part.ids) for part in encoded])
+        count = len(ids) // (seq_len - 1)
+        if count == 0:
+            raise ValueError(f"{len(ids):,} tokens of text do not fill one sequence of {seq_len}; wanted: more text")
+        body = ids[: count * (seq_len - 1)].view(count, seq_len - 1)
+        self.ids = torch.cat((torch.full((count, 1), tokenizer.bos_token_id), body), 1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index]}
+
+
+class MaskedBlocks(Dataset):
+    """The first `count` blocks with masks drawn once: the same question for every model and at every evaluation."""
+
+    def __init__(self, blocks: Blocks, count: int, collator: DataCollatorForLanguageModeling) -> None:
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        self.batch = collator([blocks[index] for index in range(min(count, len(blocks)))])
+        torch.set_rng_state(state)
+
+    def __len__(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.batch.items()}
+
+
+class MaskOnce(DataCollatorForLanguageModeling):
+    """Masks 15 % of the tokens as BERT does, unless that has been done."""
+
+    def torch_call(self, examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if "labels" in examples[0]:
+            return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+        return super().torch_call(examples)
+
+
+def build(
+    options: argparse.Namespace, vocabulary: int, pad: int, model_class: Any = RobertaForMaskedLM, **more: Any
+) -> PreTrainedModel:
+    """A new RoBERTa of the shape in the options, with their attention; `more` is for its config."""
+    config = RobertaConfig(
+        vocab_size=vocabulary, hidden_size=options.width, num_hidden_layers=options.layers,
+        num_attention_heads=options.heads, intermediate_size=4 * options.width, type_vocab_size=1,
+        max_position_embeddings=options.seq_len + pad + 1, pad_token_id=pad, bos_token_id=0, eos_token_id=2,
+        hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout, **more,
+    )  # fmt: skip
+    model = model_class(config)
+    if options.attention == "exact":
+        model.set_attn_implementation("sdpa")
+        return model
+    return linformerize(
+        model, options.seq_len, options.proj_dim, options.sharing, init=options.init, projection=options.projection
+    )
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Trains a masked language model on your text.")
+    parser.add_argument("--data", type=Path, help="a text file or a folder (default: Python's standard library)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
+    parser.add_argument("--attention", choices=["linformer", "exact"], default="linformer")
+    parser.add_argument("--seq-len", type=int, default=512, help="N")
+    parser.add_argument("--proj-dim", type=int, default=128, help="K")
+    parser.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], default="layerwise")
+    parser.add_argument("--projection", choices=["learned", "fixed", "mean", "max", "conv"], default="learned")
+    parser.add_argument("--init", choices=["gaussian", "mean", "identity"], default="gaussian")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step and process")
+    parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are summed")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, help="steps; default: a twentieth of all")
+    parser.add_argument("--evaluate-every", type=int, help="steps; default: a twentieth of all")
+    parser.add_argument("--evaluation-sequences", type=int, default=64)
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="write what was run and measured to this JSON file")
+    options = parser.parse_args(arguments)
+    if options.width % options.heads:
+        parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
+    if options.record and not options.record.parent.is_dir():
+        parser.error(f"--record: there is no folder {options.record.parent}")
+    found = any(options.output.glob("checkpoint-*"))
+    if options.resume and not found:
+        parser.error(f"--resume: there is no checkpoint in {options.output}")
+    if found and not options.resume:  # of two runs' checkpoints the one with most steps would be kept and resumed
+        parser.error(f"--output: {options.output} has checkpoints of another run; wanted: --resume, or a new folder")
+    try:
+        options.corpus = read_corpus(options.data)
+    except (OSError, ValueError) as error:
+        parser.error(f"--data: {error}")
+    return options
+
+
+def main(command_line: list[str] | None = None) -> dict[str, Any]:
+    options = parse_arguments(command_line)
+    set_seed(options.seed)
+    train_text, held_out_text = (
+        bytes(part.numpy()).decode("utf-8", errors="replace")
+        for part in (options.corpus.train, options.corpus.held_out)
+    )
+    tokenizer = train_tokenizer(train_text, options.vocabulary, options.seq_len)
+    train, held_out = (Blocks(text, tokenizer, options.seq_len) for text in (train_text, held_out_text))
+    collator = MaskOnce(tokenizer, mlm_probability=0.15)
+    evaluation = MaskedBlocks(held_out, options.evaluation_sequences, collator)
+    set_seed(options.seed)
+    model = build(options, len(tokenizer), tokenizer.pad_token_id)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    projections = sum(p.numel() for name, p in model.named_parameters() if ".linformer." in name)
+    every = options.evaluate_every or max(1, options.steps // 20)
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process:
+        print(
+            f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
+        )
+        print(f"Model: {options.attention}, {weights:,} weights, {projections:,} of them in E and F")
+    record = {
+        "arguments": arguments(options, "corpus"),
+        "tokens": train.ids.numel(), "weights": weights, "projection_weights": projections, "machine": machine(),
+    }  # fmt: skip
+    recorder = Recorder(record, options.record)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(options.output),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch,
+            per_device_eval_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulate,
+            learning_rate=options.lr,
+            warmup_steps=options.steps // 20 if options.warmup is None else options.warmup,
+            lr_scheduler_type="linear",
+            weight_decay=0.01,
+            adam_beta2=0.98,
+            eval_strategy="steps",
+            eval_steps=every,
+            eval_on_start=True,
+            save_steps=every,
+            save_total_limit=1,
+            logging_steps=every,
+            bf16=options.precision == "bf16",
+            fp16=options.precision == "fp16",
+            use_cpu=not torch.cuda.is_available(),
+            ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
+            report_to="none",
+            disable_tqdm=not sys.stderr.isatty(),
+            seed=options.seed,
+        ),
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.save_model()
+    if main_process:
+        loss = record["held_out"][-1]["loss"]
+        print(
+            f"Held out: loss {loss:.3f}, perplexity {math.exp(loss):.1f}; {recorder.seconds / 60:.1f} minutes of steps"
+        )
+        print(f"Saved: {options.output}")
+    return record
+
+
+if __name__ == "__main__":
+    main()

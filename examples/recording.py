@@ -1,0 +1,76 @@
+"""What a training run was and what it measured, for the JSON file of --record: arguments, machine, metrics, time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")  # of an evaluation: left out
+
+
+class Recorder(TrainerCallback):
+    """record["held_out"]: metrics against steps and seconds of training without evaluation; and the file of the record.
+
+    Each checkpoint keeps what was measured up to it, so that a resumed run records the whole run.
+    """
+
+    def __init__(self, record: dict[str, Any], path: Path | None = None) -> None:
+        self.record, self.path = record, path
+        self.seconds, self.started = 0.0, 0.0
+        self.record["held_out"] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = _kept(args, state)
+        if state.global_step > 0 and kept.is_file():
+            before = json.loads(kept.read_text())
+            self.seconds, self.record["held_out"] = before["seconds"], before["held_out"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # or the optimizer's work would be counted in the next step, or nowhere
+        self.seconds += time.perf_counter() - self.started
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        measured = {name[5:]: value for name, value in metrics.items() if name.startswith("eval_")}
+        point = {"step": state.global_step, "seconds": round(self.seconds, 1)}
+        point |= {name: value for name, value in measured.items() if name not in SPEED}
+        held_out = self.record["held_out"]
+        if held_out and held_out[-1]["step"] == state.global_step:  # a resumed run evaluates at its start
+            held_out.pop()
+        held_out.append(point)
+        if self.path is not None and state.is_world_process_zero:
+            self.path.write_text(json.dumps(self.record, indent=1) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            kept = {"seconds": self.seconds, "held_out": self.record["held_out"]}
+            _kept(args, state).write_text(json.dumps(kept) + "\n")
+
+
+def _kept(args: Any, state: Any) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}", "recorded.json")
+
+
+def arguments(options: argparse.Namespace, *left_out: str) -> dict[str, Any]:
+    """The options as JSON knows them; of a path its last part, as the rest says more of the machine than of the run."""
+    named = {name: value for name, value in vars(options).items() if name not in ("output", "record", *left_out)}
+    return {name: value.name if isinstance(value, Path) else value for name, value in named.items()}
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip

@@ -1,0 +1,430 @@
+"""The examples that train models: data sets read and refused, pretraining, fine-tuning, what they record and save."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from transformers import AutoTokenizer, RobertaForSequenceClassification
+
+import linformer_kernels as lk
+from linformer_kernels.integrations.transformers import load
+
+ROOT = Path(__file__).parent.parent
+SHAPE = ["--layers=2", "--width=16", "--heads=2"]
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """The modules of examples/, imported as the scripts import each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        import finetune
+        import pretrain_mlm
+        import recording
+        import tasks
+
+        yield SimpleNamespace(finetune=finetune, pretrain_mlm=pretrain_mlm, recording=recording, tasks=tasks)
+
+
+def lines(*rows, end="\n"):
+    return "\n".join(rows) + end
+
+
+SST2 = lines("sentence\tlabel", 'a "fine film \t1', "so\u2028so\x85\t0", "dull\t0")
+SST2_OTHER = lines("label\tcontent", "1\tgood", "0\tbad")
+QNLI = lines(
+    "index\tquestion\tsentence\tlabel", "0\tWho?\tShe did.\tentailment", "1\tWhen?\tIt rained.\tnot_entailment"
+)
+QQP_HEADER = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+QQP = lines(QQP_HEADER, "7\t1\t2\tIs it?\t\t0", '8\t3\t4\t"Why" so?\tHow so?\t1')
+TSV = {"sst2": SST2, "qnli": QNLI, "qqp": QQP}
+
+
+def glue(folder, train, dev):
+    folder.mkdir(exist_ok=True)
+    for name, content in (("train", train), ("dev", dev)):
+        if content is not None:
+            data = content if isinstance(content, bytes) else content.encode()
+            (folder / f"{name}.tsv").write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("name, train, want", [
+    ("sst2", SST2, [('a "fine film ', None, 1), ("so\u2028so\x85", None, 0), ("dull", None, 0)]),
+    ("sst2", SST2_OTHER, [("good", None, 1), ("bad", None, 0)]),
+    ("qnli", "\ufeff" + QNLI.replace("\n", "\r\n"), [("Who?", "She did.", 0), ("When?", "It rained.", 1)]),
+    ("qqp", QQP, [("Is it?", "", 0), ('"Why" so?', "How so?", 1)]),
+], ids=["sst2", "sst2-other-columns", "qnli-of-windows", "qqp"])  # fmt: skip
+def test_glue(examples, tmp_path, name, train, want):
+    task = examples.tasks.read_task(name, glue(tmp_path, train, TSV[name]))
+    assert task.train == want
+    assert len(task.evaluation) == TSV[name].count("\n") - 1
+    sizes = examples.tasks.SIZES[name]
+    said = zip(("dev", "train"), sizes[::-1], task.notes, strict=True)
+    assert all(f"{file}.tsv: " in note and f"published data has {size:,}" in note for file, size, note in said)
+
+
+def test_qnli_without_train_keeps_questions_apart(examples, tmp_path):
+    rows = [
+        f"{i}\tQuestion {i // 4}?\tSentence {i}.\t{'not_entailment' if i % 2 else 'entailment'}" for i in range(400)
+    ]
+    task = examples.tasks.read_task("qnli", glue(tmp_path, None, lines(QNLI.split("\n")[0], *rows)))
+    train, evaluation = ({example.text for example in part} for part in (task.train, task.evaluation))
+    assert len(train | evaluation) == 100 and not train & evaluation
+    assert len(task.train) + len(task.evaluation) == 400 and 10 <= len(evaluation) <= 30
+    assert any("no train.tsv" in note for note in task.notes)
+
+
+BROKEN = ['1\t2\t3\t"Which one?', '"\tAnd why?\t0', '4\t5\t6\tWhat?\t"Which?', '"\t1']
+
+
+def test_qqp_broken_lines_are_counted(examples, tmp_path):
+    train = lines(QQP_HEADER, *BROKEN[:2], *QQP.split("\n")[1:3], *BROKEN[2:])
+    task = examples.tasks.read_task("qqp", glue(tmp_path, train, QQP))
+    assert len(task.train) == 2
+    assert "train.tsv: 4 lines left out, pieces of questions with a line break in them" in task.notes
+
+
+@pytest.mark.parametrize("name, train, dev, says", [
+    ("sst2", SST2, None, r"no dev\.tsv; wanted: train\.tsv and dev\.tsv; found: train\.tsv"),
+    ("sst2", None, None, "no dev.tsv.*found: nothing"),
+    ("sst2", "", SST2, r"train\.tsv is empty"),
+    ("sst2", SST2, "\n\n", r"dev\.tsv is empty"),
+    ("sst2", SST2, "sentence\tlabel\n", "column names and no example"),
+    ("sst2", QNLI, QNLI, r"dev\.tsv, line 2: label is 'entailment'; wanted: 0 or 1"),
+    ("qnli", SST2, SST2, r"line 1: no column named question; found: sentence, label"),
+    ("sst2", "a fine film\t1\n", SST2, r"train\.tsv, line 1: no column named sentence or content; found: a fine film"),
+    ("sst2", SST2 + "short\n", SST2, r"train\.tsv, line 5: 1 columns; wanted: 2 \(sentence, label\).*truncated"),
+    ("sst2", SST2 + "short\ndull\t0\n", SST2, r"line 5: 1 columns; wanted: 2 \(sentence, label\)$"),
+    ("sst2", SST2 + "a\tb\t1\n", SST2, "line 5: 3 columns"),
+    ("sst2", SST2 + "dull\t2\n", SST2, r"line 5: label is '2'; wanted: 0 or 1"),
+    ("sst2", SST2 + "dull\t", SST2, r"line 5: label is ''"),
+    ("qnli", QNLI + "2\tWhy?\tSo.\tnot_ent", QNLI, "line 4: label is 'not_ent'; wanted: entailment or not_entailment"),
+    ("sst2", SST2 + "\t1\n", SST2, "line 5: no text; wanted: sentence"),
+    ("sst2", SST2.encode() + b"caf\xe9\t1\n", SST2, "line 5: .*can't decode.*wanted: UTF-8"),
+    ("sst2", lines("sentence\tlabel", "dull\t0"), SST2, "no example for train has the label 1"),
+    ("qnli", QNLI + BROKEN[0] + "\n", QNLI, r"line 4: label is '\"Which one\?'"),
+    ("qqp", QQP + "\n" + BROKEN[1] + "\n", QQP, "line 4: 1 columns; wanted: 6"),
+    ("qqp", QQP + BROKEN[0], QQP, r"line 4: 4 columns; wanted: 6 .*truncated"),
+    ("qqp", QQP + "9\t5\t6\tIs\n" + QQP, QQP, r"line 4: 4 columns"),
+    ("qqp", QQP + lines(*BROKEN * 26), QQP, r"line 104: 4 columns"),
+], ids=str)  # fmt: skip
+def test_what_is_wrong_in_glue(examples, tmp_path, name, train, dev, says):
+    folder = glue(tmp_path / "data", train, dev)
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as raised:
+        examples.tasks.read_task(name, folder)
+    assert str(folder) in str(raised.value)
+
+
+def test_a_last_line_without_end_is_noted(examples, tmp_path):
+    task = examples.tasks.read_task("sst2", glue(tmp_path, SST2_OTHER + "1\tgo", SST2.rstrip("\n")))
+    assert [note for note in task.notes if "truncated" in note] == [
+        "train.tsv: the last line has no end; the file may be truncated"
+    ]
+
+
+def imdb(folder, count=3):
+    """aclImdb with `count` reviews of each kind, and what else its distribution holds."""
+    root = folder / "aclImdb"
+    for split in ("train", "test"):
+        for sentiment, stars, word in (("pos", 8, "fine"), ("neg", 2, "dull")):
+            (root / split / sentiment).mkdir(parents=True)
+            for i in range(count):
+                text = f"Review {i} of {split}: a {word} film.<br /><br />{f' {word}' * (5 * i)} \u00e9"
+                (root / split / sentiment / f"{i}_{stars}.txt").write_text(text, encoding="utf-8")
+    (root / "train/unsup").mkdir()
+    (root / "train/unsup/0_0.txt").write_text("no label")
+    (root / "README").write_text("of the data set")
+    (root / "train/labeledBow.feat").write_text("9 0:9")
+    return root
+
+
+def pack(root, archive):
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(root, root.name)
+    return archive
+
+
+def test_imdb(examples, tmp_path):
+    root = imdb(tmp_path, count=12)
+    read_task = examples.tasks.read_task
+    task = read_task("imdb", root)
+    assert task == read_task("imdb", tmp_path) == read_task("imdb", pack(root, tmp_path / "aclImdb.tar.gz"))
+    assert task.labels == ("neg", "pos") and [example.label for example in task.train] == [0] * 12 + [1] * 12
+    assert [example.text[:9] for example in task.evaluation[:12]] == [f"Review {i} "[:9] for i in range(12)]
+    assert all(example.pair is None and example.text.endswith("\u00e9") for example in task.train)
+    assert task.notes == [f"{split}: 24 examples; the published data has 25,000" for split in ("train", "test")]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+@pytest.mark.parametrize("change, says", [
+    (lambda root: (root / "test/neg").rename(root / "test/other"), "test/neg"),
+    (lambda root: [file.unlink() for file in (root / "train/pos").iterdir()], "no reviews in train/pos"),
+    (lambda root: (root / "train/pos/1_8.txt").write_text(" "), r"train/pos/1_8\.txt is empty; wanted: a review"),
+    (lambda root: (root / "test/neg/1_2.txt").write_bytes(b"caf\xe9"), r"test/neg/1_2\.txt: .*wanted: UTF-8"),
+    (lambda root: (root / "test/neg/9_7.txt").write_text("fine"), "has 7 stars by its name; wanted: 1 to 4 in neg"),
+    (lambda root: (root / "test/pos/notes.txt").write_text("fine"), r"notes\.txt is not named like a review"),
+], ids=["no-neg", "no-reviews", "empty", "encoding", "mislabelled", "stray"])  # fmt: skip
+def test_what_is_wrong_in_imdb(examples, tmp_path, change, says, packed):
+    root = imdb(tmp_path)
+    change(root)
+    path = pack(root, tmp_path / "aclImdb.tar.gz") if packed else root
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        examples.tasks.read_task("imdb", path)
+
+
+def test_truncated_archives(examples, tmp_path):
+    """Wherever it is cut: tarfile alone takes many of these for whole, as its end of file is then an end of archive."""
+    archive = pack(imdb(tmp_path), tmp_path / "aclImdb.tar.gz")
+    data = archive.read_bytes()
+    for length in [0, 1, 9, *range(50, len(data) - 1, len(data) // 40), len(data) - 8, len(data) - 1]:
+        archive.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"is truncated or no tar.gz"):
+            examples.tasks.read_task("imdb", archive)
+    archive.write_bytes(data[:-8] + bytes(8))  # the checksum
+    with pytest.raises(ValueError, match=r"is truncated or no tar.gz"):
+        examples.tasks.read_task("imdb", archive)
+    archive.write_bytes(gzip.compress(b"no archive"))
+    with pytest.raises(ValueError, match=r"is truncated or no tar.gz"):
+        examples.tasks.read_task("imdb", archive)
+
+
+def test_wrong_folders(examples, tmp_path):
+    read_task = examples.tasks.read_task
+    folder = glue(tmp_path / "SST-2", SST2, SST2)
+    with pytest.raises(FileNotFoundError, match=r"no folder train/neg; wanted: aclImdb/.*found: dev.tsv, train.tsv"):
+        read_task("imdb", folder)
+    with pytest.raises(FileNotFoundError, match=r"no dev\.tsv; .*found: README, test/, train/"):
+        read_task("sst2", imdb(tmp_path))
+    with pytest.raises(FileNotFoundError, match="is a file; wanted: a folder"):
+        read_task("sst2", folder / "dev.tsv")
+    with pytest.raises(FileNotFoundError, match="no file or folder named"):
+        read_task("imdb", tmp_path / "missing")
+    with pytest.raises(ValueError, match="task is 'mnli'; wanted: one of imdb, sst2, qnli, qqp"):
+        read_task("mnli", folder)
+
+
+def test_accuracy_and_f1(examples):
+    labels = numpy.array([1, 1, 1, 0, 0])
+
+    def of(predicted):
+        logits = numpy.eye(2)[predicted]
+        return examples.finetune.accuracy_and_f1(SimpleNamespace(predictions=logits, label_ids=labels))
+
+    assert of([1, 1, 0, 1, 0]) == {"accuracy": 0.6, "f1": pytest.approx(2 / 3)}  # precision and recall 2/3
+    assert of([0, 0, 0, 0, 0]) == {"accuracy": 0.4, "f1": 0.0}
+    labels = numpy.zeros(5)
+    assert of([0, 0, 0, 0, 0]) == {"accuracy": 1.0, "f1": 0.0}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text((ROOT / "LICENSE").read_text() * 2)
+    return file
+
+
+def pretraining(text, output, attention="linformer", steps=3):
+    linformer = ["--proj-dim=8"] if attention == "linformer" else []
+    return [f"--data={text}", f"--output={output}", f"--attention={attention}", "--seq-len=48", *SHAPE, *linformer,
+            "--vocabulary=300", f"--steps={steps}", "--batch=2", "--evaluation-sequences=3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["linformer", "exact"])
+def pretrained(request, examples, text, tmp_path_factory):
+    output = tmp_path_factory.mktemp(request.param) / "model"
+    record = examples.pretrain_mlm.main([*pretraining(text, output, request.param), f"--record={output}.json"])
+    assert json.loads(Path(f"{output}.json").read_text()) == record
+    assert [point["step"] for point in record["held_out"]] == [0, 1, 2, 3]
+    return request.param, output
+
+
+def right_one_by_one(task, output, linformer):
+    """How many examples of the evaluation the saved model gets right, each by itself: without padding."""
+    classifier = (load if linformer else lambda c, path: c.from_pretrained(path))(
+        RobertaForSequenceClassification, output
+    )
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    classifier.eval()
+    right = 0
+    for example in task.evaluation:
+        inputs = tokenizer(example.text, example.pair, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            right += int(classifier(inputs["input_ids"]).logits.argmax()) == example.label
+    return right
+
+
+def tiny_qnli(folder, count):
+    rows = [f"{i}\tIs {i} odd?\tIt is {['even', 'odd'][i % 2]}. {'It is. ' * (i % 30)}\t"
+            f"{('entailment', 'not_entailment')[i % 3 == 0]}" for i in range(count)]  # fmt: skip
+    return glue(folder, *(lines(QNLI.split("\n")[0], *part) for part in (rows, rows[::2])))
+
+
+def test_finetune_from_a_checkpoint(examples, pretrained, tmp_path, capsys):
+    attention, checkpoint = pretrained
+    data, output = tiny_qnli(tmp_path / "QNLI", 60), tmp_path / "out"
+    record = examples.finetune.main([
+        "--task=qnli", f"--data={data}", f"--checkpoint={checkpoint}", f"--output={output}", "--steps=8", "--batch=4",
+        "--lr=0.01", "--evaluate-every=3", f"--record={tmp_path / 'record.json'}",
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+    assert [point["step"] for point in record["held_out"]] == [3, 6, 8]
+    last = record["held_out"][-1]
+    assert set(last) == {"step", "seconds", "loss", "accuracy", "f1"}
+    right = right_one_by_one(examples.tasks.read_task("qnli", data), output, attention == "linformer")
+    assert last["accuracy"] == right / 30
+    assert record["arguments"]["attention"] == attention and record["arguments"]["seq_len"] == 48
+    assert record["arguments"]["checkpoint"] == "model" and str(tmp_path) not in json.dumps(record)
+    head, row = capsys.readouterr().out.split("\n\n")[1].split("\n")[:2]
+    assert head.split()[:5] == ["task", "attention", "N", "K", "weights"]
+    assert row.split()[:4] == ["qnli", attention, "48", "8" if attention == "linformer" else "-"]
+    assert f"{last['accuracy']:.4f}" in row and f"{last['f1']:.4f}" in row
+
+
+def test_finetune_starts_from_the_weights_of_the_checkpoint(examples, pretrained, tmp_path):
+    attention, checkpoint = pretrained
+    data = tiny_qnli(tmp_path / "QNLI", 20)
+    options = examples.finetune.parse_arguments(
+        ["--task=qnli", f"--data={data}", f"--checkpoint={checkpoint}", f"--output={tmp_path}"]
+    )
+    _, model = examples.finetune.make_model(options, options.read)
+    saved = examples.pretrain_mlm.RobertaForMaskedLM
+    saved = load(saved, checkpoint) if attention == "linformer" else saved.from_pretrained(checkpoint)
+    pairs = zip(saved.roberta.state_dict().items(), model.roberta.state_dict().items(), strict=True)
+    assert all(name == other and torch.equal(weight, loaded) for (name, weight), (other, loaded) in pairs)
+    assert model.config._attn_implementation == ("linformer" if attention == "linformer" else "sdpa")
+
+
+@pytest.mark.parametrize("attention", ["linformer", "exact"])
+def test_finetune_from_scratch_by_bytes(examples, tmp_path, attention):
+    root, output = imdb(tmp_path, count=6), tmp_path / "out"
+    linformer = ["--proj-dim=8", "--init=mean"] if attention == "linformer" else []
+    record = examples.finetune.main([
+        "--task=imdb", f"--data={root}", "--bytes", f"--attention={attention}", "--seq-len=100", *SHAPE, *linformer,
+        f"--output={output}", "--epochs=2", "--batch=4", "--lr=0.01", "--group-by-length",
+    ])  # fmt: skip
+    assert record["held_out"][-1]["step"] == 6
+    task = examples.tasks.read_task("imdb", root)
+    assert record["held_out"][-1]["accuracy"] == right_one_by_one(task, output, attention == "linformer") / 12
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert len(tokenizer) == 261
+    # Special tokens by name are text like any other.
+    (ids,) = (
+        ids.tolist()
+        for ids in examples.finetune.Encoded([examples.tasks.Example("\u00e9 <pad>", None, 0)], tokenizer, 99).ids
+    )
+    assert len(ids) == 2 + len("\u00e9 <pad>".encode()) and tokenizer.pad_token_id not in ids
+    assert tokenizer.decode(ids[1:-1]) == "\u00e9 <pad>"
+
+
+def test_padding_takes_no_part(examples):
+    ids = [torch.tensor([0, 9, 1, 2], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)]
+    batch = examples.finetune.Pad(1)([{"input_ids": sequence, "labels": 1} for sequence in ids])
+    assert batch["input_ids"].tolist() == [[0, 9, 1, 2], [0, 2, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 1]
+
+
+def test_subsets_are_drawn_by_the_seed(examples, tmp_path):
+    everything = [examples.tasks.Example(str(i), None, 0) for i in range(100)]
+    subset = examples.finetune.subset
+    assert subset(everything, None, 3) is everything
+    assert subset(everything, 10, 3) == subset(everything, 10, 3) != subset(everything, 10, 4)
+    assert len(set(subset(everything, 10, 3))) == 10
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--layers=3"], "--layers is for a model from scratch; the checkpoint has its own"),
+    (["--bytes"], "--bytes is for a model from scratch"),
+    (["--seq-len=49"], "--seq-len is 49; wanted: at most the checkpoint's 48"),
+    (["--train-examples=21"], "--train-examples is 21, but .* has 20"),
+    (["--batch=0"], "--batch is 0; wanted: more than 0"),
+    (["--checkpoint=missing"], r"--checkpoint: there is no missing.config\.json; wanted: the --output of pretrain_mlm"),
+    (["--data=missing"], "--data: no file or folder named missing"),
+    (["--task=sst2"], r"--data: .*dev\.tsv, line 2: label is"),
+    (["--record=missing/record.json"], "--record: there is no folder missing"),
+])  # fmt: skip
+def test_finetune_refuses(examples, pretrained, tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    data = tiny_qnli(tmp_path / "QNLI", 20)
+    given = ["--task=qnli", f"--data={data}", f"--checkpoint={pretrained[1]}", "--output=out"]
+    with pytest.raises(SystemExit):
+        examples.finetune.main(given + arguments)
+    assert re.search(says, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--attention=exact", "--proj-dim=8"], "--proj-dim is of Linformer attention"),
+    (["--bytes", "--vocabulary=300"], "not allowed with argument"),
+    (["--width=10", "--heads=3"], "--width 10 is not a multiple of --heads 3"),
+])  # fmt: skip
+def test_finetune_from_scratch_refuses(examples, tmp_path, capsys, arguments, says):
+    data = tiny_qnli(tmp_path / "QNLI", 20)
+    with pytest.raises(SystemExit):
+        examples.finetune.main(["--task=qnli", f"--data={data}", f"--output={tmp_path}", *arguments])
+    assert says in capsys.readouterr().err
+
+
+def test_resumed_pretraining_is_as_if_uninterrupted(examples, text, tmp_path, monkeypatch):
+    """Losses, and the record: it held only what came after the interruption.
+
+    With masks that follow from the batch. Those of the two batches that accelerate fetches before the Trainer restores
+    the random state are drawn anew otherwise.
+    """
+
+    class MaskByBatch(examples.pretrain_mlm.MaskOnce):
+        def torch_call(self, blocks):
+            with torch.random.fork_rng():
+                torch.manual_seed(sum(int(block["input_ids"].sum()) for block in blocks))
+                return super().torch_call(blocks)
+
+    monkeypatch.setattr(examples.pretrain_mlm, "MaskOnce", MaskByBatch)
+    whole = examples.pretrain_mlm.main([*pretraining(text, tmp_path / "whole", steps=6), "--evaluate-every=2"])
+    command = [*pretraining(text, tmp_path / "cut", steps=6), "--evaluate-every=2"]
+
+    def interrupt(recorder, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(examples.recording.Recorder, "on_step_begin", interrupt)
+        patch.setattr(examples.recording.Recorder, "on_step_end", interrupt)
+        examples.pretrain_mlm.main(command)
+    resumed = examples.pretrain_mlm.main([*command, "--resume"])
+    without_time = lambda record: [p | {"seconds": 0} for p in record["held_out"]]  # noqa: E731
+    assert without_time(resumed) == without_time(whole) and len(whole["held_out"]) == 4
+    with pytest.raises(SystemExit):  # two runs in one folder: the older one's checkpoint would win
+        examples.pretrain_mlm.main(command)
+
+
+@pytest.mark.slow
+def test_two_processes(examples, text, tmp_path):
+    """torchrun on the CPU: pretraining, then fine-tuning; the evaluation is of every example, once."""
+    data = tiny_qnli(tmp_path / "QNLI", 62)
+    commands = [
+        ["pretrain_mlm.py", *pretraining(text, tmp_path / "model")],
+        ["finetune.py", "--task=qnli", f"--data={data}", f"--checkpoint={tmp_path / 'model'}", "--steps=3", "--batch=4",
+         f"--output={tmp_path / 'out'}", f"--record={tmp_path / 'record.json'}", "--lr=0.01"],
+    ]  # fmt: skip
+    for script, *arguments in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+             str(ROOT / "examples" / script), *arguments],
+            capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert done.stdout.count("Model: linformer") == 1
+    last = json.loads((tmp_path / "record.json").read_text())["held_out"][-1]
+    task = examples.tasks.read_task("qnli", data)
+    assert last["accuracy"] == right_one_by_one(task, tmp_path / "out", True) / 31
