@@ -41,7 +41,10 @@ from transformers import (
 from linformer_kernels.integrations.transformers import load
 
 # Options of a model from scratch, with their defaults: a checkpoint has its own.
-SHAPE = {"attention": "linformer", "layers": 4, "width": 256, "heads": 4, "vocabulary": 8192, "dropout": 0.1}
+SHAPE = {
+    "attention": "linformer", "layers": 4, "width": 256, "heads": 4, "vocabulary": 8192, "dropout": 0.1,
+    "initializer_range": 0.02,
+}  # fmt: skip
 LINFORMER = {"proj_dim": 128, "sharing": "layerwise", "projection": "learned", "init": "gaussian"}
 SEQ_LEN = 512
 BYTES = len(SPECIAL) + 256  # a byte-level vocabulary of this size has room for bytes alone
@@ -142,6 +145,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     tokens.add_argument("--vocabulary", type=int, help="default: 8192")
     tokens.add_argument("--bytes", action="store_true", help="tokens are bytes")
     scratch.add_argument("--dropout", type=float, help="default: 0.1")
+    scratch.add_argument("--initializer-range", type=float, help="standard deviation of new weights; default: 0.02")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step and process")
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are summed")
     length = parser.add_mutually_exclusive_group()

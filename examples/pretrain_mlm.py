@@ -23,9 +23,10 @@ import torch
 from corpus import read_corpus
 from recording import Recorder, arguments, machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
+    AttentionInterface,
     DataCollatorForLanguageModeling,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -108,6 +109,16 @@ class MaskOnce(DataCollatorForLanguageModeling):
         return super().torch_call(examples)
 
 
+def no_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    """The control: a model in which no position sees another. What it learns, attention did not teach."""
+    return value.transpose(1, 2), None
+
+
+AttentionInterface.register("none", no_attention)
+
+
 def build(
     options: argparse.Namespace, vocabulary: int, pad: int, model_class: Any = RobertaForMaskedLM, **more: Any
 ) -> PreTrainedModel:
@@ -116,11 +127,12 @@ def build(
         vocab_size=vocabulary, hidden_size=options.width, num_hidden_layers=options.layers,
         num_attention_heads=options.heads, intermediate_size=4 * options.width, type_vocab_size=1,
         max_position_embeddings=options.seq_len + pad + 1, pad_token_id=pad, bos_token_id=0, eos_token_id=2,
-        hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout, **more,
+        hidden_dropout_prob=options.dropout, attention_probs_dropout_prob=options.dropout,
+        initializer_range=options.initializer_range, **more,
     )  # fmt: skip
     model = model_class(config)
-    if options.attention == "exact":
-        model.set_attn_implementation("sdpa")
+    if options.attention != "linformer":
+        model.set_attn_implementation("sdpa" if options.attention == "exact" else "none")
         return model
     return linformerize(
         model, options.seq_len, options.proj_dim, options.sharing, init=options.init, projection=options.projection
@@ -131,7 +143,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains a masked language model on your text.")
     parser.add_argument("--data", type=Path, help="a text file or a folder (default: Python's standard library)")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
-    parser.add_argument("--attention", choices=["linformer", "exact"], default="linformer")
+    parser.add_argument("--attention", choices=["linformer", "exact", "none"], default="linformer")
     parser.add_argument("--seq-len", type=int, default=512, help="N")
     parser.add_argument("--proj-dim", type=int, default=128, help="K")
     parser.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], default="layerwise")
@@ -141,6 +153,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--initializer-range", type=float, default=0.02, help="standard deviation of new weights")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--batch", type=int, default=8, help="sequences a step and process")
     parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are summed")

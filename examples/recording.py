@@ -17,33 +17,37 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation
 
 
 class Recorder(TrainerCallback):
-    """record["held_out"]: metrics against steps and seconds of training without evaluation; and the file of the record.
+    """record["held_out"]: metrics against steps and seconds of training without evaluation, by the clock and of
+    the processor (the two differ on a busy machine); and the file of the record.
 
     Each checkpoint keeps what was measured up to it, so that a resumed run records the whole run.
     """
 
     def __init__(self, record: dict[str, Any], path: Path | None = None) -> None:
         self.record, self.path = record, path
-        self.seconds, self.started = 0.0, 0.0
+        self.seconds, self.cpu_seconds, self.started = 0.0, 0.0, (0.0, 0.0)
         self.record["held_out"] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         kept = _kept(args, state)
         if state.global_step > 0 and kept.is_file():
             before = json.loads(kept.read_text())
-            self.seconds, self.record["held_out"] = before["seconds"], before["held_out"]
+            self.seconds, self.cpu_seconds = before["seconds"], before["cpu_seconds"]
+            self.record["held_out"] = before["held_out"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # or the optimizer's work would be counted in the next step, or nowhere
-        self.seconds += time.perf_counter() - self.started
+        self.seconds += time.perf_counter() - self.started[0]
+        self.cpu_seconds += time.process_time() - self.started[1]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         measured = {name[5:]: value for name, value in metrics.items() if name.startswith("eval_")}
-        point = {"step": state.global_step, "seconds": round(self.seconds, 1)}
+        seconds = {"seconds": round(self.seconds, 1), "cpu_seconds": round(self.cpu_seconds, 1)}
+        point = {"step": state.global_step, **seconds}
         point |= {name: value for name, value in measured.items() if name not in SPEED}
         held_out = self.record["held_out"]
         if held_out and held_out[-1]["step"] == state.global_step:  # a resumed run evaluates at its start
@@ -54,7 +58,7 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            kept = {"seconds": self.seconds, "held_out": self.record["held_out"]}
+            kept = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "held_out": self.record["held_out"]}
             _kept(args, state).write_text(json.dumps(kept) + "\n")
 
 

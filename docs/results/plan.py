@@ -1,0 +1,167 @@
+"""The runs behind docs/results.md: what each is, and a queue that does those that have no record yet.
+
+    python docs/results/plan.py --data DATA --work FOLDER --jobs 2     # all, in order; stop and start at will
+    python docs/results/plan.py --data DATA --work FOLDER --only imdb-exact --list
+
+DATA holds `aclImdb/` (or its tar.gz), `wikitext-2/valid.txt`, `sst2/`, `qnli/` as they are distributed. Checkpoints go
+to FOLDER, records to docs/results/runs/NAME.json. A run that was interrupted goes on from its last checkpoint.
+`python docs/results/page.py` makes the page of the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+RUNS = HERE / "runs"
+EXAMPLES = HERE.parents[1] / "examples"
+SEEDS = (0, 1, 2)
+REVIEWS_APART = 6  # of IMDB's training reviews every sixth is read: a run sees no more
+
+# RoBERTa's spread of new weights at width 768, carried to width 128: 0.02 sqrt(768 / 128) = 0.049.
+SHAPE = ["--layers", "4", "--width", "128", "--heads", "2", "--initializer-range", "0.049", "--dropout", "0"]
+PRETRAIN = [*SHAPE, "--vocabulary", "2048", "--lr", "2e-3", "--evaluate-every", "50"]
+TEXTS = {"imdb": "imdb.txt", "wiki": "wikitext-2/valid.txt"}
+
+TASKS = (
+    ("sst2", "sst2", ["--steps", "400", "--batch", "16"]),
+    ("qnli", "qnli", ["--steps", "400", "--batch", "16"]),
+    ("imdb", "aclImdb", ["--steps", "250", "--batch", "8", "--evaluation-examples", "2000"]),
+)
+
+
+class Run(NamedTuple):
+    name: str
+    script: str
+    arguments: list[str]
+    after: str | None = None  # the run whose checkpoint it starts from
+
+
+def pretraining(name: str, text: str, seed: int, *arguments: str, seq_len: int = 512, steps: int = 500) -> Run:
+    """`steps` of 2,048 tokens, whatever the length of a sequence."""
+    common = ["--data", TEXTS[text], "--seed", str(seed), "--steps", str(steps), "--seq-len", str(seq_len)]
+    common += ["--batch", str(2048 // seq_len), "--evaluation-sequences", str(49 * 512 // seq_len)]
+    return Run(f"{text}-{name}-{seed}", "pretrain_mlm.py", [*PRETRAIN, *common, *arguments])
+
+
+def runs_of(seed: int) -> Iterator[Run]:
+    exact, none = ["--attention", "exact"], ["--attention", "none"]
+    for text in TEXTS:
+        yield pretraining("exact", text, seed, *exact)
+        for k in (128, 32, 256, 64):
+            yield pretraining(f"k{k}", text, seed, "--proj-dim", str(k))
+        yield pretraining("none", text, seed, *none)
+    for sharing in ("headwise", "key_value", "none"):
+        yield pretraining(f"sharing-{sharing}", "imdb", seed, "--sharing", sharing)
+    for kind in ("fixed", "mean", "max", "conv"):
+        yield pretraining(f"projection-{kind}", "imdb", seed, "--projection", kind)
+    yield pretraining("init-mean", "imdb", seed, "--init", "mean")
+    for seq_len in (1024, 2048):
+        for k in (128, seq_len // 4):
+            yield pretraining(f"n{seq_len}-k{k}", "imdb", seed, "--proj-dim", str(k), seq_len=seq_len)
+        yield pretraining(f"n{seq_len}-exact", "imdb", seed, *exact, seq_len=seq_len)
+    for task, data, sizes in TASKS:
+        for model in ("exact", "k128"):
+            common = ["--task", task, "--data", data, "--seed", str(seed), "--lr", "5e-4", *sizes]
+            yield Run(f"{task}-tuned-{model}-{seed}", "finetune.py", common, after=f"imdb-{model}-{seed}")
+
+
+def long_runs(seed: int) -> Iterator[Run]:
+    """The long-range text benchmark: reviews by bytes, from scratch."""
+    common = [*SHAPE, "--task", "imdb", "--data", "aclImdb", "--bytes", "--seq-len", "4096", "--batch", "4"]
+    common += ["--steps", "250", "--lr", "1e-3", "--evaluate-every", "125", "--evaluation-examples", "1000"]
+    for name, arguments in (("k256", ["--proj-dim", "256"]), ("exact", ["--attention", "exact"])):
+        yield Run(f"bytes-{name}-{seed}", "finetune.py", [*common, "--seed", str(seed), *arguments])
+
+
+def plan() -> list[Run]:
+    return [run for seed in SEEDS for part in (runs_of, long_runs) for run in part(seed)]
+
+
+def prepare(data: Path, work: Path) -> None:
+    """One text file of IMDB's training reviews, as pretraining reads text and not labels."""
+    target = work / "imdb.txt"
+    if target.exists():
+        return
+    sys.path.insert(0, str(EXAMPLES))
+    from tasks import read_task  # type: ignore[import-not-found]
+
+    folder = data / "aclImdb"
+    task = read_task("imdb", folder if folder.exists() else data / "aclImdb.tar.gz")
+    target.write_text("\n".join(example[0] for example in task.train[::REVIEWS_APART]), encoding="utf-8")
+
+
+def command(run: Run, data: Path, work: Path) -> list[str]:
+    arguments = list(run.arguments)
+    where = arguments.index("--data") + 1
+    source = work / arguments[where] if arguments[where] == "imdb.txt" else data / arguments[where]
+    if arguments[where] == "aclImdb" and not source.exists():
+        source = data / "aclImdb.tar.gz"
+    arguments[where] = str(source)
+    output = work / run.name
+    arguments += ["--output", str(output), "--record", str(work / f"{run.name}.json")]
+    if run.after:
+        arguments += ["--checkpoint", str(work / run.after)]
+    if run.script == "pretrain_mlm.py" and any(output.glob("checkpoint-*")):
+        arguments.append("--resume")
+    elif output.exists():
+        shutil.rmtree(output)
+    return [sys.executable, str(EXAMPLES / run.script), *arguments]
+
+
+def work_off(runs: list[Run], data: Path, work: Path, jobs: int, minutes: float) -> None:
+    """Each run in a process of one thread, `jobs` at a time; a record is put in place when its run has ended well."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    stop, active, waiting = time.monotonic() + 60 * minutes, {}, list(runs)
+    while waiting or active:
+        for process, run in list(active.items()):
+            if process.poll() is None:
+                continue
+            del active[process]
+            print(
+                f"{time.strftime('%H:%M:%S')} {run.name}: {'done' if process.returncode == 0 else 'FAILED'}", flush=True
+            )
+            if process.returncode == 0:
+                shutil.move(work / f"{run.name}.json", RUNS / f"{run.name}.json")
+        ready = [run for run in waiting if run.after is None or (RUNS / f"{run.after}.json").exists()]
+        if time.monotonic() > stop or (not ready and not active):
+            break
+        if ready and len(active) < jobs:
+            waiting.remove(ready[0])
+            with (work / f"{ready[0].name}.log").open("w") as log:
+                process = subprocess.Popen(command(ready[0], data, work), stdout=log, stderr=log, env=environment)
+            active[process] = ready[0]
+        time.sleep(1)
+    for process in active:
+        process.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Does the runs of docs/results.md that have no record yet.")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
+    parser.add_argument("--list", action="store_true", help="print the commands instead of running them")
+    options = parser.parse_args()
+    runs = [run for run in plan() if options.only in run.name and not (RUNS / f"{run.name}.json").exists()]
+    if options.list:
+        for run in runs:
+            print(run.name, *command(run, options.data, options.work)[1:])
+        return
+    options.work.mkdir(parents=True, exist_ok=True)
+    prepare(options.data, options.work)
+    work_off(runs, options.data, options.work, options.jobs, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
