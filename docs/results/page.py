@@ -1,0 +1,314 @@
+"""Makes docs/results.md and its pictures of the records in docs/results/runs. No number on the page is typed in.
+
+python docs/results/page.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+RUNS = HERE / "runs"
+PAGE = HERE.parent / "results.md"
+SEEDS = (0, 1, 2)
+Record = dict[str, Any]
+
+INTRODUCTION = """\
+# Results
+
+What the paper claims, tried at the size that two CPU cores train in hours. Made by `python docs/results/page.py` from
+the records in [results/runs](results/runs); each record holds its arguments, seed, versions and measurements, and
+[results/plan.py](results/plan.py) is the list of runs and the queue that does them:
+
+```console
+python docs/results/plan.py --data DATA --work FOLDER --jobs 2
+python docs/results/attention.py --data DATA --work FOLDER
+python docs/results/page.py
+```
+
+**How to read it.** Models of 4 layers, width 128, 2 heads; pretraining sees {tokens:.1f} million tokens; the
+paper's corpus has 3,300 million words. At this size a masked language model has learned which words are
+frequent, which go together in one text, and little of grammar. So equal perplexities here say less than the paper's,
+and the first tables have a model in which no position sees another as a control: what it reaches, attention did not
+teach. Means and, after ±, standard deviations over seeds; *n* is the number of seeds on record. Minutes are of the
+processor, as the machine was shared. Text: reviews of IMDB (every sixth of the training set) and the validation part
+of WikiText-2; a tenth of each is held out.
+"""
+
+
+def records(name: str) -> list[Record]:
+    """The runs NAME-SEED that are on record."""
+    files = [RUNS / f"{name}-{seed}.json" for seed in SEEDS]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def last(record: Record, metric: str) -> float:
+    value: float = record["held_out"][-1][metric]
+    return value
+
+
+def perplexity(record: Record) -> float:
+    return math.exp(last(record, "loss"))
+
+
+def minutes(record: Record) -> float:
+    return last(record, "cpu_seconds") / 60
+
+
+def spread(values: list[float], form: str = ".1f") -> str:
+    if not values:
+        return "not run yet"
+    mean = format(statistics.mean(values), form)
+    return f"{mean} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else mean
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(head), *([str(cell) for cell in row] for row in rows)]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], "|" + " --- |" * len(lines[0]), *text[1:]]) + "\n"
+
+
+def pretrained(names: dict[str, str]) -> str:
+    """Rows of pretraining runs: title and name."""
+    rows = []
+    for title, name in names.items():
+        found = records(name)
+        weights = f"{found[0]['projection_weights']:,}" if found else ""
+        rows.append(
+            [title, spread([perplexity(r) for r in found]), weights, spread([minutes(r) for r in found]), len(found)]
+        )
+    return table(["", "held-out perplexity", "weights in E and F", "minutes", "n"], rows)
+
+
+def against(title: str, name: str, other_title: str, other: str) -> str:
+    """A sentence that compares two means with the spread of their seeds."""
+    ours, theirs = ([math.log(perplexity(r)) for r in records(n)] for n in (name, other))
+    if not ours or not theirs:
+        return ""
+    difference = statistics.mean(ours) - statistics.mean(theirs)
+    sentence = (
+        f"The loss of {title} is {abs(difference):.3f} {'above' if difference > 0 else 'below'} that of {other_title}"
+    )
+    if min(len(ours), len(theirs)) < 2:
+        return sentence + " (one seed: the spread is not known)."
+    noise = math.sqrt(statistics.variance(ours) / len(ours) + statistics.variance(theirs) / len(theirs))
+    verdict = "more than" if abs(difference) > 2 * noise else "within"
+    return f"{sentence}, {verdict} twice the standard error of the difference, {noise:.3f}."
+
+
+def curves() -> str:
+    names = {"exact": "exact", "none": "no attention"} | {f"k{k}": f"K = {k}" for k in (32, 64, 128, 256)}
+    texts = {"imdb": "IMDB", "wiki": "WikiText-2"}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    parts = []
+    for axis, (text, title) in zip(axes, texts.items(), strict=True):
+        for (name, label), color in zip(names.items(), ["black", "gray", "C0", "C1", "C2", "C3"], strict=True):
+            for index, record in enumerate(records(f"{text}-{name}")):
+                points = [p for p in record["held_out"] if p["step"] > 0]
+                x, y = [p["step"] for p in points], [math.exp(p["loss"]) for p in points]
+                axis.plot(x, y, color=color, label=label if index == 0 else None, alpha=0.8)
+        axis.set(title=title, xlabel="steps of 2,048 tokens", ylabel="held-out perplexity", yscale="log")
+        axis.legend()
+        rows = {label: f"{text}-{name}" for name, label in names.items()}
+        sentence = against("K = 128", f"{text}-k128", "exact attention", f"{text}-exact")
+        control = against("exact attention", f"{text}-exact", "no attention", f"{text}-none")
+        parts.append(f"### {title}, N = 512\n\n{pretrained(rows)}\n{sentence} {control}\n")
+    figure.savefig(HERE / "perplexity.png", dpi=110)
+    return "\n".join(parts)
+
+
+def lengths() -> str:
+    rows = []
+    for n, k, name in (
+        (512, 128, "imdb-k128"), (1024, 128, "imdb-n1024-k128"), (2048, 128, "imdb-n2048-k128"),
+        (1024, 256, "imdb-n1024-k256"), (2048, 512, "imdb-n2048-k512"),
+    ):  # fmt: skip
+        found, exact = records(name), records("imdb-exact" if n == 512 else f"imdb-n{n}-exact")
+        both = [spread([value(r) for r in part]) for value in (perplexity, minutes) for part in (found, exact)]
+        rows.append([n, k, n // k, *both, f"{len(found)}, {len(exact)}"])
+    return table(["N", "K", "N/K", "perplexity", "exact", "minutes", "exact", "n"], rows)
+
+
+def tuned() -> str:
+    rows = []
+    for task, title in (("imdb", "IMDB"), ("sst2", "SST-2"), ("qnli", "QNLI")):
+        for name, label in (("exact", "exact"), ("k128", "Linformer, K = 128")):
+            found = records(f"{task}-tuned-{name}")
+            values = [spread([100 * last(r, metric) for r in found]) for metric in ("accuracy", "f1")]
+            rows.append([title, label, *values, spread([minutes(r) for r in found]), len(found)])
+    return table(["task", "attention", "accuracy, %", "F1, %", "minutes", "n"], rows)
+
+
+def by_bytes() -> str:
+    rows = []
+    for name, label in (("exact", "exact"), ("k256", "Linformer, K = 256")):
+        found = records(f"bytes-{name}")
+        accuracy = spread([100 * last(r, "accuracy") for r in found])
+        rows.append([label, accuracy, spread([minutes(r) for r in found]), len(found)])
+    return table(["attention", "accuracy, %", "minutes", "n"], rows)
+
+
+def spectra() -> str:
+    found = json.loads((RUNS / "spectrum.json").read_text())
+    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.6), layout="constrained", squeeze=False)
+    for axis, (title, spectrum) in zip(axes[0], found.items(), strict=True):
+        for index, layer in enumerate(spectrum["layers"]):
+            axis.plot(range(1, len(layer) + 1), layer, label=f"layer {index}")
+        axis.axvline(128, color="gray", linestyle=":")
+        axis.set(title=title, xlabel="singular values", ylabel="cumulative share", ylim=(0, 1))
+        axis.legend()
+    figure.savefig(HERE / "spectrum.png", dpi=110)
+    depth = max(len(spectrum["layers"]) for spectrum in found.values())
+    rows = [
+        [title, *(f"{100 * layer[127]:.0f}" for layer in spectrum["layers"]), *[""] * (depth - len(spectrum["layers"]))]
+        for title, spectrum in found.items()
+    ]
+    head = ["share of the 128 largest of 512 singular values, %", *(f"layer {index}" for index in range(depth))]
+    return table(head, rows)
+
+
+def kept() -> str:
+    rows = json.loads((RUNS / "starts.json").read_text())
+    sizes = sorted({row["k"] for row in rows})
+
+    def cell(init: str, sharing: str, k: int) -> str:
+        wanted = (init, sharing, k)
+        return spread([r["cosine"] for r in rows if (r["init"], r["sharing"], r["k"]) == wanted], ".3f")
+
+    pairs = sorted({(row["init"], row["sharing"]) for row in rows})
+    return table(
+        ["start of E", "sharing", *(f"K = {k}" for k in sizes)],
+        [[f'`"{init}"`', sharing, *(cell(init, sharing, k) for k in sizes)] for init, sharing in pairs],
+    )
+
+
+def speed() -> str:
+    rows = []
+    for name in ("minilm", "roberta-base"):
+        file = RUNS / f"speed-{name}.json"
+        if not file.exists():
+            continue
+        record = json.loads(file.read_text())
+        o = record["options"]
+        for op in o["ops"]:
+            exact, ours = (r for r in record["results"] if r["op"] == op)
+            times = [statistics.median(r["seconds"]) for r in (exact, ours)]
+            row = [
+                f"{name}, {o['layers'] or 'all'} layers",
+                op,
+                o["seq_len"],
+                o["proj_dim"],
+                *(f"{t:.2f}" for t in times),
+            ]
+            memory = [f"{r['extra_bytes'] / 2**20:,.0f}" for r in (exact, ours)]
+            rows.append(
+                [*row, f"{times[0] / times[1]:.2f}", *memory, len(ours["seconds"]), record["machine"]["load_average"]]
+            )
+    head = [
+        "model",
+        "",
+        "N",
+        "K",
+        "exact, s",
+        "Linformer, s",
+        "ratio",
+        "exact, MiB",
+        "Linformer, MiB",
+        "samples",
+        "load",
+    ]
+    return table(head, rows)
+
+
+SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
+    (
+        "Perplexity against steps",
+        "The paper (Figure 3): with N = 512, K = 128 comes near the exact model and K = 256 is as good.\n\n"
+        "![Perplexity](results/perplexity.png)",
+        curves,
+    ),
+    (
+        "Sharing",
+        "The paper: one matrix shared by all layers is as good as any other sharing. IMDB, N = 512, K = 128.",
+        lambda: pretrained({
+            "layerwise": "imdb-k128", "key_value": "imdb-sharing-key_value", "headwise": "imdb-sharing-headwise",
+            "none": "imdb-sharing-none",
+        }),
+    ),
+    (
+        "Length",
+        "The paper: quality depends on K and hardly on N. IMDB; the same number of tokens for each length.",
+        lengths,
+    ),
+    (
+        "Kinds of projection",
+        "The paper (section 4) names pooling and convolution as alternatives to a learned matrix. IMDB, N = 512, "
+        "K = 128, one projection for all layers. `fixed` is random and not trained; `mean start` is a learned matrix "
+        "that starts as the mean over windows.",
+        lambda: pretrained({
+            "learned": "imdb-k128", "learned, mean start": "imdb-init-mean", "fixed": "imdb-projection-fixed",
+            "mean": "imdb-projection-mean", "max": "imdb-projection-max", "conv": "imdb-projection-conv",
+        }),
+    ),
+    (
+        "Fine-tuning",
+        "From the checkpoints above on IMDB's text. F1 is of the label 1. SST-2: its training set, once through at the "
+        "most; QNLI: only its dev.tsv was at hand, four fifths of which (by a hash of the question) train; IMDB: 512 "
+        "tokens of a review, 2,000 reviews of the test set.",
+        tuned,
+    ),
+    (
+        "Reviews by bytes, N = 4,096",
+        "The long-range text benchmark, from scratch, 250 steps of 4 reviews: far too few for its published accuracies "
+        "(about 64 %), enough for the time of both.",
+        by_bytes,
+    ),
+    (
+        "Spectrum of attention",
+        "The paper (Figure 1): most of the sum of the singular values of an attention matrix is in the first 128 of "
+        "512. Mean over heads and 16 texts of 512 tokens.\n\n![Spectrum](results/spectrum.png)",
+        spectra,
+    ),
+    (
+        "What a start of E keeps of a trained model",
+        "Cosine similarity of MiniLM's sentence embeddings (N = 512, mean over positions) before and after "
+        "`linformerize`, without any training; seeds draw the texts and the Gaussian E.",
+        kept,
+    ),
+    (
+        "Speed of whole models",
+        "`python -m bench.models`, one thread, time of the processor, in turn in one run; weights are random. `train` "
+        "is forward, backward and AdamW.",
+        speed,
+    ),
+]  # fmt: skip
+
+
+def main() -> None:
+    seen = [
+        r for file in RUNS.glob("imdb-*-0.json") if "tuned" not in file.name for r in [json.loads(file.read_text())]
+    ]
+    tokens = [r["held_out"][-1]["step"] * r["arguments"]["batch"] * r["arguments"]["seq_len"] for r in seen]
+    parts = [INTRODUCTION.format(tokens=max(tokens, default=0) / 1e6)]
+    for title, text, body in SECTIONS:
+        try:
+            made = body()
+        except FileNotFoundError as error:
+            made = f"Not run yet: there is no {Path(str(error.filename)).name}.\n"
+        parts.append(f"## {title}\n\n{text}\n\n{made}")
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    print(f"Page: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
