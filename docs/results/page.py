@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
-PAGE = HERE.parent / "results.md"
+FOLDER = HERE.parent  # of results.md; its pictures go to results/ beside it
 SEEDS = (0, 1, 2)
 Record = dict[str, Any]
 
@@ -106,7 +106,7 @@ def against(title: str, name: str, other_title: str, other: str) -> str:
     return f"{sentence}, {verdict} twice the standard error of the difference, {noise:.3f}."
 
 
-def curves() -> str:
+def curves(folder: Path) -> str:
     names = {"exact": "exact", "none": "no attention"} | {f"k{k}": f"K = {k}" for k in (32, 64, 128, 256)}
     texts = {"imdb": "IMDB", "wiki": "WikiText-2"}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -122,12 +122,12 @@ def curves() -> str:
         rows = {label: f"{text}-{name}" for name, label in names.items()}
         sentence = against("K = 128", f"{text}-k128", "exact attention", f"{text}-exact")
         control = against("exact attention", f"{text}-exact", "no attention", f"{text}-none")
-        parts.append(f"### {title}, N = 512\n\n{pretrained(rows)}\n{sentence} {control}\n")
-    figure.savefig(HERE / "perplexity.png", dpi=110)
+        parts.append(f"### {title}, N = 512\n\n{pretrained(rows)}\n{sentence} {control}".rstrip() + "\n")
+    figure.savefig(folder / "results" / "perplexity.png", dpi=110)
     return "\n".join(parts)
 
 
-def lengths() -> str:
+def lengths(_: Path) -> str:
     rows = []
     for n, k, name in (
         (512, 128, "imdb-k128"), (1024, 128, "imdb-n1024-k128"), (2048, 128, "imdb-n2048-k128"),
@@ -139,7 +139,7 @@ def lengths() -> str:
     return table(["N", "K", "N/K", "perplexity", "exact", "minutes", "exact", "n"], rows)
 
 
-def tuned() -> str:
+def tuned(_: Path) -> str:
     rows = []
     for task, title in (("imdb", "IMDB"), ("sst2", "SST-2"), ("qnli", "QNLI")):
         for name, label in (("exact", "exact"), ("k128", "Linformer, K = 128")):
@@ -149,7 +149,7 @@ def tuned() -> str:
     return table(["task", "attention", "accuracy, %", "F1, %", "minutes", "n"], rows)
 
 
-def by_bytes() -> str:
+def by_bytes(_: Path) -> str:
     rows = []
     for name, label in (("exact", "exact"), ("k256", "Linformer, K = 256")):
         found = records(f"bytes-{name}")
@@ -158,7 +158,7 @@ def by_bytes() -> str:
     return table(["attention", "accuracy, %", "minutes", "n"], rows)
 
 
-def spectra() -> str:
+def spectra(folder: Path) -> str:
     found = json.loads((RUNS / "spectrum.json").read_text())
     figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.6), layout="constrained", squeeze=False)
     for axis, (title, spectrum) in zip(axes[0], found.items(), strict=True):
@@ -167,7 +167,7 @@ def spectra() -> str:
         axis.axvline(128, color="gray", linestyle=":")
         axis.set(title=title, xlabel="singular values", ylabel="cumulative share", ylim=(0, 1))
         axis.legend()
-    figure.savefig(HERE / "spectrum.png", dpi=110)
+    figure.savefig(folder / "results" / "spectrum.png", dpi=110)
     depth = max(len(spectrum["layers"]) for spectrum in found.values())
     rows = [
         [title, *(f"{100 * layer[127]:.0f}" for layer in spectrum["layers"]), *[""] * (depth - len(spectrum["layers"]))]
@@ -177,7 +177,7 @@ def spectra() -> str:
     return table(head, rows)
 
 
-def kept() -> str:
+def kept(_: Path) -> str:
     rows = json.loads((RUNS / "starts.json").read_text())
     sizes = sorted({row["k"] for row in rows})
 
@@ -192,7 +192,7 @@ def kept() -> str:
     )
 
 
-def speed() -> str:
+def speed(_: Path) -> str:
     rows = []
     for name in ("minilm", "roberta-base"):
         file = RUNS / f"speed-{name}.json"
@@ -230,7 +230,7 @@ def speed() -> str:
     return table(head, rows)
 
 
-SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
+SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
     (
         "Perplexity against steps",
         "The paper (Figure 3): with N = 512, K = 128 comes near the exact model and K = 256 is as good.\n\n"
@@ -240,7 +240,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
     (
         "Sharing",
         "The paper: one matrix shared by all layers is as good as any other sharing. IMDB, N = 512, K = 128.",
-        lambda: pretrained({
+        lambda _: pretrained({
             "layerwise": "imdb-k128", "key_value": "imdb-sharing-key_value", "headwise": "imdb-sharing-headwise",
             "none": "imdb-sharing-none",
         }),
@@ -255,7 +255,7 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
         "The paper (section 4) names pooling and convolution as alternatives to a learned matrix. IMDB, N = 512, "
         "K = 128, one projection for all layers. `fixed` is random and not trained; `mean start` is a learned matrix "
         "that starts as the mean over windows.",
-        lambda: pretrained({
+        lambda _: pretrained({
             "learned": "imdb-k128", "learned, mean start": "imdb-init-mean", "fixed": "imdb-projection-fixed",
             "mean": "imdb-projection-mean", "max": "imdb-projection-max", "conv": "imdb-projection-conv",
         }),
@@ -294,21 +294,21 @@ SECTIONS: list[tuple[str, str, Callable[[], str]]] = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    seen = [
-        r for file in RUNS.glob("imdb-*-0.json") if "tuned" not in file.name for r in [json.loads(file.read_text())]
-    ]
+def make(folder: Path) -> Path:
+    """Writes folder/results.md and its pictures."""
+    seen = [json.loads(file.read_text()) for file in RUNS.glob("imdb-*-0.json") if "tuned" not in file.name]
     tokens = [r["held_out"][-1]["step"] * r["arguments"]["batch"] * r["arguments"]["seq_len"] for r in seen]
     parts = [INTRODUCTION.format(tokens=max(tokens, default=0) / 1e6)]
     for title, text, body in SECTIONS:
         try:
-            made = body()
+            made = body(folder)
         except FileNotFoundError as error:
             made = f"Not run yet: there is no {Path(str(error.filename)).name}.\n"
         parts.append(f"## {title}\n\n{text}\n\n{made}")
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
-    print(f"Page: {PAGE}")
+    page = folder / "results.md"
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return page
 
 
 if __name__ == "__main__":
-    main()
+    print(f"Page: {make(FOLDER)}")

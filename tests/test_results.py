@@ -1,0 +1,52 @@
+"""docs/results.md is what the records say, and the plan of runs is one that the examples understand."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"results_{name}", RESULTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_made_of_the_records(tmp_path):
+    (tmp_path / "results").mkdir()
+    made = load("page").make(tmp_path).read_text()
+    assert made == (RESULTS.parent / "results.md").read_text(), "run python docs/results/page.py"
+
+
+def test_records_are_of_planned_runs(tmp_path):
+    """A record under a name says what the plan says under that name, argument by argument."""
+    plan = load("plan")
+    runs = {run.name: run for run in plan.plan()}
+    assert len(runs) == len(plan.plan()) and all(run.after in {None, *runs} for run in runs.values())
+    for name, run in runs.items():
+        file = RESULTS / "runs" / f"{name}.json"
+        if not file.exists():
+            continue
+        recorded = json.loads(file.read_text())["arguments"]
+        options = iter(run.arguments)
+        for option in options:
+            value = recorded[option.removeprefix("--").replace("-", "_")]
+            if value is not True:
+                wanted = next(options)
+                assert str(value) == Path(wanted).name or value == pytest.approx(float(wanted)), (name, option)
+
+
+def test_the_plan_is_understood(tmp_path, monkeypatch):
+    """Every planned command line of pretraining is one that its script parses."""
+    monkeypatch.syspath_prepend(str(RESULTS.parents[1] / "examples"))
+    pretrain = importlib.import_module("pretrain_mlm")
+    (tmp_path / "text").write_text("A few words of text. " * 2000)
+    lines = [list(run.arguments) for run in load("plan").plan() if run.script == "pretrain_mlm.py"]
+    assert lines
+    for arguments in lines:
+        arguments[arguments.index("--data") + 1] = str(tmp_path / "text")
+        pretrain.parse_arguments([*arguments, "--output", str(tmp_path / "none")])
