@@ -155,9 +155,11 @@ struct Softmax {
         }
       }
       most = fmaxf(quad_max(most), largest[half]);
-      correction[half] = first ? 0.0f : exp2_of((largest[half] - most) * c);
+      // Of the rounded products, as those are what `power` subtracts: the exact difference would scale what was summed
+      // before by their roundings, which are large where scores are.
+      const float shift = __fmul_rn(most, c);
+      correction[half] = first ? 0.0f : exp2_of(__fmul_rn(largest[half], c) - shift);
       largest[half] = most;
-      const float shift = most * c;
       float added = 0.0f;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
