@@ -22,12 +22,14 @@ LINFORMER_DEVICE float quad_max(float x) {
 constexpr int kRagged = 64;
 
 // c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension. Columns
-// from `columns` on do not matter.
-template <DType kType, int kSummed, int kColumns>
+// from `columns` on do not matter. kTurned: the bits of `tile` times `rows`.
+template <DType kType, int kSummed, int kColumns, bool kTurned = false>
 LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, int row_pitch,
                                     const Element<kType>* tile, int pitch, int columns, bool allow_tf32) {
   if constexpr (kType == DType::kFloat32) {
-    if (allow_tf32) return multiply_rows<kTf32, kSummed, kColumns>(c, rows, row_pitch, tile, pitch, columns, true);
+    if (allow_tf32) {
+      return multiply_rows<kTf32, kSummed, kColumns, kTurned>(c, rows, row_pitch, tile, pitch, columns, true);
+    }
   }
 #pragma unroll
   for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
@@ -40,8 +42,8 @@ LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<k
         for (int n = group; n < group + kRagged && n < kColumns; n += 16) {
           FragmentB<kType> b;
           load_b<kType, false>(b, tile, pitch, n, s);
-          multiply<kType>(c[n / 8], a, b, 0);
-          multiply<kType>(c[n / 8 + 1], a, b, 1);
+          multiply<kType, kTurned>(c[n / 8], a, b, 0);
+          multiply<kType, kTurned>(c[n / 8 + 1], a, b, 1);
         }
       }
     }
