@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 
 import numpy as np
 import oracle
@@ -196,13 +197,13 @@ def plain(x: Inputs) -> dict[str, torch.Tensor]:
     return x.results(out) | {"key_proj": torch.stack(key_projs), "value_proj": torch.stack(value_projs)}
 
 
-def exact(x: Inputs, rounding: float = 0.0) -> dict[str, np.ndarray]:
-    """What the oracle says, `rounding` as there."""
+def exact(x: Inputs, roundings=oracle.EXACT) -> dict[str, np.ndarray]:
+    """What the oracle says, with these roundings."""
     arrays = {name: as_array(getattr(x, name)) for name in ARGUMENTS}
     cu = {name: None if t is None else t.cpu().numpy() for name, t in x.cu_seqlens().items()}
     result = oracle.attention(
         **arrays, grad_out=as_array(x.grad_out), mask=as_array(x.mask, bool), scale=x.case.scale,
-        dropout_p=x.case.dropout_p, rng_state=as_array(x.rng_state, np.int64), rounding=rounding, **cu,
+        dropout_p=x.case.dropout_p, rng_state=as_array(x.rng_state, np.int64), roundings=roundings, **cu,
     )  # fmt: skip
     for name in ARGUMENTS:  # a tensor given twice has the sum for gradient
         for leaf, tensor in x.leaves().items():
@@ -219,14 +220,16 @@ def check(case: Case, device: str, backend: str | None, through=run) -> None:
 
 def compare(results: dict[object, dict[str, torch.Tensor]], x: Inputs) -> None:
     """Several results for the same inputs, each under a name for messages."""
-    want, usual, rounded = exact(x), {}, {}
+    want, usual, draws = exact(x), {}, ()
     if x.case.dtype != torch.float64:
         with tf32(x.case.tf32), RoundedProducts() if x.case.tf32 else contextlib.nullcontext():
             usual = plain(x)
-        rounded = exact(x, TF32_EPS if x.case.tf32 else torch.finfo(x.case.dtype).eps)
+        epsilon, draws = TF32_EPS if x.case.tf32 else torch.finfo(x.case.dtype).eps, oracle.Roundings.ALL
+    peer = functools.cache(lambda draw: exact(x, oracle.Roundings(epsilon, draw)))
     for title, got in results.items():
         for name, tensor in got.items():
-            oracle.assert_close(tensor, want[name], usual.get(name), f"{name} [{title}]", rounded.get(name))
+            peers = (peer(draw)[name] for draw in draws)
+            oracle.assert_close(tensor, want[name], usual.get(name), f"{name} [{title}]", peers)
 
 
 def as_array(x: torch.Tensor | None, dtype=np.float64) -> np.ndarray | None:

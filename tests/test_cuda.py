@@ -103,6 +103,21 @@ def test_splits_and_orders_give_the_same_bits(case, arch, seed):
             assert torch.equal(tensor, other[name]), name
 
 
+def test_an_earlier_block_of_scores_is_scaled_by_what_it_was_shifted_by():
+    """When a later block had a larger score, what was summed before was scaled by the power of the exact difference,
+    but powers are taken of rounded products. Where scores are large, dS of a row did not sum to zero, and dQ, here a
+    small difference of two rows of K' that share the softmax, was off a hundred times as far as plain PyTorch's."""
+    x = cases.Inputs(Case(batch=1, heads=1, kv_heads=1, n=1, n_q=128, k=100, d=1), "cpu")
+    with torch.no_grad():
+        x.query.copy_(torch.linspace(150, 250, 128).view_as(x.query))
+        x.key.fill_(1)  # K' is E
+        x.proj_key.fill_(-1)
+        x.proj_key[3], x.proj_key[90] = 1.9396, 1.9402
+    with emulated.emulated():
+        got = cases.run(x, "cpu")
+    cases.compare({"": got}, x)
+
+
 def test_launches():
     """One launch forward, two backward; none for what nobody wants."""
     x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")

@@ -8,6 +8,8 @@ import pytest
 import torch
 from cases import Case
 
+import linformer_kernels as lk
+
 
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
@@ -83,6 +85,71 @@ def test_the_rule_of_accuracy_wants_the_same_infinities():
     for wrong in ([1.0, -np.inf, -np.inf, np.nan], [1.0, np.inf, 3e38, np.nan], [1.0, np.inf, -np.inf, 0.0]):
         with pytest.raises(AssertionError, match="where they"):
             oracle.assert_close(torch.tensor(wrong), exact, plain, "x")
+
+
+def test_the_rule_of_accuracy_looks_at_peers_where_plain_pytorch_is_lucky():
+    """And at no more of them than it takes; one that overflows says nothing."""
+    exact, seen = np.array([[3.0, -1.0]]), []
+
+    def peers(*errors):
+        for error in errors:
+            seen.append(error)
+            yield exact + error
+
+    plain = torch.from_numpy(exact).float()
+    actual = plain + 1e-3
+    oracle.assert_close(actual, exact, plain, "x", peers(1e-9, 0.6e-3, 1.0))
+    assert seen == [1e-9, 0.6e-3]
+    for too_near in ((), (0.4e-3, 0.3e-3), (np.inf, np.nan)):
+        with pytest.raises(AssertionError, match="largest error"):
+            oracle.assert_close(actual, exact, plain, "x", peers(*too_near))
+
+
+def narrower(x: torch.Tensor, bits: int) -> torch.Tensor:
+    fraction, exponent = torch.frexp(x.detach())
+    return x + (torch.ldexp(torch.round(fraction * 2**bits), exponent - bits) - x).detach()
+
+
+def without_last_row(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[..., :-1, :], torch.zeros_like(x[..., -1:, :])], dim=-2)
+
+
+SAME = lambda x: x  # noqa: E731
+
+
+@pytest.mark.parametrize("k, d", [(64, 32), (16, 17), (128, 64)])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "change"),
+    [
+        (torch.float32, 1.001, SAME), (torch.float16, 1.01, SAME), (torch.bfloat16, 1.04, SAME),
+        (torch.float32, 1.0, lambda x: narrower(x, 11)), (torch.float32, 1.0, without_last_row),
+        (torch.float16, 1.0, without_last_row), (torch.bfloat16, 1.0, without_last_row),
+    ],
+    ids=("fp32-scale", "fp16-scale", "bf16-scale", "tf32", "fp32-row", "fp16-row", "bf16-row"),
+)  # fmt: skip
+def test_planted_errors_are_beyond_all_peers(k, d, dtype, scale, change, device, native):
+    """A scale that is a little off, K' in TF32, and a row of K' lost."""
+    x = cases.Inputs(Case(k=k, d=d, dtype=dtype), device)
+
+    def results(scale, change):
+        key_proj, value_proj = lk.project_kv(*x.positional()[1:], backend=native)
+        return x.results(
+            lk.projected_attention(x.query, change(key_proj), value_proj, scale=scale * d**-0.5, backend=native)
+        )
+
+    cases.compare({"as it is": results(1.0, SAME)}, x)
+    with pytest.raises(AssertionError, match="error"):
+        cases.compare({"planted": results(scale, change)}, x)
+
+
+def test_a_softmax_that_hangs_on_one_rounding(device, native):
+    """Inputs of size 1000 in 16 bits: which of two scores wins depends on the roundings of K', and dK' of one row is
+    most of its tensor. An eighth of all roundings, eight times, stood for their effect; but it turns an eighth as many
+    rows, not rows an eighth as far, and a kernel that rounded rightly failed once in thirty runs."""
+    case = Case(size=1e3, dtype=torch.float16)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        cases.check(case, device, native)
 
 
 def test_empty_is_poisoned(device):

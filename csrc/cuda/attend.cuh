@@ -22,12 +22,14 @@ LINFORMER_DEVICE float quad_max(float x) {
 constexpr int kRagged = 64;
 
 // c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension. Columns
-// from `columns` on do not matter.
-template <DType kType, int kSummed, int kColumns>
+// from `columns` on do not matter. kTurned: the bits of `tile` times `rows`.
+template <DType kType, int kSummed, int kColumns, bool kTurned = false>
 LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, int row_pitch,
                                     const Element<kType>* tile, int pitch, int columns, bool allow_tf32) {
   if constexpr (kType == DType::kFloat32) {
-    if (allow_tf32) return multiply_rows<kTf32, kSummed, kColumns>(c, rows, row_pitch, tile, pitch, columns, true);
+    if (allow_tf32) {
+      return multiply_rows<kTf32, kSummed, kColumns, kTurned>(c, rows, row_pitch, tile, pitch, columns, true);
+    }
   }
 #pragma unroll
   for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
@@ -40,8 +42,8 @@ LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<k
         for (int n = group; n < group + kRagged && n < kColumns; n += 16) {
           FragmentB<kType> b;
           load_b<kType, false>(b, tile, pitch, n, s);
-          multiply<kType>(c[n / 8], a, b, 0);
-          multiply<kType>(c[n / 8 + 1], a, b, 1);
+          multiply<kType, kTurned>(c[n / 8], a, b, 0);
+          multiply<kType, kTurned>(c[n / 8 + 1], a, b, 1);
         }
       }
     }
@@ -155,9 +157,11 @@ struct Softmax {
         }
       }
       most = fmaxf(quad_max(most), largest[half]);
-      correction[half] = first ? 0.0f : exp2_of((largest[half] - most) * c);
+      // Of the rounded products, as those are what `power` subtracts: the exact difference would scale what was summed
+      // before by their roundings, which are large where scores are.
+      const float shift = __fmul_rn(most, c);
+      correction[half] = first ? 0.0f : exp2_of(__fmul_rn(largest[half], c) - shift);
       largest[half] = most;
-      const float shift = most * c;
       float added = 0.0f;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {

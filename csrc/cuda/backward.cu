@@ -242,11 +242,13 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     float scores[kQueries / 8][4], grad[kQueries / 8][4];    // S^T, then P^T; dP^T, then dS^T
     clear(scores);
     clear(grad);
-    multiply_rows<kType, kDim, kQueries>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
-                                         Traits::kPitch, kQueries, p.allow_tf32);
+    // Turned: the very scores that the statistics are of. A last bit of a large one would make P of what is surely
+    // chosen another number than 1.
+    multiply_rows<kType, kDim, kQueries, true>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
+                                               Traits::kPitch, kQueries, p.allow_tf32);
     if (a.want_key_proj) {
-      multiply_rows<kType, kDim, kQueries>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch, grad_tile,
-                                           Traits::kPitch, kQueries, p.allow_tf32);
+      multiply_rows<kType, kDim, kQueries, true>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch,
+                                                 grad_tile, Traits::kPitch, kQueries, p.allow_tf32);
     }
     softmax.orient(scores);
 #pragma unroll

@@ -205,13 +205,14 @@ LINFORMER_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// c += a b for tile `i` of the two in b.
-template <DType kType>
+// c += a b for tile `i` of the two in b. kTurned: in the order that gives the bits of b^T a^T.
+template <DType kType, bool kTurned = false>
 LINFORMER_DEVICE void multiply(float (&c)[4], const FragmentA<kType>& a, const FragmentB<kType>& b, int i) {
   if constexpr (kWide<kType>) {
     if constexpr (kType == DType::kFloat32) {
+      if constexpr (kTurned) multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
       multiply_tf32(c, a.low, b.high[2 * i], b.high[2 * i + 1]);
-      multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
+      if constexpr (!kTurned) multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
     }
     multiply_tf32(c, a.high, b.high[2 * i], b.high[2 * i + 1]);
   } else if constexpr (kType == DType::kFloat16) {
