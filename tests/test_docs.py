@@ -11,7 +11,7 @@ from test_package import ROOT, python, succeeded
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "emulator" / "README.md"]
-AWAITED = {"docs/peers.md", "docs/results.md"}  # pages of other branches; empty it when they are merged
+AWAITED = {"docs/results.md"}  # of another branch; drop it when that is merged
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMAND = re.compile(r"python (-m (?:bench|linformer_kernels)[.\w]*|examples/\w+\.py)([^\n`|]*)")
@@ -24,7 +24,9 @@ def name_of(page) -> str:
 def program(page) -> str:
     """The Python blocks of a page, and an empty line for each line of anything else."""
     text, lines = page.read_text(), []
-    for block in FENCE.finditer(text):
+    blocks = list(FENCE.finditer(text))
+    assert text.count("```") == 2 * len(blocks), f"{name_of(page)}: a block that is indented or has no plain language"
+    for block in blocks:
         assert block[1] in ("python", "console", "text", "bibtex"), f"{name_of(page)}: a block of language {block[1]!r}"
         if block[1] == "python":
             lines += [""] * (text.count("\n", 0, block.start(2)) - len(lines)) + block[2].splitlines()
