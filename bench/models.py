@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             results.append({"op": op, "model": name, "seconds": samples[name], "extra_bytes": memory[name]})
     if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"} 
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
         options.json.write_text(
             json.dumps({"machine": about, "options": settings, "results": results}, indent=1) + "\n"
         )

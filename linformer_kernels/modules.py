@@ -139,22 +139,16 @@ class LinformerProjection(nn.Module):
         )
 
     def occupied(self, length: int, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Whether any position contributes to row k of K': (B or 1, K) bool, or (B or 1, H_kv, K) with num_heads.
+        """Whether window k, of the K that divide seq_len, has a position that takes part: (B or 1, K) bool.
 
-        Of a sequence of `length` positions, or of those for which key_padding_mask (B, N) is True.
+        Of a sequence of `length` positions, or of those for which key_padding_mask (B, length) is True.
         """
-        if self.is_matrix:
-            nonzero = self.matrices()[0][..., :length].ne(0)
-            if key_padding_mask is None:
-                return nonzero.any(-1)[None]
-            return torch.einsum("...kn,bn->b...k", nonzero.float(), key_padding_mask.float()) > 0
-        windows = self._windows
-        assert windows is not None  # for mypy: the kinds that pool have it
+        device = None if key_padding_mask is None else key_padding_mask.device
+        edges = (torch.arange(self.proj_dim + 1, device=device) * self.seq_len // self.proj_dim).clamp(max=length)
         if key_padding_mask is None:
-            rows = (windows < length).any(-1)[None]
-        else:
-            rows = functional.pad(key_padding_mask, (0, self.seq_len + 1 - length))[:, windows].any(-1)
-        return rows
+            return (edges[1:] > edges[:-1])[None]
+        before = functional.pad(key_padding_mask.cumsum(1), (1, 0))[:, edges]
+        return before[:, 1:] > before[:, :-1]
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """First position of each window, and the first after it."""

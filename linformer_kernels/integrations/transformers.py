@@ -8,6 +8,7 @@ What it takes to make the same model again is in `model.config.linformer`; `load
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -323,9 +324,19 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
         layer.__dict__["linformer_rows_may_be_empty"] = settings["rows_may_be_empty"]
         if settings["defer"] and made[0].is_matrix and made[0].num_heads is None:
             _defer(layer)
-    setattr(model.config, NAME, settings)
+    _own_config(model, settings)
     model.set_attn_implementation(NAME)
     return made
+
+
+def _own_config(model: PreTrainedModel, settings: dict[str, Any]) -> None:
+    """Write the settings into a config of this model alone: the caller's may serve to make others."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    setattr(own, NAME, settings)
+    own.attn_implementation = NAME  # in config.json too: plain from_pretrained gives a model that says what it lacks
+    for module in model.modules():
+        if module.__dict__.get("config") is shared:
+            module.__dict__["config"] = own
 
 
 def _defer(layer: nn.Module) -> None:
@@ -350,10 +361,10 @@ def _shape_of_heads(layer: nn.Module) -> tuple[int, int]:
 
 
 def _without_empty_rows(query: Tensor, keys: Tensor, occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """Take rows of K' to which no position contributed out of the softmax: one more feature, 1 in every query and
-    very negative in those rows. Their V' is zero. As zeros in K' alone they would still have the score 0."""
-    occupied = occupied if occupied.dim() == 3 else occupied[:, None]
-    extra = torch.where(occupied, 0.0, _EMPTY).to(keys.dtype)[..., None].expand(*keys.shape[:-1], 1)
+    """Take rows of K' whose window has no position out of the softmax: one more feature, 1 in every query and very
+    negative in those rows. As zeros in K' alone they would still have the score 0."""
+    extra = torch.where(occupied.to(keys.device), 0.0, _EMPTY).to(keys.dtype)[:, None, :, None]
+    extra = extra.expand(*keys.shape[:-1], 1)
     return torch.cat((query, query.new_ones(*query.shape[:-1], 1)), -1), torch.cat((keys, extra), -1)
 
 
