@@ -96,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for op in options.ops:
         runners = {name: ModelRunner(model, tokens, op) for name, model in make_models(options).items()}
-        # Measured first: it also warms up.
+        for runner in runners.values():  # an optimizer's state is made in its first step
+            runner.run(runner.prepare())
         memory = {name: extra_memory(runner, options.device) for name, runner in runners.items()}
         samples = take_samples(runners, Stopwatch(options), options, lambda done: print(end=".", file=sys.stderr))
         print(file=sys.stderr)

@@ -279,7 +279,7 @@ def test_finetune_from_a_checkpoint(examples, pretrained, tmp_path, capsys):
     assert json.loads((tmp_path / "record.json").read_text()) == record
     assert [point["step"] for point in record["held_out"]] == [3, 6, 8]
     last = record["held_out"][-1]
-    assert set(last) == {"step", "seconds", "loss", "accuracy", "f1"}
+    assert set(last) == {"step", "seconds", "cpu_seconds", "loss", "accuracy", "f1"}
     right = right_one_by_one(examples.tasks.read_task("qnli", data), output, attention == "linformer")
     assert last["accuracy"] == right / 30
     assert record["arguments"]["attention"] == attention and record["arguments"]["seq_len"] == 48
@@ -324,6 +324,22 @@ def test_finetune_from_scratch_by_bytes(examples, tmp_path, attention):
     )
     assert len(ids) == 2 + len("\u00e9 <pad>".encode()) and tokenizer.pad_token_id not in ids
     assert tokenizer.decode(ids[1:-1]) == "\u00e9 <pad>"
+
+
+def test_lower_precision_and_the_control_without_attention(examples, text, tmp_path):
+    """The first loss, before any step, is that of fp32; bf16 steps are taken, and differ from those of fp32."""
+    losses = {}
+    for name, more in {"fp32": [], "bf16": ["--precision=bf16"]}.items():
+        record = examples.pretrain_mlm.main([*pretraining(text, tmp_path / name, "linformer"), *more])
+        losses[name] = [point["loss"] for point in record["held_out"]]
+    assert losses["bf16"][0] == pytest.approx(losses["fp32"][0], rel=0.01)
+    assert losses["bf16"][-1] != losses["fp32"][-1] and losses["bf16"][-1] < losses["bf16"][0]
+    options = examples.pretrain_mlm.parse_arguments(pretraining(text, tmp_path / "none", "none"))
+    model, ids = examples.pretrain_mlm.build(options, 300, 1).eval(), torch.randint(5, 300, (1, 20))
+    other = ids.clone()
+    other[0, 7] = 3
+    changed = (model(ids).logits != model(other).logits).any(-1)[0]
+    assert changed.nonzero().tolist() == [[7]]  # no position sees another
 
 
 def test_padding_takes_no_part(examples):
@@ -401,7 +417,7 @@ def test_resumed_pretraining_is_as_if_uninterrupted(examples, text, tmp_path, mo
         patch.setattr(examples.recording.Recorder, "on_step_end", interrupt)
         examples.pretrain_mlm.main(command)
     resumed = examples.pretrain_mlm.main([*command, "--resume"])
-    without_time = lambda record: [p | {"seconds": 0} for p in record["held_out"]]  # noqa: E731
+    without_time = lambda record: [p | {"seconds": 0, "cpu_seconds": 0} for p in record["held_out"]]  # noqa: E731
     assert without_time(resumed) == without_time(whole) and len(whole["held_out"]) == 4
     with pytest.raises(SystemExit):  # two runs in one folder: the older one's checkpoint would win
         examples.pretrain_mlm.main(command)
