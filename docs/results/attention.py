@@ -68,7 +68,7 @@ def starts(folder: Path, text: str) -> list[dict[str, Any]]:
         want = embed(model, batch)
         for proj_dim in (32, 64, 128, 256, 384, 512):
             for init in INITS:
-                for sharing in ("layerwise", "headwise"):
+                for sharing in ("layerwise", "headwise") if init in ("gaussian", "svd") else ("layerwise",):
                     torch.manual_seed(seed)
                     data = [calibration] if init == "svd" else None
                     converted = linformerize(

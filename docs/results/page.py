@@ -269,7 +269,7 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
     ),
     (
         "Reviews by bytes, N = 4,096",
-        "The long-range text benchmark, from scratch, 250 steps of 4 reviews: far too few for its published accuracies "
+        "The long-range text benchmark, from scratch, 2 layers, 250 steps of 4 reviews: far too few for its published accuracies "
         "(about 64 %), enough for the time of both.",
         by_bytes,
     ),
@@ -282,7 +282,8 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
     (
         "What a start of E keeps of a trained model",
         "Cosine similarity of MiniLM's sentence embeddings (N = 512, mean over positions) before and after "
-        "`linformerize`, without any training; seeds draw the texts and the Gaussian E.",
+        "`linformerize`, without any training; seeds draw the texts and the Gaussian E. "
+        "`mean` and `identity` are the same matrix in every layer, whatever the sharing.",
         kept,
     ),
     (

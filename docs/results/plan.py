@@ -76,7 +76,20 @@ def runs_of(seed: int) -> Iterator[Run]:
 
 def long_runs(seed: int) -> Iterator[Run]:
     """The long-range text benchmark: reviews by bytes, from scratch."""
-    common = [*SHAPE, "--task", "imdb", "--data", "aclImdb", "--bytes", "--seq-len", "4096", "--batch", "4"]
+    common = [
+        *SHAPE,
+        "--layers",
+        "2",
+        "--task",
+        "imdb",
+        "--data",
+        "aclImdb",
+        "--bytes",
+        "--seq-len",
+        "4096",
+        "--batch",
+        "4",
+    ]
     common += ["--steps", "250", "--lr", "1e-3", "--evaluate-every", "125", "--evaluation-examples", "1000"]
     for name, arguments in (("k256", ["--proj-dim", "256"]), ("exact", ["--attention", "exact"])):
         yield Run(f"bytes-{name}-{seed}", "finetune.py", [*common, "--seed", str(seed), *arguments])
