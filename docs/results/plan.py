@@ -64,6 +64,9 @@ def runs_of(seed: int) -> Iterator[Run]:
     for kind in ("fixed", "mean", "max", "conv"):
         yield pretraining(f"projection-{kind}", "imdb", seed, "--projection", kind)
     yield pretraining("init-mean", "imdb", seed, "--init", "mean")
+    for rate in ("1e-3", "4e-3"):
+        yield pretraining(f"exact-lr{rate}", "imdb", seed, *exact, "--lr", rate)
+        yield pretraining(f"k128-lr{rate}", "imdb", seed, "--lr", rate)
     for seq_len in (1024, 2048):
         for k in (128, seq_len // 4):
             yield pretraining(f"n{seq_len}-k{k}", "imdb", seed, "--proj-dim", str(k), seq_len=seq_len)
