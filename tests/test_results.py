@@ -1,6 +1,7 @@
 """docs/results.md is what the records say, and the plan of runs is one that the examples understand."""
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_records_are_of_planned_runs(tmp_path):
             continue
         recorded = json.loads(file.read_text())["arguments"]
         flags = [*run.arguments, "--"]
-        pairs = [(a, b) for a, b in zip(flags, flags[1:], strict=False) if a.startswith("--")]
+        pairs = [(a, b) for a, b in itertools.pairwise(flags) if a.startswith("--")]
         for option, wanted in dict(pairs).items():  # of an option given twice the last one counts
             value = recorded[option.removeprefix("--").replace("-", "_")]
             if not wanted.startswith("--"):

@@ -118,7 +118,8 @@ def curves(folder: Path) -> str:
                 x, y = [p["step"] for p in points], [math.exp(p["loss"]) for p in points]
                 axis.plot(x, y, color=color, label=label if index == 0 else None, alpha=0.8)
         axis.set(title=title, xlabel="steps of 2,048 tokens", ylabel="held-out perplexity", yscale="log")
-        axis.legend()
+        if axis.lines:
+            axis.legend()
         rows = {label: f"{text}-{name}" for name, label in names.items()}
         sentence = against("K = 128", f"{text}-k128", "exact attention", f"{text}-exact")
         control = against("exact attention", f"{text}-exact", "no attention", f"{text}-none")
