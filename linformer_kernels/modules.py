@@ -138,18 +138,6 @@ class LinformerProjection(nn.Module):
             f"share_kv={self.share_kv}" + (f", head_dim={self.head_dim}" if self.head_dim is not None else "")
         )
 
-    def occupied(self, length: int, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Whether window k, of the K that divide seq_len, has a position that takes part: (B or 1, K) bool.
-
-        Of a sequence of `length` positions, or of those for which key_padding_mask (B, length) is True.
-        """
-        device = None if key_padding_mask is None else key_padding_mask.device
-        edges = (torch.arange(self.proj_dim + 1, device=device) * self.seq_len // self.proj_dim).clamp(max=length)
-        if key_padding_mask is None:
-            return (edges[1:] > edges[:-1])[None]
-        before = functional.pad(key_padding_mask.cumsum(1), (1, 0))[:, edges]
-        return before[:, 1:] > before[:, :-1]
-
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """First position of each window, and the first after it."""
         edges = torch.arange(self.proj_dim + 1) * self.seq_len // self.proj_dim

@@ -267,11 +267,6 @@ def test_biases_start_anew_as_zero():
     assert not torch.equal(projection.proj_key, matrix) and projection.proj_key.all()
 
 
-def test_a_row_with_a_bias_is_never_empty():
-    assert biased().occupied(0).shape == (1, K) and biased().occupied(0).all()
-    assert biased(num_heads=4).occupied(N, torch.zeros(2, N, dtype=torch.bool)).shape == (1, 4, K)
-
-
 def attention_of(**options):
     return attention_from_linformer_pytorch(linformer_pytorch.Linformer(N, WIDTH, K, **options).seq[0].fn)
 

@@ -274,6 +274,14 @@ def test_arguments_that_do_not_fit(arguments, says):
     assert set(model.state_dict()) == before and model.config._attn_implementation == "sdpa"
 
 
+def test_calibration_that_is_too_long_leaves_the_model_as_it_was():
+    model, batch = make("Bert"), inputs("Bert")
+    want = hidden(model, batch)
+    with pytest.raises(ValueError, match="calibration has 50 positions but seq_len is 40"):
+        linformerize(model, 40, 8, init="svd", calibration=[batch])
+    assert torch.equal(hidden(model, batch), want)
+
+
 def test_calls_that_do_not_fit():
     model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
     with pytest.raises(TypeError, match="wanted: a PreTrainedModel"):

@@ -72,10 +72,6 @@ class BiasedProjection(LinformerProjection):
         bias_value = self.bias_key if self.bias_value is None else self.bias_value
         return keys + self.bias_key[..., None], values + bias_value[..., None]
 
-    def occupied(self, length: int, key_padding_mask: Tensor | None = None) -> Tensor:
-        """True for each row of K', (1, K) or (1, num_heads, K): b is in it, whichever positions take part."""
-        return torch.ones_like(self.bias_key, dtype=torch.bool)[None]
-
 
 def attention_from_linformer(peer: nn.Module) -> LinformerAttention:
     """`linformer.LinformerSelfAttention` as LinformerAttention.

@@ -24,6 +24,7 @@ from ..functional import linformer_attention, projected_attention
 from ..modules import SHARINGS, LinformerProjection, compress_first
 
 NAME = "linformer"
+_MOMENTS = "linformer_moments"
 INITS = ("gaussian", "mean", "identity", "svd")
 KEY_LAYERS, VALUE_LAYERS = ("key", "k_lin", "k_proj"), ("value", "v_lin", "v_proj")
 # An empty row of K' gets this for a score before scaling; float16 holds it, and exp of it is 0 for any usual scale.
@@ -170,7 +171,8 @@ def attention_forward(
             rows = compress_first(matrices, linear.taken(key), other.taken(value), linear, other, attention_mask)
             keys, values = (x.unflatten(-1, (key.size(1), -1)).transpose(1, 2) for x in rows)
         if not full:
-            query, keys = _without_empty_rows(query, keys, matrices.occupied(key.size(2), attention_mask))
+            occupied = _occupied(matrices, key.size(2), attention_mask, key.device)
+            query, keys = _without_empty_rows(query, keys, occupied)
         out = projected_attention(query, keys, values, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2), None
 
@@ -360,10 +362,20 @@ def _shape_of_heads(layer: nn.Module) -> tuple[int, int]:
     return getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
+def _occupied(matrices: LinformerProjection, length: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    """Whether window k, of the K that divide seq_len, has a position that takes part: (B or 1, K) bool."""
+    edges = torch.arange(matrices.proj_dim + 1, device=device) * matrices.seq_len // matrices.proj_dim
+    edges = edges.clamp(max=length)
+    if mask is None:
+        return (edges[1:] > edges[:-1])[None]
+    before = nn.functional.pad(mask.cumsum(1), (1, 0))[:, edges]
+    return before[:, 1:] > before[:, :-1]
+
+
 def _without_empty_rows(query: Tensor, keys: Tensor, occupied: Tensor) -> tuple[Tensor, Tensor]:
     """Take rows of K' whose window has no position out of the softmax: one more feature, 1 in every query and very
     negative in those rows. As zeros in K' alone they would still have the score 0."""
-    extra = torch.where(occupied.to(keys.device), 0.0, _EMPTY).to(keys.dtype)[:, None, :, None]
+    extra = torch.where(occupied, 0.0, _EMPTY).to(keys.dtype)[:, None, :, None]
     extra = extra.expand(*keys.shape[:-1], 1)
     return torch.cat((query, query.new_ones(*query.shape[:-1], 1)), -1), torch.cat((keys, extra), -1)
 
@@ -371,37 +383,46 @@ def _without_empty_rows(query: Tensor, keys: Tensor, occupied: Tensor) -> tuple[
 def _position_moments(
     model: PreTrainedModel, layers: list[nn.Module], seq_len: int, calibration: Iterable[dict[str, Tensor]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each layer sum(X X^T) over the calibration data and heads, for X the keys and the values of one head:
+    """For each layer sum(X X^T) over the calibration data, for X the keys and the values of one head:
     (H, seq_len, seq_len) in float64, of the model with its own attention, each scaled to the trace 1."""
-    sums: dict[nn.Module, list[Any]] = {layer: [0.0, 0.0] for layer in layers}
-
-    def record(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> Any:
-        for index, rows in enumerate((key, value)):
-            rows = rows.detach().double()
-            rows = rows if mask is None else rows * mask[:, None, :, None]
-            rows = nn.functional.pad(rows, (0, 0, 0, seq_len - rows.size(2)))
-            sums[module][index] = sums[module][index] + torch.einsum("bhnd,bhmd->hnm", rows, rows)
-        mask = None if mask is None else mask[:, None, None, :]
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
-
-    name, own, training = f"{NAME}_calibration", model.config._attn_implementation, model.training
-    AttentionInterface.register(name, record)
-    AttentionMaskInterface.register(name, padding_mask)
-    model.set_attn_implementation(name)
+    own, training, batches = model.config._attn_implementation, model.training, 0
+    for layer in layers:
+        heads, _ = _shape_of_heads(layer)
+        shape = (heads, seq_len, seq_len)
+        layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=model.device) for _ in range(2))
+    model.set_attn_implementation(_MOMENTS)
     model.eval()
     try:
         with torch.no_grad():
             for batch in calibration:
                 model(**batch)
+                batches += 1
     finally:
         model.set_attn_implementation(own)
         model.train(training)
-    if not isinstance(sums[layers[0]][0], Tensor):
+        sums = [layer.__dict__.pop(_MOMENTS) for layer in layers]
+    if batches == 0:
         raise ValueError("calibration is empty; wanted: at least one batch")
     trace = lambda total: total.diagonal(dim1=-2, dim2=-1).sum()  # noqa: E731
-    return [tuple(total / trace(total) for total in sums[layer]) for layer in layers]
+    return [(keys / trace(keys), values / trace(values)) for keys, values in sums]
+
+
+def _record_moments(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> Any:
+    """The model's own attention, which also adds to the sums that `_position_moments` has hung into the layer."""
+    for total, rows in zip(module.__dict__[_MOMENTS], (key, value), strict=True):
+        length = rows.size(2)
+        if length > total.size(-1):
+            raise ValueError(f"calibration has {length} positions but seq_len is {total.size(-1)}; wanted: no more")
+        rows = rows.double() if mask is None else rows.double() * mask[:, None, :, None]
+        total[:, :length, :length] += torch.einsum("bhnd,bhmd->hnm", rows, rows)
+    mask = None if mask is None else mask[:, None, None, :]
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
+
+
+AttentionInterface.register(_MOMENTS, _record_moments)
+AttentionMaskInterface.register(_MOMENTS, padding_mask)
 
 
 def _of_projection(moments: list[tuple[Tensor, Tensor]], index: int, count: int) -> tuple[Tensor, Tensor]:
