@@ -5,7 +5,7 @@
 // (PairedBf16).
 //   A  "rows":     word (i, s) at a[i * lda + s]       the summed dimension is adjacent
 //      "columns":  word (i, s) at a[s * lda + i]       the rows are adjacent
-//   B  panels:     word (s, j) at b[(panel * steps + s) * kTileColumns + j]
+//   B  panels:     word (s, j) at b[(panel * steps + s) * kTileColumns + j], or a panel at a time at b[s * ldb + j]
 //   C              value (i, j) at c[i * ldc + j], columns padded to whole panels
 // A register tile of kTileRows x kTileColumns is kept for all steps: per step kVectors loads of B, kTileRows broadcasts
 // of A and kTileRows * kVectors multiply-adds. Panels run in the outer loop so that one panel stays in L1 while A
@@ -26,6 +26,7 @@ LINFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Fp32 {
   using Word = float;
+  using Value = float;
   static constexpr int64_t kValues = 1;
 
   static LINFORMER_INLINE VecF multiply_add(VecF sum, Word a, VecF b) { return sum + b * a; }
@@ -40,6 +41,7 @@ struct Fp32 {
 
 struct PairedBf16 {
   using Word = uint32_t;
+  using Value = BFloat16;
   static constexpr int64_t kValues = 2;
 
   static LINFORMER_INLINE VecF multiply_add(VecF sum, Word a, VecF b) {
@@ -52,17 +54,34 @@ struct PairedBf16 {
 #endif
   }
 
-  static LINFORMER_INLINE VecU upper_bits(const BFloat16* source) {
-    return __builtin_convertvector(load_raw<VecH>(source), VecU) << 16;
+  // The words (low[j], high[j]).
+  static LINFORMER_INLINE VecU pair(const BFloat16* low, const BFloat16* high) {
+    return __builtin_convertvector(load_raw<VecH>(low), VecU) | __builtin_convertvector(load_raw<VecH>(high), VecU)
+                                                                    << 16;
   }
-  static LINFORMER_INLINE VecU upper_bits(const float* source) { return round_to_bfloat16(load(source)) & 0xffff0000u; }
+  static LINFORMER_INLINE VecU pair(const float* low, const float* high) { return pair(load(low), load(high)); }
+  static LINFORMER_INLINE VecU pair(VecF low, VecF high) {
+#if defined(__AVX512BF16__) && LINFORMER_CPU_WIDTH == 16
+    alignas(64) static constexpr uint16_t kAlternate[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (VecU)_mm512_permutexvar_epi16(_mm512_load_si512(kAlternate), both);
+#else
+    return (round_to_bfloat16(low) >> 16) | (round_to_bfloat16(high) & 0xffff0000u);
+#endif
+  }
 
   template <class T>
   static LINFORMER_INLINE void copy_row(Word* target, const T* source, int64_t columns) {
     BFloat16* values = reinterpret_cast<BFloat16*>(target);
-    int64_t j = 0;
-    for (; j + kWidth <= columns; j += kWidth) store(values + j, load(source + j));
-    if (j < columns) store_part(values + j, load_part(source + j, columns - j), columns - j);
+    if constexpr (kSame<T, BFloat16>) {
+      std::memcpy(values, source, static_cast<size_t>(columns) * sizeof(T));
+    } else {
+      int64_t j = 0;
+      for (; j + kWidth <= columns; j += kWidth) store(values + j, load(source + j));
+      if (j < columns) store_part(values + j, load_part(source + j, columns - j), columns - j);
+    }
     if (columns % 2) values[columns].bits = 0;
   }
 };
@@ -83,6 +102,7 @@ struct RowMask {
   const bool* keep = nullptr;
   int64_t stride = 0;
   LINFORMER_INLINE bool kept(int64_t row) const { return keep == nullptr || keep[row * stride]; }
+  LINFORMER_INLINE RowMask from(int64_t row) const { return keep ? RowMask{keep + row * stride, stride} : RowMask{}; }
 };
 
 template <class Word>
@@ -103,14 +123,6 @@ struct Prefetch {
         stride(row_stride * static_cast<int64_t>(sizeof(T))),
         rows(row_count),
         bytes(columns * static_cast<int64_t>(sizeof(T))) {}
-
-  // The i-th of n nearly equal parts.
-  LINFORMER_INLINE Prefetch part(int64_t i, int64_t n) const {
-    Prefetch piece = *this;
-    piece.at += i * rows / n * stride;
-    piece.rows = (i + 1) * rows / n - i * rows / n;
-    return piece;
-  }
 
   LINFORMER_INLINE void fetch(int64_t count) {
     for (; count > 0 && rows > 0; --count, --rows, at += stride) {
@@ -133,6 +145,28 @@ void copy_rows(typename Math::Word* target, int64_t ld, const T* source, int64_t
       zero_words(target + i * ld, (columns + Math::kValues - 1) / Math::kValues);
     }
   }
+}
+
+// A by rows where it lies, or copied where it must be: rows that are masked or apart, or words that are not there.
+template <class Word>
+struct Operand {
+  const Word* words;
+  int64_t ld;
+};
+
+template <class Math, class T>
+Operand<typename Math::Word> rows_operand(typename Math::Word* scratch, int64_t ld, const T* source, int64_t stride,
+                                          int64_t rows, int64_t columns, RowMask mask = {}) {
+  using Word = typename Math::Word;
+  if constexpr (sizeof(T) * Math::kValues == sizeof(Word)) {
+    // Rows apart would meet in few sets of the cache.
+    const bool aligned = reinterpret_cast<uintptr_t>(source) % sizeof(Word) == 0;
+    if (mask.keep == nullptr && stride == columns && columns % Math::kValues == 0 && aligned) {
+      return {reinterpret_cast<const Word*>(source), stride / Math::kValues};
+    }
+  }
+  copy_rows<Math>(scratch, ld, source, stride, rows, columns, mask);
+  return {scratch, ld};
 }
 
 // Words along the rows of the source: target[s * ld + j] holds value (s, j), or values (2 s, j) and (2 s + 1, j).
@@ -171,7 +205,7 @@ LINFORMER_INLINE void copy_columns(uint32_t* target, int64_t ld, const T* source
         a = low;
         b = high;
       }
-      const VecU pair = (PairedBf16::upper_bits(a) >> 16) | PairedBf16::upper_bits(b);
+      const VecU pair = PairedBf16::pair(a, b);
       if (padded - j >= kWidth) {
         store_raw(row + j, pair);
       } else {
@@ -209,12 +243,21 @@ void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t ro
 // One register tile. noinline: the compiler allocates registers for this loop alone.
 template <class Math, bool kByColumns, int kRows>
 __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
-                                             int64_t steps, float* c, int64_t ldc, bool accumulate) {
+                                             int64_t ldb, int64_t steps, float* c, int64_t ldc, bool accumulate) {
   VecF sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[i][v] = VecF{};
+  }
+  // By rows, a pointer to every third: each reaches two more by an index. The compiler is kept from seeing how they
+  // hang together, or it makes an index of every row, and has no register left for the last ones.
+  constexpr int kBases = kByColumns ? 1 : (kRows + 2) / 3;
+  const typename Math::Word* base[kBases];
+#pragma GCC unroll 8
+  for (int i = 0; i < kBases; ++i) {
+    base[i] = a + 3 * i * lda;
+    if (!kByColumns) __asm__("" : "+r"(base[i]));
   }
   for (int64_t s = 0; s < steps; ++s) {
     VecF column[kVectors];
@@ -222,12 +265,13 @@ __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64
     for (int v = 0; v < kVectors; ++v) column[v] = load_raw<VecF>(b + v * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const typename Math::Word word = kByColumns ? a[i] : a[i * lda];
+      const typename Math::Word word = kByColumns ? base[0][i] : base[i / 3][i % 3 * lda];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[i][v] = Math::multiply_add(sum[i][v], word, column[v]);
     }
-    a += kByColumns ? lda : 1;
-    b += kTileColumns;
+#pragma GCC unroll 8
+    for (int i = 0; i < kBases; ++i) base[i] += kByColumns ? lda : 1;
+    b += ldb;
   }
   // Two loops, so that the sums stay in registers: with the choice inside, they were spilled.
   if (accumulate) {
@@ -250,12 +294,12 @@ __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64
 
 template <class Math, bool kByColumns, int kRows = kTileRows>
 LINFORMER_INLINE void multiply_tile_of(int64_t rows, const typename Math::Word* a, int64_t lda,
-                                       const typename Math::Word* b, int64_t steps, float* c, int64_t ldc,
+                                       const typename Math::Word* b, int64_t ldb, int64_t steps, float* c, int64_t ldc,
                                        bool accumulate) {
   if (rows == kRows) {
-    multiply_tile<Math, kByColumns, kRows>(a, lda, b, steps, c, ldc, accumulate);
+    multiply_tile<Math, kByColumns, kRows>(a, lda, b, ldb, steps, c, ldc, accumulate);
   } else if constexpr (kRows > 1) {
-    multiply_tile_of<Math, kByColumns, kRows - 1>(rows, a, lda, b, steps, c, ldc, accumulate);
+    multiply_tile_of<Math, kByColumns, kRows - 1>(rows, a, lda, b, ldb, steps, c, ldc, accumulate);
   }
 }
 
@@ -264,43 +308,72 @@ LINFORMER_INLINE void multiply_tile_of(int64_t rows, const typename Math::Word* 
 // 5 % of the speed.
 constexpr int64_t kStepsAtOnce = 64;
 
+// C (+)= A B for the columns of one panel and at most kStepsAtOnce steps; fetches `fetched` rows of `next` a tile.
+template <class Math, bool kByColumns>
+LINFORMER_INLINE void multiply_panel(const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
+                                     int64_t ldb, int64_t rows, int64_t steps, float* c, int64_t ldc, bool accumulate,
+                                     Prefetch& next, int64_t fetched) {
+  // Tiles of nearly equal height: 128 rows are 22 tiles of 5 or 6, rather than 21 of 6 and a slow one of 2.
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t height = tiles ? rows / tiles : 0, taller = tiles ? rows % tiles : 0;
+  for (int64_t t = 0, i = 0; t < tiles; ++t) {
+    const int64_t count = height + (t < taller);
+    multiply_tile_of<Math, kByColumns>(count, a + (kByColumns ? i : i * lda), lda, b, ldb, steps, c + i * ldc, ldc,
+                                       accumulate);
+    i += count;
+    next.fetch(fetched);
+  }
+}
+
+// Rows to fetch after each register tile, so that all are on their way at the end.
+LINFORMER_INLINE int64_t fetched_a_tile(const Prefetch& next, int64_t rows, int64_t columns, int64_t steps) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows * ((columns + kTileColumns - 1) / kTileColumns) *
+                        ((steps + kStepsAtOnce - 1) / kStepsAtOnce);
+  return tiles ? next.rows / tiles + 1 : 0;
+}
+
 // C (+)= A B with A of `rows` x `steps` words and B of `columns` (whole panels).
 template <class Math, bool kByColumns>
 void multiply(const typename Math::Word* a, int64_t lda, const typename Math::Word* b, int64_t rows, int64_t columns,
               int64_t steps, float* c, int64_t ldc, bool accumulate, Prefetch next = {}) {
-  // Tiles of nearly equal height: 128 rows are 22 tiles of 5 or 6, rather than 21 of 6 and a slow one of 2.
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t height = tiles ? rows / tiles : 0, taller = tiles ? rows % tiles : 0;
-  const int64_t fetched_a_tile = tiles ? next.rows * kTileColumns / (tiles * columns) + 1 : 0;
+  const int64_t fetched = fetched_a_tile(next, rows, columns, steps);
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     int64_t s = 0;
     do {
-      const int64_t count = smaller(kStepsAtOnce, steps - s);
-      for (int64_t t = 0, i = 0; t < tiles; ++t) {
-        const int64_t count_rows = height + (t < taller);
-        multiply_tile_of<Math, kByColumns>(count_rows, a + (kByColumns ? i + s * lda : i * lda + s), lda,
-                                           b + j * steps + s * kTileColumns, count, c + i * ldc + j, ldc,
-                                           accumulate || s > 0);
-        i += count_rows;
-        next.fetch(fetched_a_tile);
-      }
-      s += count;
+      multiply_panel<Math, kByColumns>(a + (kByColumns ? s * lda : s), lda, b + j * steps + s * kTileColumns,
+                                       kTileColumns, rows, smaller(kStepsAtOnce, steps - s), c + j, ldc,
+                                       accumulate || s > 0, next, fetched);
+      s += kStepsAtOnce;
     } while (s < steps);
   }
 }
 
-// C (+)= A B with B packed from the rows of `source`, each panel just before it is used: it is written to L1 and read
-// from there.
+// C (+)= A B where B's rows are those of `source`: read where they lie if they are words already and near each other,
+// else packed a piece at a time just before it is used, so that it is written to L1 and read from there.
 template <class Math, bool kByColumns, class T>
 void multiply_rows(const typename Math::Word* a, int64_t lda, const T* source, int64_t stride, int64_t summed,
                    int64_t columns, RowMask mask, typename Math::Word* panel, int64_t rows, float* c, int64_t ldc,
                    bool accumulate, Prefetch next = {}) {
-  const int64_t panels = (columns + kTileColumns - 1) / kTileColumns;
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t j = i * kTileColumns;
-    pack_panels<Math>(panel, source + j, stride, summed, smaller(kTileColumns, columns - j), mask);
-    multiply<Math, kByColumns>(a, lda, panel, rows, kTileColumns, (summed + Math::kValues - 1) / Math::kValues, c + j,
-                               ldc, accumulate, next.part(i, panels));
+  const int64_t steps = (summed + Math::kValues - 1) / Math::kValues;
+  const int64_t fetched = fetched_a_tile(next, rows, columns, steps);
+  const bool in_place =
+      kSame<T, typename Math::Word> && mask.keep == nullptr && columns % kTileColumns == 0 && stride <= 128;
+  for (int64_t j = 0; j < columns; j += kTileColumns) {
+    int64_t s = 0;
+    do {
+      const int64_t count = smaller(kStepsAtOnce, steps - s);
+      const int64_t row = s * Math::kValues;
+      Operand<typename Math::Word> b = {panel, kTileColumns};
+      if (!in_place) {
+        pack_panels<Math>(panel, source + row * stride + j, stride, smaller(kStepsAtOnce * Math::kValues, summed - row),
+                          smaller(kTileColumns, columns - j), mask.from(row));
+      } else if constexpr (kSame<T, typename Math::Word>) {
+        b = {source + row * stride + j, stride};
+      }
+      multiply_panel<Math, kByColumns>(a + (kByColumns ? s * lda : s), lda, b.words, b.ld, rows, count, c + j, ldc,
+                                       accumulate || s > 0, next, fetched);
+      s += kStepsAtOnce;
+    } while (s < steps);
   }
 }
 

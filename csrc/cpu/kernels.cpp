@@ -51,44 +51,41 @@ LINFORMER_INLINE VecI tail_lanes(int64_t k) {
   return lanes;
 }
 
+// The largest value of the row times c, for c of either sign.
 LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   const VecF lowest = splat(-__builtin_inff());
+  const VecU flip = (VecU)splat(c) & 0x80000000u;
+  const auto value = [&](int64_t j) { return (VecF)((VecU)load(row + j) ^ flip); };
   const int64_t whole = k / kWidth * kWidth;
-  VecF max0 = lowest, max1 = lowest;
+  VecF max[4] = {lowest, lowest, lowest, lowest};
   int64_t j = 0;
-  for (; j + 2 * kWidth <= whole; j += 2 * kWidth) {
-    max0 = lanes_max(load(row + j) * c, max0);
-    max1 = lanes_max(load(row + j + kWidth) * c, max1);
+  for (; j + 4 * kWidth <= whole; j += 4 * kWidth) {
+    for (int i = 0; i < 4; ++i) max[i] = lanes_max(value(j + i * kWidth), max[i]);
   }
-  if (j < whole) max0 = lanes_max(load(row + j) * c, max0);
-  if (whole < k) max1 = lanes_max(select(tail_lanes(k), load(row + whole) * c, lowest), max1);
-  return max_of_lanes(lanes_max(max0, max1));
+  for (; j < whole; j += kWidth) max[0] = lanes_max(value(j), max[0]);
+  if (whole < k) max[1] = lanes_max(select(tail_lanes(k), value(whole), lowest), max[1]);
+  return max_of_lanes(lanes_max(lanes_max(max[0], max[1]), lanes_max(max[2], max[3]))) * (c < 0 ? -c : c);
 }
 
-// row = exp2(row * c - max), zero from k up to the next whole vector; returns the sum.
-LINFORMER_INLINE float exponentials_of_row(float* row, int64_t k, float c, float max) {
+// target = exp2(row * c - max), times the dropout factors where there are any, zero from k up to the next whole vector;
+// returns the sum before dropout. The target may be the row: 16-bit values are written behind what has been read.
+template <class Out>
+LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_t k, float c, float max,
+                                           const float* keep) {
   const int64_t whole = k / kWidth * kWidth;
   const VecF top = splat(max);
   VecF sum = {};
   for (int64_t j = 0; j < whole; j += kWidth) {
     const VecF e = exp2_nonpositive(load(row + j) * c - top);
-    store(row + j, e);
+    store(target + j, keep ? e * load(keep + j) : e);
     sum += e;
   }
   if (whole < k) {
     const VecF e = select(tail_lanes(k), exp2_nonpositive(load(row + whole) * c - top), VecF{});
-    store(row + whole, e);
+    store(target + whole, keep ? e * load(keep + whole) : e);
     sum += e;
   }
   return sum_of_lanes(sum);
-}
-
-// Rows of scores to exponentials, unnormalised, in place; inverse_sum gets what makes them probabilities. All maxima
-// come first, so that no row waits for the end of its own reduction.
-void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scale, float* inverse_sum) {
-  const float c = scale * kLog2E;
-  for (int64_t i = 0; i < rows; ++i) inverse_sum[i] = max_of_row(scores + i * ld, k, c);
-  for (int64_t i = 0; i < rows; ++i) inverse_sum[i] = 1.0f / exponentials_of_row(scores + i * ld, k, c, inverse_sum[i]);
 }
 
 // The row's dropout factors, 0 or 1 / (1 - p), zero up to the next whole vector.
@@ -104,8 +101,18 @@ void dropout_factors(const Problem& p, int64_t b, int64_t head, int64_t row, flo
   for (int64_t k = p.proj_dim; k % kWidth; ++k) factor[k] = 0.0f;
 }
 
-LINFORMER_INLINE void multiply_row(float* row, const float* factor, int64_t k) {
-  for (int64_t j = 0; j < k; j += kWidth) store(row + j, load(row + j) * load(factor + j));
+// Rows of scores to exponentials of type Out, unnormalised, in place; inverse_sum gets what makes them probabilities.
+// All maxima come first, so that no row waits for the end of its own reduction. keep_row(i) is null or row i's dropout
+// factors.
+template <class Out, class KeepRow>
+void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scale, float* inverse_sum,
+                  const KeepRow& keep_row) {
+  const float c = scale * kLog2E;
+  for (int64_t i = 0; i < rows; ++i) inverse_sum[i] = max_of_row(scores + i * ld, k, c);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = scores + i * ld;
+    inverse_sum[i] = 1.0f / exponentials_of_row(row, reinterpret_cast<Out*>(row), k, c, inverse_sum[i], keep_row(i));
+  }
 }
 
 LINFORMER_INLINE RowMask mask_of(const Problem& p, int64_t b, int64_t row) {
@@ -209,21 +216,18 @@ struct Tasks {
       const int64_t rows = smaller(plan.query_tile, end - m0);
       const T* query = row_of<const T>(p.query, b, h, p.query_row(b, m0));
       T* out = row_of<T>(p.out, b, h, p.query_row(b, m0));
-      copy_rows<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
-      multiply<Math, false>(scratch.query, scratch.ld_query, panels.key_t, rows, plan.padded_k, words(p.head_dim),
-                            scratch.scores, scratch.ld_scores, false,
+      const Operand<Word> q =
+          rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
+      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, plan.padded_k, words(p.head_dim), scratch.scores,
+                            scratch.ld_scores, false,
                             Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
                                      smaller(plan.query_tile, p.query_length(b) - m0 - rows), p.head_dim));
-      exponentials(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, scratch.inverse_sum);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* row = scratch.scores + i * scratch.ld_scores;
-        if (p.dropout_p > 0) {
-          dropout_factors(p, b, h, m0 + i, scratch.keep);
-          multiply_row(row, scratch.keep, p.proj_dim);
-        }
-        // bf16 words take the place of the fp32 they come from: each is written behind what has been read.
-        if constexpr (Math::kValues == 2) Math::copy_row(reinterpret_cast<Word*>(row), row, p.proj_dim);
-      }
+      exponentials<typename Math::Value>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale,
+                                         scratch.inverse_sum, [&](int64_t i) -> const float* {
+                                           if (p.dropout_p == 0) return nullptr;
+                                           dropout_factors(p, b, h, m0 + i, scratch.keep);
+                                           return scratch.keep;
+                                         });
       multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
                             plan.padded_dv, words(p.proj_dim), scratch.out, plan.padded_dv, false,
                             Prefetch(out, p.out.row_stride, rows, p.value_dim));
@@ -245,22 +249,83 @@ struct Tasks {
     pack_panels_transposed(panels.value_t, scratch.rows, scratch.ld, p.proj_dim, words(p.value_dim));
   }
 
-  // From exponentials e and dP of a row: P after dropout in place of e, dS in place of dP.
-  static void differentiate_row(float* e, float* dp, int64_t k, float inverse_sum, float scale, const float* keep) {
-    if (keep) multiply_row(dp, keep, k);
-    // Between k and the next whole vector e is zero, and dP comes from zero columns.
-    VecF dot0 = {}, dot1 = {};
-    int64_t j = 0;
-    for (; j + kWidth < k; j += 2 * kWidth) {
-      dot0 += load(e + j) * load(dp + j);
-      dot1 += load(e + j + kWidth) * load(dp + j + kWidth);
+  // A product whose result is rows of a tensor: written there at once if the tensor is fp32 and all columns are wanted.
+  template <bool kByColumns>
+  static void multiply_out(const Word* a, int64_t lda, const Word* b, int64_t rows, int64_t padded, int64_t summed,
+                           float* scratch, T* target, int64_t stride, int64_t columns, RowMask mask, Prefetch next) {
+    if constexpr (kSame<T, float>) {
+      if (padded == columns && mask.keep == nullptr) {
+        multiply<Math, kByColumns>(a, lda, b, rows, padded, words(summed), target, stride, false, next);
+        return;
+      }
     }
-    if (j < k) dot0 += load(e + j) * load(dp + j);
-    const VecF delta = splat(sum_of_lanes(dot0 + dot1) * inverse_sum);
-    for (j = 0; j < k; j += kWidth) {
-      const VecF probability = load(e + j) * inverse_sum;
-      store(dp + j, probability * (load(dp + j) - delta) * scale);
-      store(e + j, keep ? probability * load(keep + j) : probability);
+    multiply<Math, kByColumns>(a, lda, b, rows, padded, words(summed), scratch, padded, false, next);
+    store_rows(target, stride, scratch, padded, rows, columns, nullptr, mask);
+  }
+
+  // From exponentials e and dP of a row: what softmax and dropout make of them a vector at a time.
+  struct RowGradient {
+    const float *e, *dp, *keep;    // keep: the dropout factors, or null
+    VecF inverse_sum, scale, delta;
+
+    RowGradient(const float* e_, const float* dp_, int64_t k, float inverse_sum_, float scale_, const float* keep_)
+        : e(e_), dp(dp_), keep(keep_), inverse_sum(splat(inverse_sum_)), scale(splat(scale_)) {
+      // Between k and the next whole vector e is zero, and dP comes from zero columns.
+      VecF dot0 = {}, dot1 = {};
+      int64_t j = 0;
+      for (; j + kWidth < k; j += 2 * kWidth) {
+        dot0 += load(e + j) * grad_probability(j);
+        dot1 += load(e + j + kWidth) * grad_probability(j + kWidth);
+      }
+      if (j < k) dot0 += load(e + j) * grad_probability(j);
+      delta = splat(sum_of_lanes(dot0 + dot1) * inverse_sum_);
+    }
+    LINFORMER_INLINE VecF grad_probability(int64_t j) const {
+      return keep ? load(dp + j) * load(keep + j) : load(dp + j);
+    }
+    LINFORMER_INLINE VecF probability(int64_t j) const { return load(e + j) * inverse_sum; }
+    LINFORMER_INLINE VecF dropped(int64_t j) const { return keep ? probability(j) * load(keep + j) : probability(j); }
+    LINFORMER_INLINE VecF grad_score(int64_t j) const { return probability(j) * (grad_probability(j) - delta) * scale; }
+  };
+
+  // P after dropout and dS of the rows, as operands: fp32 in place of e and dP; else words of both by columns and of dS
+  // by rows, two rows at a time.
+  template <class KeepRow>
+  static void differentiate_rows(const AttendBackwardScratch<Word>& scratch, int64_t rows, int64_t k, float scale,
+                                 const KeepRow& keep_row) {
+    const int64_t ld = scratch.ld_scores;
+    if constexpr (Math::kValues == 2) {
+      static_assert(kTileRows % 2 == 0, "a tile has room for the row that makes a pair");
+      if (rows % 2) {
+        zero_words(scratch.scores + rows * ld, round_up(k, kWidth));
+        zero_words(scratch.grad_scores + rows * ld, round_up(k, kWidth));
+        scratch.inverse_sum[rows] = 0.0f;
+      }
+    }
+    const auto gradient = [&](int64_t i) {
+      return RowGradient(scratch.scores + i * ld, scratch.grad_scores + i * ld, k, scratch.inverse_sum[i], scale,
+                         keep_row(i));
+    };
+    for (int64_t i = 0; i < rows; i += Math::kValues) {
+      const RowGradient row = gradient(i);
+      if constexpr (Math::kValues == 1) {
+        for (int64_t j = 0; j < k; j += kWidth) {
+          const VecF p = row.dropped(j), ds = row.grad_score(j);
+          store(scratch.scores + i * ld + j, p);
+          store(scratch.grad_scores + i * ld + j, ds);
+        }
+      } else {
+        const RowGradient next = gradient(i + 1);
+        BFloat16* ds_row = reinterpret_cast<BFloat16*>(scratch.grad_scores_rows + i * scratch.ld_rows);
+        BFloat16* ds_next = reinterpret_cast<BFloat16*>(scratch.grad_scores_rows + (i + 1) * scratch.ld_rows);
+        for (int64_t j = 0; j < k; j += kWidth) {
+          const VecF ds0 = row.grad_score(j), ds1 = next.grad_score(j);
+          store_raw(scratch.scores_columns + i / 2 * ld + j, Math::pair(row.dropped(j), next.dropped(j)));
+          store_raw(scratch.grad_scores_columns + i / 2 * ld + j, Math::pair(ds0, ds1));
+          store(ds_row + j, ds0);
+          store(ds_next + j, ds1);
+        }
+      }
     }
   }
 
@@ -287,37 +352,28 @@ struct Tasks {
       const int64_t rows = smaller(plan.backward_tile, length - m0);
       const T* query = row_of<const T>(p.query, b, h, p.query_row(b, m0));
       const T* grad_out = row_of<const T>(p.grad_out, b, h, p.query_row(b, m0));
-      copy_rows<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
-      multiply<Math, false>(scratch.query, scratch.ld_query, panels.key_t, rows, plan.padded_k, words(p.head_dim),
-                            scratch.scores, scratch.ld_scores, false,
-                            Prefetch(grad_out, p.grad_out.row_stride, rows, p.value_dim));
+      const Operand<Word> q =
+          rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
+      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, plan.padded_k, words(p.head_dim), scratch.scores,
+                            scratch.ld_scores, false, Prefetch(grad_out, p.grad_out.row_stride, rows, p.value_dim));
       if (need_scores_gradient) {
-        copy_rows<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out, p.grad_out.row_stride, rows, p.value_dim);
-        multiply<Math, false>(scratch.grad_out, scratch.ld_grad_out, panels.value_t, rows, plan.padded_k,
-                              words(p.value_dim), scratch.grad_scores, scratch.ld_scores, false,
+        const Operand<Word> g = rows_operand<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out,
+                                                   p.grad_out.row_stride, rows, p.value_dim);
+        multiply<Math, false>(g.words, g.ld, panels.value_t, rows, plan.padded_k, words(p.value_dim),
+                              scratch.grad_scores, scratch.ld_scores, false,
                               Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
                                        smaller(plan.backward_tile, length - m0 - rows), p.head_dim));
+      } else {
+        zero_words(scratch.grad_scores, rows * scratch.ld_scores);
       }
-      exponentials(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, scratch.inverse_sum);
-      for (int64_t i = 0; i < rows; ++i) {
-        float* row = scratch.scores + i * scratch.ld_scores;
-        const float* keep = nullptr;
-        if (p.dropout_p > 0) {
-          dropout_factors(p, b, h, m0 + i, scratch.keep);
-          keep = scratch.keep;
-        }
-        float* grad_row = scratch.grad_scores + i * scratch.ld_scores;
-        if (!need_scores_gradient) zero_words(grad_row, round_up(p.proj_dim, kWidth));
-        differentiate_row(row, grad_row, p.proj_dim, scratch.inverse_sum[i], p.scale, keep);
-      }
-      if constexpr (Math::kValues == 2) {
-        copy_columns(scratch.scores_columns, scratch.ld_scores, scratch.scores, scratch.ld_scores, rows, p.proj_dim,
-                     p.proj_dim);
-        copy_columns(scratch.grad_scores_columns, scratch.ld_scores, scratch.grad_scores, scratch.ld_scores, rows,
-                     p.proj_dim, p.proj_dim);
-        copy_rows<Math>(scratch.grad_scores_rows, scratch.ld_rows, scratch.grad_scores, scratch.ld_scores, rows,
-                        p.proj_dim);
-      }
+      exponentials<float>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, scratch.inverse_sum,
+                          [](int64_t) { return nullptr; });
+      differentiate_rows(scratch, rows, p.proj_dim, p.scale, [&](int64_t i) -> const float* {
+        if (p.dropout_p == 0) return nullptr;
+        float* factor = scratch.keep + i % 2 * plan.padded_k;
+        dropout_factors(p, b, h, m0 + i, factor);
+        return factor;
+      });
       if (plan.need_grad_value_proj) {
         multiply_rows<Math, true>(scratch.scores_columns, scratch.ld_scores, grad_out, p.grad_out.row_stride, rows,
                                   p.value_dim, RowMask(), scratch.panel, p.proj_dim, partial.value, plan.padded_dv,
@@ -329,10 +385,9 @@ struct Tasks {
                                   t != first);
       }
       if (p.grad_query.data) {
-        multiply<Math, false>(scratch.grad_scores_rows, scratch.ld_rows, panels.key, rows, plan.padded_d,
-                              words(p.proj_dim), scratch.grad_query, plan.padded_d, false);
-        store_rows(row_of<T>(p.grad_query, b, h, p.query_row(b, m0)), p.grad_query.row_stride, scratch.grad_query,
-                   plan.padded_d, rows, p.head_dim);
+        multiply_out<false>(scratch.grad_scores_rows, scratch.ld_rows, panels.key, rows, plan.padded_d, p.proj_dim,
+                            scratch.grad_query, row_of<T>(p.grad_query, b, h, p.query_row(b, m0)),
+                            p.grad_query.row_stride, p.head_dim, RowMask(), Prefetch());
       }
     }
   }
@@ -404,16 +459,15 @@ struct Tasks {
       const RowMask mask = mask_of(p, b, n0);
       T* target = grad_rows.data ? row_of<T>(grad_rows, b, h, p.key_row(b, n0)) : nullptr;
       if (grad_proj.data) {
-        copy_rows<Math>(scratch.rows, scratch.ld_rows, row_of<const T>(rows, b, h, p.key_row(b, n0)), rows.row_stride,
-                        n, width, mask);
-        multiply<Math, false>(scratch.rows, scratch.ld_rows, panel_t, n, plan.padded_k, words(width),
-                              scratch.grad_proj_t, plan.padded_k, true,
-                              Prefetch(target, grad_rows.row_stride, target ? n : 0, width));
+        const Operand<Word> source =
+            rows_operand<Math>(scratch.rows, scratch.ld_rows, row_of<const T>(rows, b, h, p.key_row(b, n0)),
+                               rows.row_stride, n, width, mask);
+        multiply<Math, false>(source.words, source.ld, panel_t, n, plan.padded_k, words(width), scratch.grad_proj_t,
+                              plan.padded_k, true, Prefetch(target, grad_rows.row_stride, target ? n : 0, width));
       }
       if (target) {
-        multiply<Math, true>(scratch.proj, scratch.ld_proj, panel, n, padded, words(p.proj_dim), scratch.grad_rows,
-                             padded, false, grad_proj.data ? next : Prefetch());
-        store_rows(target, grad_rows.row_stride, scratch.grad_rows, padded, n, width, nullptr, mask);
+        multiply_out<true>(scratch.proj, scratch.ld_proj, panel, n, padded, p.proj_dim, scratch.grad_rows, target,
+                           grad_rows.row_stride, width, mask, grad_proj.data ? next : Prefetch());
       }
     };
     for (int64_t b = 0; b < p.batch; ++b) {

@@ -117,7 +117,8 @@ template <class Word>
 struct AttendBackwardScratch {
   Word *query, *grad_out;    // by rows
   Word* panel;               // of query or grad_out, summed over the query rows
-  float *scores, *grad_scores, *grad_query, *keep, *inverse_sum;
+  float *scores, *grad_scores, *grad_query, *inverse_sum;
+  float* keep;                                                      // dropout factors of two rows
   Word *scores_columns, *grad_scores_columns, *grad_scores_rows;    // P and dS as operands
   int64_t ld_query, ld_grad_out, ld_scores, ld_rows, bytes;
   AttendBackwardScratch(const Plan& plan, std::byte* base) {
@@ -133,7 +134,7 @@ struct AttendBackwardScratch {
     scores = carver.take<float>(tile * ld_scores);
     grad_scores = carver.take<float>(tile * ld_scores);
     grad_query = carver.take<float>(tile * plan.padded_d);
-    keep = carver.take<float>(plan.padded_k);
+    keep = carver.take<float>(2 * plan.padded_k);
     inverse_sum = carver.take<float>(tile);
     if (plan.words_per_value == 1) {    // fp32 rows are operands as they stand, both ways
       ld_rows = ld_scores;

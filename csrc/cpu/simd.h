@@ -142,42 +142,58 @@ LINFORMER_INLINE VecF lanes_max(VecF a, VecF b) {
 }
 
 LINFORMER_INLINE float sum_of_lanes(VecF value) {
+#if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
+  return _mm512_reduce_add_ps((__m512)value);
+#else
   float lane[kWidth];
   store_raw(lane, value);
   for (int half = kWidth / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   }
   return lane[0];
+#endif
 }
 
 LINFORMER_INLINE float max_of_lanes(VecF value) {
+#if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
+  return _mm512_reduce_max_ps((__m512)value);
+#else
   float lane[kWidth];
   store_raw(lane, value);
   for (int half = kWidth / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
   }
   return lane[0];
+#endif
 }
 
-// 2^x for x <= 0 (a rounding error above is harmless); below -126 the result is 2^-126 or less. A NaN stays NaN.
-// x = n + f with |f| <= 1/2: a polynomial for 2^f, times 2^n put together from bits.
-// One vector at a time: several interleaved ones fill the scheduler and were slower. Estrin's order, two percent faster
-// on Zen 3, rounds otherwise; nobody has checked it against the tolerance rule yet.
-LINFORMER_INLINE VecF exp2_nonpositive(VecF x) {
-  const VecF magic = splat(0x1.8p23f + 127.0f);
-  x = lanes_max(splat(-126.0f), x);    // this way round a NaN passes through
-  const VecF power = x + magic;        // rounds, and leaves n + 127, the exponent of 2^n, in the low bits
-  const VecF f = x - (power - magic);
-  // (2^f - 1) / f by numpy.polynomial.chebyshev.chebinterpolate of degree 5: relative error 5e-9, 9.5e-8 after
-  // rounding.
+// 2^f for |f| <= 1/2: 1 + f q, with q by numpy.polynomial.chebyshev.chebinterpolate of degree 5 for (2^f - 1) / f;
+// relative error 5e-9, 9.5e-8 after rounding. One vector at a time, in Horner's order: several interleaved ones, and
+// Estrin's order, were no faster.
+LINFORMER_INLINE VecF exp2_of_fraction(VecF f) {
   VecF p = splat(0x1.44138ap-13f);
   p = p * f + splat(0x1.5f0890p-10f);
   p = p * f + splat(0x1.3b2a54p-7f);
   p = p * f + splat(0x1.c6af6cp-5f);
   p = p * f + splat(0x1.ebfbe0p-3f);
   p = p * f + splat(0x1.62e430p-1f);
-  p = p * f + splat(1.0f);
-  return p * (VecF)((VecU)power << 23);    // a product, so that no payload of a NaN can hide it
+  return p * f + splat(1.0f);
+}
+
+// 2^x for x <= 0 (a rounding error above is harmless); below -126 the result is 2^-126 or less. A NaN stays NaN.
+// x = n + f with |f| <= 1/2: 2^f times 2^n.
+LINFORMER_INLINE VecF exp2_nonpositive(VecF x) {
+#if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
+  // f of minus infinity is 0, so that the result is 0.
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (VecF)_mm512_scalef_ps((__m512)exp2_of_fraction(f), (__m512)(x - f));
+#else
+  const VecF magic = splat(0x1.8p23f + 127.0f);
+  x = lanes_max(splat(-126.0f), x);    // this way round a NaN passes through
+  const VecF power = x + magic;        // rounds, and leaves n + 127, the exponent of 2^n, in the low bits
+  return exp2_of_fraction(x - (power - magic)) *
+         (VecF)((VecU)power << 23);    // a product: no payload of a NaN hides it
+#endif
 }
 
 }    // namespace
