@@ -233,9 +233,9 @@ void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t ro
     const int64_t columns = smaller(kTileColumns, rows - j0);
     Word* panel = target + j0 * steps;
     zero_words(panel, columns < kTileColumns ? steps * kTileColumns : 0);
-    for (int64_t j = 0; j < columns; ++j) {
-      const Word* source = a + (j0 + j) * lda;
-      for (int64_t s = 0; s < steps; ++s) panel[s * kTileColumns + j] = source[s];
+    const Word* source = a + j0 * lda;
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t j = 0; j < columns; ++j) panel[s * kTileColumns + j] = source[j * lda + s];
     }
   }
 }

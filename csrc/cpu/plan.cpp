@@ -55,7 +55,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int 
   plan.padded_d = round_to(p.head_dim, shape.tile_columns);
   plan.padded_dv = round_to(p.value_dim, shape.tile_columns);
 
-  const int64_t wanted = kTasksPerThread * threads;
+  const int64_t wanted = threads == 1 ? 1 : kTasksPerThread * threads;    // alone, each more is a partial to add
   const int64_t pairs = p.batch * p.heads_kv;
 
   plan.chunk = rows_of_block(kBlockValues, p.proj_dim, 64, 256, 16);
