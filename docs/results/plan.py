@@ -77,7 +77,19 @@ def runs_of(seed: int) -> Iterator[Run]:
             yield Run(f"{task}-tuned-{model}-{seed}", "finetune.py", common, after=f"imdb-{model}-{seed}")
 
 
-def long_runs(seed: int) -> Iterator[Run]:
+def longer_runs(seed: int) -> Iterator[Run]:
+    """The first comparison over six times as many steps, at the rate that suited exact attention better."""
+    for name, arguments in (
+        ("exact", ["--attention", "exact"]),
+        ("k128", ["--proj-dim", "128"]),
+        ("none", ["--attention", "none"]),
+        *((f"k{k}", ["--proj-dim", str(k)]) for k in (256, 32, 64)),
+    ):
+        more = ["--lr", "1e-3", "--evaluate-every", "250", *arguments]
+        yield pretraining(f"longer-{name}", "imdb", seed, *more, steps=3000)
+
+
+def byte_runs(seed: int) -> Iterator[Run]:
     """The long-range text benchmark: reviews by bytes, from scratch."""
     common = [
         *SHAPE,
@@ -99,7 +111,7 @@ def long_runs(seed: int) -> Iterator[Run]:
 
 
 def plan() -> list[Run]:
-    return [run for seed in SEEDS for part in (runs_of, long_runs) for run in part(seed)]
+    return [run for part in (runs_of, longer_runs, byte_runs) for seed in SEEDS for run in part(seed)]
 
 
 def prepare(data: Path, work: Path) -> None:
