@@ -48,7 +48,7 @@ def _fused(name: str, missing: str | None, device_types: tuple[str, ...], operat
             return f"its kernels run on {device_types[0]} tensors and these are on {call.device}"
         if call.dtype == torch.float64:
             return 'its kernels take float32, float16 and bfloat16, and these tensors are float64: use "reference"'
-        return _gpu_limits(call) if name != "cpu" else None
+        return _gpu_limits(call, name) if name != "cpu" else None
 
     return Backend(name, missing, limits, operations.attention, operations.project, operations.projected_attention)
 
@@ -56,7 +56,7 @@ def _fused(name: str, missing: str | None, device_types: tuple[str, ...], operat
 _GPU_WIDEST_HEAD = 256
 
 
-def _gpu_limits(call: Call) -> str | None:
+def _gpu_limits(call: Call, name: str) -> str | None:
     """What the CUDA and the Triton kernels cannot do."""
     heads = (call.query, call.key, call.value, call.key_proj, call.value_proj)
     widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
@@ -67,6 +67,11 @@ def _gpu_limits(call: Call) -> str | None:
     major, minor = torch.cuda.get_device_capability(call.device)
     if major < 8:
         return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "reference"'
+    if name == "cuda" and not _library.has_code_for(_ARCHITECTURES, major, minor):
+        return (
+            f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
+            f"reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use \"triton\""
+        )
     return None
 
 
@@ -74,7 +79,7 @@ def _cuda_missing() -> str | None:
     """Why this installation has no CUDA backend."""
     if _LIBRARY_MISSING:
         return _LIBRARY_MISSING
-    if not _library.cuda_architectures():
+    if not _ARCHITECTURES:
         return "the native library was built without CUDA kernels; reinstall linformer_kernels with nvcc on PATH"
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} was built without CUDA"
@@ -111,6 +116,7 @@ def interpreting() -> bool:
 
 # Read once, here: a compiler that traces a call must not meet the loading of a library.
 _LIBRARY_MISSING = _library.load()
+_ARCHITECTURES = _library.cuda_architectures()
 
 BACKENDS = {
     backend.name: backend

@@ -28,5 +28,16 @@ def load() -> str | None:
 
 
 def cuda_architectures() -> str:
-    """The CUDA architectures in the native library, e.g. "80,90"; empty where it has none or did not load."""
+    """The CUDA architectures in the native library, e.g. "80+PTX,86"; empty where it has none or did not load."""
     return torch.ops.linformer_kernels.cuda_architectures() if load() is None else ""
+
+
+def has_code_for(architectures: str, major: int, minor: int) -> bool:
+    """Whether one of the architectures serves a GPU of this compute capability: machine code for its major version, no
+    newer than the GPU, or PTX, which the driver compiles for every newer GPU."""
+    capability = 10 * major + minor
+    for name in filter(None, architectures.split(",")):
+        number, _, ptx = name.partition("+")
+        if int(number) <= capability and (ptx or int(number) // 10 == major):
+            return True
+    return False

@@ -14,7 +14,7 @@ import torch
 from cases import Case, Inputs, Spy
 
 import linformer_kernels as lk
-from linformer_kernels import _library
+from linformer_kernels import _backends, _library
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +42,30 @@ def test_info():
     for word in (lk.__version__, torch.__version__, "cuda", "triton", "cpu", "reference"):
         assert word in text and word in json.dumps(report)
     assert torch.ops.linformer_kernels.cpu_capability() in text
+
+
+@pytest.mark.parametrize(("architectures", "gpu", "served"), [
+    ("80+PTX,86,90+PTX", (8, 0), True),
+    ("80+PTX,86,90+PTX", (8, 9), True),  # machine code of 8.6, or PTX of 8.0
+    ("80+PTX,86,90+PTX", (12, 0), True),  # PTX of 9.0
+    ("90+PTX", (8, 0), False),
+    ("86,120+PTX", (8, 9), True),  # machine code of 8.6
+    ("86,120+PTX", (9, 0), False),
+    ("", (8, 0), False),
+])  # fmt: skip
+def test_which_gpus_a_build_serves(architectures, gpu, served):
+    assert _library.has_code_for(architectures, *gpu) == served
+
+
+def test_a_build_for_other_gpus_is_refused(monkeypatch):
+    """Before a launch fails: another backend takes the call, or the error says what to do."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_backends, "_ARCHITECTURES", "90+PTX")
+    tensor = types.SimpleNamespace(shape=(1, 1, 4, 8))
+    call = types.SimpleNamespace(query=tensor, key=tensor, value=tensor, key_proj=None, value_proj=None)
+    call.device, call.dtype = torch.device("cuda"), torch.float32
+    assert "LINFORMER_CUDA_ARCHS=80" in _backends.BACKENDS["cuda"].limits(call)
+    assert _backends.BACKENDS["triton"].limits(call) is None
 
 
 DAMAGED = """
