@@ -70,7 +70,7 @@ def _gpu_limits(call: Call, name: str) -> str | None:
     if name == "cuda" and not _library.has_code_for(_ARCHITECTURES, major, minor):
         return (
             f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
-            f"reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use \"triton\""
+            f'reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use "triton"'
         )
     return None
 
