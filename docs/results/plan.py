@@ -52,25 +52,33 @@ def pretraining(name: str, text: str, seed: int, *arguments: str, seq_len: int =
     return Run(f"{text}-{name}-{seed}", "pretrain_mlm.py", [*PRETRAIN, *common, *arguments])
 
 
-def runs_of(seed: int) -> Iterator[Run]:
-    exact, none = ["--attention", "exact"], ["--attention", "none"]
+EXACT, NONE = ["--attention", "exact"], ["--attention", "none"]
+
+
+def main_runs(seed: int) -> Iterator[Run]:
     for text in TEXTS:
-        yield pretraining("exact", text, seed, *exact)
+        yield pretraining("exact", text, seed, *EXACT)
         for k in (128, 32, 256, 64):
             yield pretraining(f"k{k}", text, seed, "--proj-dim", str(k))
-        yield pretraining("none", text, seed, *none)
+        yield pretraining("none", text, seed, *NONE)
+
+
+def variants(seed: int) -> Iterator[Run]:
     for sharing in ("headwise", "key_value", "none"):
         yield pretraining(f"sharing-{sharing}", "imdb", seed, "--sharing", sharing)
     for kind in ("fixed", "mean", "max", "conv"):
         yield pretraining(f"projection-{kind}", "imdb", seed, "--projection", kind)
     yield pretraining("init-mean", "imdb", seed, "--init", "mean")
     for rate in ("1e-3", "4e-3"):
-        yield pretraining(f"exact-lr{rate}", "imdb", seed, *exact, "--lr", rate)
+        yield pretraining(f"exact-lr{rate}", "imdb", seed, *EXACT, "--lr", rate)
         yield pretraining(f"k128-lr{rate}", "imdb", seed, "--lr", rate)
     for seq_len in (1024, 2048):
         for k in (128, seq_len // 4):
             yield pretraining(f"n{seq_len}-k{k}", "imdb", seed, "--proj-dim", str(k), seq_len=seq_len)
-        yield pretraining(f"n{seq_len}-exact", "imdb", seed, *exact, seq_len=seq_len)
+        yield pretraining(f"n{seq_len}-exact", "imdb", seed, *EXACT, seq_len=seq_len)
+
+
+def tuned_runs(seed: int) -> Iterator[Run]:
     for task, data, sizes in TASKS:
         for model in ("exact", "k128"):
             common = ["--task", task, "--data", data, "--seed", str(seed), "--lr", "5e-4", *sizes]
@@ -79,39 +87,26 @@ def runs_of(seed: int) -> Iterator[Run]:
 
 def longer_runs(seed: int) -> Iterator[Run]:
     """The first comparison over six times as many steps, at the rate that suited exact attention better."""
-    for name, arguments in (
-        ("exact", ["--attention", "exact"]),
-        ("k128", ["--proj-dim", "128"]),
-        ("none", ["--attention", "none"]),
-        *((f"k{k}", ["--proj-dim", str(k)]) for k in (256, 32, 64)),
-    ):
+    for name, arguments in (("exact", EXACT), ("k128", ["--proj-dim", "128"]), ("none", NONE)):
         more = ["--lr", "1e-3", "--evaluate-every", "250", *arguments]
         yield pretraining(f"longer-{name}", "imdb", seed, *more, steps=3000)
 
 
 def byte_runs(seed: int) -> Iterator[Run]:
     """The long-range text benchmark: reviews by bytes, from scratch."""
-    common = [
-        *SHAPE,
-        "--layers",
-        "2",
-        "--task",
-        "imdb",
-        "--data",
-        "aclImdb",
-        "--bytes",
-        "--seq-len",
-        "4096",
-        "--batch",
-        "4",
-    ]
+    common = [*SHAPE, "--layers", "2", "--task", "imdb", "--data", "aclImdb", "--bytes"]
+    common += ["--seq-len", "4096", "--batch", "4"]
     common += ["--steps", "250", "--lr", "1e-3", "--evaluate-every", "125", "--evaluation-examples", "1000"]
-    for name, arguments in (("k256", ["--proj-dim", "256"]), ("exact", ["--attention", "exact"])):
+    for name, arguments in (("k256", ["--proj-dim", "256"]), ("exact", EXACT)):
         yield Run(f"bytes-{name}-{seed}", "finetune.py", [*common, "--seed", str(seed), *arguments])
 
 
+# In this order, each group for all seeds.
+GROUPS = ((main_runs, tuned_runs), (byte_runs,), (variants,), (longer_runs,))
+
+
 def plan() -> list[Run]:
-    return [run for part in (runs_of, longer_runs, byte_runs) for seed in SEEDS for run in part(seed)]
+    return [run for group in GROUPS for seed in SEEDS for part in group for run in part(seed)]
 
 
 def prepare(data: Path, work: Path) -> None:
