@@ -9,17 +9,14 @@ Writes docs/results/runs/adapt.json after each training. MiniLM's weights come w
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from attention import SEQUENCES, minilm
-from plan import RUNS, SEEDS, prepare
+from attention import SEQUENCES, folders_and_text, minilm, pieces
+from plan import RUNS, SEEDS
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
@@ -29,16 +26,6 @@ from linformer_kernels.integrations.transformers import linformerize
 STEPS, TOKENS = 150, 1024  # steps, and tokens of each, whatever the length of a sequence
 SIZES = ((512, 128), (512, 1), (512, 32), (512, 256), (512, 64), (256, 64), (128, 64))  # N, K
 RATE, EVALUATE_EVERY = 2e-4, 50
-
-
-def pieces(text: str, tokenizer: Any, length: int, count: int) -> Tensor:
-    """`count` stretches of the text, of `length` tokens each."""
-    size = 8 * length  # characters: more than `length` tokens
-    parts = [text[size * index : size * (index + 1)] for index in range(count)]
-    batch = tokenizer(parts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-    assert batch["attention_mask"].all(), "a piece of the text is too short"
-    ids: Tensor = batch["input_ids"]
-    return ids
 
 
 def hidden(model: Any, ids: Tensor) -> Tensor:
@@ -56,8 +43,8 @@ def kept(model: Any, ids: Tensor, want: Tensor) -> dict[str, float]:
 def adapt(teacher: Any, tokenizer: Any, text: str, seed: int, length: int, proj_dim: int) -> dict[str, Any]:
     """One training. The seed draws the order of the text; the text for evaluation is its end."""
     batch, reserved = TOKENS // length, 8 * 512 * SEQUENCES
-    test = pieces(text[-reserved:], tokenizer, length, SEQUENCES)
-    train = pieces(text[:-reserved], tokenizer, length, STEPS * batch)
+    test = pieces(text[-reserved:], tokenizer, length, SEQUENCES)["input_ids"]
+    train = pieces(text[:-reserved], tokenizer, length, STEPS * batch)["input_ids"]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     want = hidden(teacher, test)
     student = linformerize(copy.deepcopy(teacher), length, proj_dim, "layerwise", init="mean")
@@ -86,14 +73,7 @@ def adapt(teacher: Any, tokenizer: Any, text: str, seed: int, length: int, proj_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What MiniLM keeps of itself after a short training, against K and N.")
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    options.work.mkdir(parents=True, exist_ok=True)
-    prepare(options.data, options.work)
-    text = (options.work / "imdb.txt").read_text(encoding="utf-8")
+    _, text = folders_and_text("What MiniLM keeps of itself after a short training, against K and N.")
     # Dropout would be noise on what is compared.
     teacher = AutoModel.from_pretrained(minilm(), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).eval()
     tokenizer = AutoTokenizer.from_pretrained(minilm())
