@@ -1,12 +1,13 @@
-"""Fine-tuning on IMDB, SST-2, QNLI or QQP, from a checkpoint of pretrain_mlm.py or from scratch; accuracy and F1.
+"""Fine-tuning on IMDB, SST-2, QNLI or QQP, from a pretrained encoder or from scratch; accuracy and F1.
 
     python examples/finetune.py --task imdb --data aclImdb --checkpoint runs/wiki --output runs/imdb
     python examples/finetune.py --task imdb --data aclImdb_v1.tar.gz --bytes --seq-len 4096 --proj-dim 256 --output ...
     python examples/finetune.py --task sst2 --data SST-2 --attention exact --output ...
     torchrun --nproc-per-node 2 examples/finetune.py ...              # on several GPUs, or on several CPU processes
 
-The data is read as it is distributed, see tasks.py. A checkpoint says itself whether its attention is Linformer or
-exact; from scratch the options say it, and tokens are bytes (`--bytes`: the text task of the long range arena) or those
+The data is read as it is distributed, see tasks.py. A checkpoint is the output of pretrain_mlm.py or any encoder of
+transformers with its tokenizer, before or after `linformerize`: it says itself whether its attention is Linformer or
+exact. From scratch the options say it, and tokens are bytes (`--bytes`: the text task of the long range arena) or those
 of a tokenizer trained on the task's text. Batches are padded to their longest sequence and the padding takes no part.
 `--record FILE` writes what was run and measured as JSON.
 """
@@ -17,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,23 @@ from tasks import TASKS, Example, Task, read_task
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+from training import (
+    MAIN_PROCESS,
+    add_options,
+    check_options,
+    count_in_words,
+    count_weights,
+    longest_sequence,
+    trainer_arguments,
+)
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaForSequenceClassification,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -51,23 +61,30 @@ BYTES = len(SPECIAL) + 256  # a byte-level vocabulary of this size has room for 
 
 
 class Encoded(Dataset):
-    """Examples as tokens, cut to seq_len."""
+    """Examples as tokens, cut to seq_len; `segments`: and which text of a pair each token is of, as BERT wants it."""
 
-    def __init__(self, examples: list[Example], tokenizer: PreTrainedTokenizerFast, seq_len: int) -> None:
+    def __init__(
+        self, examples: list[Example], tokenizer: PreTrainedTokenizerFast, seq_len: int, segments: bool = False
+    ) -> None:
         self.labels = [example.label for example in examples]
-        self.ids: list[Tensor] = []
+        self.names = ["input_ids", *["token_type_ids"] * segments]
+        self.tokens: list[tuple[Tensor, ...]] = []
         for start in range(0, len(examples), 1024):  # lists of Python's numbers are 8 times as large
             part = examples[start : start + 1024]
             texts = [example.text for example in part]
             pairs = None if part[0].pair is None else [example.pair for example in part]
-            encoded = tokenizer(texts, pairs, truncation=True, max_length=seq_len, split_special_tokens=True)
-            self.ids += [torch.tensor(ids, dtype=torch.int32) for ids in encoded["input_ids"]]
+            encoded = tokenizer(
+                texts, pairs, truncation=True, max_length=seq_len, split_special_tokens=True,
+                return_token_type_ids=segments,
+            )  # fmt: skip
+            rows = zip(*(encoded[name] for name in self.names), strict=True)
+            self.tokens += [tuple(torch.tensor(ids, dtype=torch.int32) for ids in row) for row in rows]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.ids[index], "labels": self.labels[index]}
+        return dict(zip(self.names, self.tokens[index], strict=True)) | {"labels": self.labels[index]}
 
 
 class Pad:
@@ -77,14 +94,16 @@ class Pad:
         self.pad = pad
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = [example["input_ids"].long() for example in examples]
-        lengths = torch.tensor([len(sequence) for sequence in ids])
-        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad)
-        return {
-            "input_ids": padded,
-            "attention_mask": (torch.arange(padded.size(1)) < lengths[:, None]).long(),
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        batch = {
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
             "labels": torch.tensor([example["labels"] for example in examples]),
         }
+        for name, padding in (("input_ids", self.pad), ("token_type_ids", 0)):
+            if name in examples[0]:
+                tokens = [example[name].long() for example in examples]
+                batch[name] = pad_sequence(tokens, batch_first=True, padding_value=padding)
+        return batch
 
 
 def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
@@ -109,15 +128,12 @@ def make_model(options: argparse.Namespace, task: Task) -> tuple[PreTrainedToken
     names = dict(enumerate(task.labels))
     labels = {"num_labels": len(names), "id2label": names, "label2id": {name: label for label, name in names.items()}}
     if options.checkpoint:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
         set_seed(options.seed)
+        classifier = AutoModelForSequenceClassification
         if options.attention == "linformer":
-            model = load(RobertaForSequenceClassification, str(options.checkpoint), **labels)
-        else:
-            model = RobertaForSequenceClassification.from_pretrained(
-                options.checkpoint, attn_implementation="sdpa", **labels
-            )
-        return tokenizer, model
+            return tokenizer, load(classifier, str(options.checkpoint), **labels)
+        return tokenizer, classifier.from_pretrained(options.checkpoint, attn_implementation="sdpa", **labels)
     text = "" if options.bytes else "\n".join(f"{example.text}\n{example.pair or ''}" for example in task.train)
     tokenizer = train_tokenizer(text, BYTES if options.bytes else options.vocabulary, options.seq_len)
     set_seed(options.seed)
@@ -130,7 +146,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--data", type=Path, required=True, help="aclImdb or its tar.gz; GLUE's folder of tsv files")
     parser.add_argument("--output", type=Path, required=True, help="folder for the final model")
-    parser.add_argument("--checkpoint", type=Path, help="folder of a model to start from (default: from scratch)")
+    parser.add_argument("--checkpoint", type=Path, help="folder of an encoder to start from (default: from scratch)")
     parser.add_argument("--seq-len", type=int, help=f"N; default: the checkpoint's, from scratch {SEQ_LEN}")
     scratch = parser.add_argument_group("from scratch")
     scratch.add_argument("--attention", choices=["linformer", "exact"], help="default: linformer")
@@ -146,32 +162,20 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     tokens.add_argument("--bytes", action="store_true", help="tokens are bytes")
     scratch.add_argument("--dropout", type=float, help="default: 0.1")
     scratch.add_argument("--initializer-range", type=float, help="standard deviation of new weights; default: 0.02")
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step and process")
-    parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are summed")
+    add_options(parser, batch=16, lr=1e-4, warmup="a tenth", every="a fifth")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="default: 3")
     length.add_argument("--steps", type=int, help="instead of --epochs")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--warmup", type=int, help="steps; default: a tenth of all")
-    parser.add_argument("--evaluate-every", type=int, help="steps; default: a fifth of all")
     parser.add_argument("--group-by-length", action="store_true", help="sequences of like length share a batch")
     parser.add_argument("--train-examples", type=int, help="train on so many, drawn by the seed (default: all)")
     parser.add_argument("--evaluation-examples", type=int, help="evaluate so many, always the same (default: all)")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", type=Path, help="write what was run and measured to this JSON file")
     options = parser.parse_args(command_line)
-    for name in ("batch", "accumulate", "epochs", "steps", "evaluate_every", "seq_len", "train_examples",
-                 "evaluation_examples", "proj_dim", "layers", "width", "heads"):  # fmt: skip
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {value}; wanted: more than 0")
+    sizes = "epochs steps seq_len train_examples evaluation_examples proj_dim layers width heads"
+    check_options(parser, options, *sizes.split())
     if options.epochs is None and options.steps is None:
         options.epochs = 3.0
     if options.group_by_length and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("--group-by-length is for one process; under torchrun each would draw groups of its own")
-    if options.record and not options.record.parent.is_dir():
-        parser.error(f"--record: there is no folder {options.record.parent}")
     try:
         settle_model(options)
     except (OSError, ValueError) as error:
@@ -209,15 +213,18 @@ def settle_model(options: argparse.Namespace) -> None:
     file = options.checkpoint / "config.json"
     for needed in (file, options.checkpoint / "tokenizer.json"):
         if not needed.is_file():
-            raise FileNotFoundError(f"--checkpoint: there is no {needed}; wanted: the --output of pretrain_mlm.py")
+            raise FileNotFoundError(
+                f"--checkpoint: there is no {needed}; wanted: the --output of pretrain_mlm.py or convert.py, or a "
+                "folder of an encoder and its tokenizer as save_pretrained writes them"
+            )
     config = json.loads(file.read_text())
-    if config.get("model_type") != "roberta":
-        raise ValueError(f"--checkpoint: {file} is of {config.get('model_type')!r}; wanted: 'roberta'")
+    try:
+        longest = longest_sequence(config)
+    except ValueError as error:
+        raise ValueError(f"--checkpoint: {file}: {error}") from None
     settings = config.get("linformer")
     options.attention = "exact" if settings is None else "linformer"
-    longest = config["max_position_embeddings"] - config["pad_token_id"] - 1
     if settings is not None:
-        longest = min(longest, settings["seq_len"])
         options.proj_dim, options.sharing = settings["proj_dim"], settings["sharing"]
         options.projection = settings["projection"]
     if options.seq_len is not None and options.seq_len > longest:
@@ -238,62 +245,44 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     # The longest sequences last: batches of the evaluation hold little padding.
     evaluation = sorted(subset(task.evaluation, options.evaluation_examples, seed=0), key=characters)
     train = subset(task.train, options.train_examples, options.seed)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    projections = sum(p.numel() for name, p in model.named_parameters() if ".linformer." in name)
-    main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process:
+    weights = count_weights(model)
+    segments = getattr(model.config, "type_vocab_size", 1) > 1
+    if MAIN_PROCESS:
         print(f"Task: {options.task}, {len(train):,} examples to train on, {len(evaluation):,} for evaluation")
         for note in task.notes:
             print(f"Note: {note}")
         origin = f"from {options.checkpoint}" if options.checkpoint else "from scratch"
-        print(f"Model: {options.attention}, {origin}, {weights:,} weights, {projections:,} of them in E and F")
+        print(f"Model: {options.attention}, {origin}, {count_in_words(weights)}")
     record = {
         "arguments": arguments(options, "read"), "train_examples": len(train), "evaluation_examples": len(evaluation),
-        "labels": list(task.labels), "notes": task.notes, "weights": weights, "projection_weights": projections,
-        "machine": machine(),
+        "labels": list(task.labels), "notes": task.notes, **weights, "machine": machine(),
     }  # fmt: skip
     recorder = Recorder(record, options.record)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(options.output),
+        args=trainer_arguments(
+            options,
+            every=0.2,
+            warmup=0.1,
             num_train_epochs=options.epochs or 1,  # not used with max_steps
             max_steps=options.steps or -1,
-            per_device_train_batch_size=options.batch,
-            per_device_eval_batch_size=options.batch,
-            gradient_accumulation_steps=options.accumulate,
-            learning_rate=options.lr,
-            warmup_steps=0.1 if options.warmup is None else options.warmup,
-            lr_scheduler_type="linear",
-            weight_decay=0.01,
-            adam_beta2=0.98,
-            eval_strategy="steps",
-            eval_steps=options.evaluate_every or 0.2,
-            save_strategy="no",
-            logging_steps=options.evaluate_every or 0.2,
             train_sampling_strategy="group_by_length" if options.group_by_length else "random",
-            bf16=options.precision == "bf16",
-            fp16=options.precision == "fp16",
-            use_cpu=not torch.cuda.is_available(),
-            ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
-            report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
-            seed=options.seed,
         ),
         data_collator=Pad(tokenizer.pad_token_id),
-        train_dataset=Encoded(train, tokenizer, options.seq_len),
-        eval_dataset=Encoded(evaluation, tokenizer, options.seq_len),
+        train_dataset=Encoded(train, tokenizer, options.seq_len, segments),
+        eval_dataset=Encoded(evaluation, tokenizer, options.seq_len, segments),
         processing_class=tokenizer,
         compute_metrics=accuracy_and_f1,
         callbacks=[recorder],
     )
     trainer.train()
     trainer.save_model()
-    if main_process:
+    if MAIN_PROCESS:
         last = record["held_out"][-1]
         row = {
             "task": options.task, "attention": options.attention, "N": str(options.seq_len),
-            "K": str(options.proj_dim) if options.attention == "linformer" else "-", "weights": f"{weights:,}",
+            "K": str(options.proj_dim) if options.attention == "linformer" else "-", 
+            "weights": f"{weights['weights']:,}",
             "accuracy": f"{last['accuracy']:.4f}", f"F1 of {task.labels[1]}": f"{last['f1']:.4f}",
             "minutes of steps": f"{recorder.seconds / 60:.1f}",
         }  # fmt: skip

