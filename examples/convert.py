@@ -93,13 +93,16 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shortest", type=int, help="tokens of the shortest batch; default: an eighth of N")
     parser.add_argument("--proj-dim", type=int, default=128, help="K")
     parser.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], default="layerwise")
-    parser.add_argument("--init", choices=["gaussian", "mean", "identity"], default="mean")
+    parser.add_argument("--projection", choices=["learned", "fixed", "mean", "max", "conv"], default="learned")
+    parser.add_argument("--init", choices=["gaussian", "mean", "identity"], help="default: mean, of matrices")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--evaluation-sequences", type=int, default=64)
     add_options(parser, batch=8, lr=2e-4, warmup="a twentieth", every="a tenth")
     add_resume(parser)
     options = parser.parse_args(command_line)
     check_options(parser, options, "seq_len", "shortest", "proj_dim", "steps", "evaluation_sequences")
+    if options.init is None:
+        options.init = "mean" if options.projection in ("learned", "fixed") else "gaussian"
     if options.shortest is None:
         options.shortest = min(options.seq_len, max(8, options.seq_len // 8))
     if options.shortest > options.seq_len:
@@ -124,7 +127,8 @@ def models(options: argparse.Namespace) -> tuple[Any, PreTrainedModel, PreTraine
         raise ValueError(f"{options.model} takes at most {longest} tokens, --seq-len is {options.seq_len}")
     set_seed(options.seed)
     student = without_dropout(copy.deepcopy(teacher))
-    linformerize(student, options.seq_len, options.proj_dim, options.sharing, init=options.init)
+    kind = {"init": options.init, "projection": options.projection}
+    linformerize(student, options.seq_len, options.proj_dim, options.sharing, **kind)
     student.get_input_embeddings().requires_grad_(False)
     return tokenizer, teacher, student
 
@@ -133,10 +137,8 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(command_line)
     tokenizer, student = options.tokenizer, options.student
     before, *after = tokenizer("")["input_ids"]  # [CLS] and [SEP], or what the model has for them
-    train, held_out = (
-        Blocks(bytes(part.numpy()).decode("utf-8", errors="replace"), tokenizer, options.seq_len, [before], after)
-        for part in (options.corpus.train, options.corpus.held_out)
-    )
+    texts = options.corpus.texts()
+    train, held_out = (Blocks(text, tokenizer, options.seq_len, [before], after) for text in texts)
     weights = count_weights(student)
     if MAIN_PROCESS:
         print(

@@ -26,6 +26,13 @@ class Corpus(NamedTuple):
     train: Tensor  # uint8, one element a byte
     held_out: Tensor
 
+    def texts(self) -> tuple[str, str]:
+        """To train on and held out; what is not UTF-8 is replaced."""
+        train, held_out = (
+            bytes(part.numpy()).decode("utf-8", errors="replace") for part in (self.train, self.held_out)
+        )
+        return train, held_out
+
 
 def read_corpus(data: Path | None = None) -> Corpus:
     """Reads the text and holds out a tenth: every tenth document, or, with fewer than ten, the end of the text."""

@@ -179,25 +179,25 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def read(options: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Blocks, MaskedBlocks, MaskOnce]:
+    """A tokenizer of the text, what to train on and to evaluate, and what masks it."""
+    texts = options.corpus.texts()
+    tokenizer = train_tokenizer(texts[0], options.vocabulary, options.seq_len)
+    begin = [tokenizer.bos_token_id]
+    train, held_out = (Blocks(text, tokenizer, options.seq_len, begin, []) for text in texts)
+    collator = MaskOnce(tokenizer, mlm_probability=0.15)
+    return tokenizer, train, MaskedBlocks(held_out, options.evaluation_sequences, collator), collator
+
+
 def main(command_line: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(command_line)
     set_seed(options.seed)
-    train_text, held_out_text = (
-        bytes(part.numpy()).decode("utf-8", errors="replace")
-        for part in (options.corpus.train, options.corpus.held_out)
-    )
-    tokenizer = train_tokenizer(train_text, options.vocabulary, options.seq_len)
-    begin = [tokenizer.bos_token_id]
-    train, held_out = (Blocks(text, tokenizer, options.seq_len, begin, []) for text in (train_text, held_out_text))
-    collator = MaskOnce(tokenizer, mlm_probability=0.15)
-    evaluation = MaskedBlocks(held_out, options.evaluation_sequences, collator)
+    tokenizer, train, evaluation, collator = read(options)
     set_seed(options.seed)
     model = build(options, len(tokenizer), tokenizer.pad_token_id)
     weights = count_weights(model)
     if MAIN_PROCESS:
-        print(
-            f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
-        )
+        print(f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on")
         print(f"Model: {options.attention}, {count_in_words(weights)}")
     record = {
         "arguments": arguments(options, "corpus"), "tokens": train.ids.numel(), **weights, "machine": machine(),

