@@ -113,14 +113,16 @@ def main() -> None:
     prepare(options.data, options.work)
     text = (options.work / "imdb.txt").read_text(encoding="utf-8")[-8 * LENGTH * SEQUENCES * 5 :]
     folders = {"MiniLM": minilm()} | {f"trained, seed {seed}": options.work / f"imdb-exact-{seed}" for seed in SEEDS}
-    folders = {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
-    for record, make in (
-        ("frequencies", lambda: frequencies(options.data, options.work)),
-        ("starts", lambda: starts(minilm(), text)),
-        ("spectrum", lambda: {name: spectrum(folder, text) for name, folder in folders.items()}),
-    ):
-        if not (file := RUNS / f"{record}.json").exists():
-            file.write_text(json.dumps(make(), indent=0 if record == "starts" else None) + "\n")
+    spectra_file = RUNS / "spectrum.json"
+    spectra = json.loads(spectra_file.read_text()) if spectra_file.exists() else {}
+    for name, folder in folders.items():
+        if name not in spectra and (folder / "config.json").exists():
+            spectra[name] = spectrum(folder, text)
+    spectra_file.write_text(json.dumps(dict(sorted(spectra.items()))) + "\n")
+    if not (file := RUNS / "frequencies.json").exists():
+        file.write_text(json.dumps(frequencies(options.data, options.work)) + "\n")
+    if not (file := RUNS / "starts.json").exists():
+        file.write_text(json.dumps(starts(minilm(), text), indent=0) + "\n")
 
 
 if __name__ == "__main__":
