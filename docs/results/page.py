@@ -151,7 +151,8 @@ def in_short(_: Path) -> str:
         return of(sentence, f"minilm-n{n}-k{k}", ".2f")
 
     def perplexities(names: dict[str, str]) -> str:
-        return ", ".join(f"{of(perplexity, name)} ({title})" for title, name in names.items())
+        marks = {name: ", stuck" * any(map(stuck, records(name))) for name in names.values()}
+        return ", ".join(f"{of(perplexity, name)} ({title}{marks[name]})" for title, name in names.items())
 
     longer_names = {NAMES[name]: f"imdb-longer-{name}" for name in ("exact", "k128", "none")}
     lengths = {
@@ -361,7 +362,7 @@ def speed(_: Path) -> str:
 
 
 SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
-    ("In short", "Means over the seeds on record; spreads are in the tables below.", in_short),
+    ("In short", "Means over the seeds on record; spreads are in the tables below. Where some runs are stuck, it is said.", in_short),
     (
         "Perplexity against steps",
         "The paper (Figure 3): with N = 512, K = 128 comes near the exact model and K = 256 is as good. Dotted: what "
