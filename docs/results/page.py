@@ -362,7 +362,11 @@ def speed(_: Path) -> str:
 
 
 SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
-    ("In short", "Means over the seeds on record; spreads are in the tables below. Where some runs are stuck, it is said.", in_short),
+    (
+        "In short",
+        "Means over the seeds on record; spreads are in the tables below. Where some runs are stuck, it is said.",
+        in_short,
+    ),
     (
         "Perplexity against steps",
         "The paper (Figure 3): with N = 512, K = 128 comes near the exact model and K = 256 is as good. Dotted: what "
