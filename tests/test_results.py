@@ -54,10 +54,9 @@ def test_the_plan_is_understood(tmp_path, monkeypatch):
     plan = load("plan")
     (tmp_path / "imdb.txt").write_text("A few words of text. " * 2000)
     monkeypatch.setitem(plan.TEXTS, "wiki", "imdb.txt")
+    monkeypatch.setattr(importlib.import_module("convert"), "models", lambda options: (None, None, None))
     for script in ("pretrain_mlm", "convert"):
         runs = [run for run in plan.plan() if run.script == f"{script}.py"]
-        if script == "convert":  # each loads a model
-            runs = [run for run in runs if run.name.endswith("-0")]
         assert runs
         for run in runs:
             _, *arguments = plan.command(run, tmp_path, tmp_path)[1:]
