@@ -173,7 +173,7 @@ def in_short(_: Path) -> str:
             "K = 128 comes near exact attention at N = 512",
             f"Not to be told by the small pretraining, in which attention teaches nothing: perplexities of the longer "
             f"runs are {perplexities(longer_names)}. MiniLM, fine-tuned, has an accuracy of {tasks}."
-            " QNLI asks whether one text answers another, where single words have to be compared.",
+            " QNLI alone is about pairs of texts.",
         ),
         (
             "One matrix for all layers is as good as more",
