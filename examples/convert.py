@@ -28,6 +28,7 @@ from torch.utils.data import Subset
 from training import (
     MAIN_PROCESS,
     add_options,
+    add_projection,
     add_resume,
     check_options,
     count_in_words,
@@ -89,11 +90,8 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="a folder, or a name, for from_pretrained")
     parser.add_argument("--data", type=Path, required=True, help="a text file or a folder of them")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
-    parser.add_argument("--seq-len", type=int, default=512, help="N")
+    add_projection(parser)
     parser.add_argument("--shortest", type=int, help="tokens of the shortest batch; default: an eighth of N")
-    parser.add_argument("--proj-dim", type=int, default=128, help="K")
-    parser.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], default="layerwise")
-    parser.add_argument("--projection", choices=["learned", "fixed", "mean", "max", "conv"], default="learned")
     parser.add_argument("--init", choices=["gaussian", "mean", "identity"], help="default: mean, of matrices")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--evaluation-sequences", type=int, default=64)

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from training import (
     MAIN_PROCESS,
     add_options,
+    add_projection,
     add_resume,
     check_options,
     count_in_words,
@@ -153,10 +154,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a text file or a folder (default: Python's standard library)")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
     parser.add_argument("--attention", choices=["linformer", "exact", "none"], default="linformer")
-    parser.add_argument("--seq-len", type=int, default=512, help="N")
-    parser.add_argument("--proj-dim", type=int, default=128, help="K")
-    parser.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], default="layerwise")
-    parser.add_argument("--projection", choices=["learned", "fixed", "mean", "max", "conv"], default="learned")
+    add_projection(parser)
     parser.add_argument("--init", choices=["gaussian", "mean", "identity"], default="gaussian")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)

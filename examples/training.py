@@ -27,6 +27,14 @@ def add_options(parser: argparse.ArgumentParser, batch: int, lr: float, warmup: 
     parser.add_argument("--record", type=Path, help="write what was run and measured to this JSON file")
 
 
+def add_projection(parser: argparse.ArgumentParser) -> None:
+    """N, K and what E and F are, of a model that is made here."""
+    parser.add_argument("--seq-len", type=int, default=512, help="N")
+    parser.add_argument("--proj-dim", type=int, default=128, help="K")
+    parser.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], default="layerwise")
+    parser.add_argument("--projection", choices=["learned", "fixed", "mean", "max", "conv"], default="learned")
+
+
 def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
 

@@ -17,11 +17,9 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from plan import CONVERTED, CONVERTED_TASKS, SEEDS, TEXTS, tuned_sizes
+from plan import CONVERTED, CONVERTED_TASKS, RUNS, SEEDS, TEXTS, tuned_sizes
 
-HERE = Path(__file__).parent
-RUNS = HERE / "runs"
-FOLDER = HERE.parent  # of results.md; its pictures go to results/ beside it
+FOLDER = Path(__file__).parents[1]  # of results.md; its pictures go to results/ beside it
 NAMES = {"exact": "exact", "none": "no attention"} | {f"k{k}": f"K = {k}" for k in (32, 64, 128, 256)}
 SHARINGS = ("key_value", "headwise", "none")
 SHARED = {"layerwise": "imdb-k128"} | {name: f"imdb-sharing-{name}" for name in SHARINGS}
