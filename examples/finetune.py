@@ -5,24 +5,23 @@
     python examples/finetune.py --task sst2 --data SST-2 --attention exact --output ...
     torchrun --nproc-per-node 2 examples/finetune.py ...              # on several GPUs, or on several CPU processes
 
-The data is read as it is distributed, see tasks.py. A checkpoint is the output of pretrain_mlm.py or any encoder of
-transformers with its tokenizer, before or after `linformerize`: it says itself whether its attention is Linformer or
-exact. From scratch the options say it, and tokens are bytes (`--bytes`: the text task of the long range arena) or those
-of a tokenizer trained on the task's text. Batches are padded to their longest sequence and the padding takes no part.
+The data is read as it is distributed, see tasks.py. A checkpoint is the output of pretrain_mlm.py or convert.py or any
+encoder of transformers with its tokenizer, see encoder.py. From scratch the options say what the model is, and tokens
+are bytes (`--bytes`: the text task of the long range arena) or those of a tokenizer trained on the task's text. Batches
+are padded to their longest sequence and the padding takes no part.
 `--record FILE` writes what was run and measured as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
-from pretrain_mlm import SPECIAL, build, train_tokenizer
+from encoder import SIZES, SPECIAL, add_model, from_checkpoint, from_scratch, in_words, settle_model, train_tokenizer
 from recording import Recorder, arguments, machine
 from tasks import TASKS, Example, Task, read_task
 from torch import Tensor
@@ -34,7 +33,6 @@ from training import (
     check_options,
     count_in_words,
     count_weights,
-    longest_sequence,
     trainer_arguments,
 )
 from transformers import (
@@ -45,18 +43,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaForSequenceClassification,
     Trainer,
-    set_seed,
 )
 
-from linformer_kernels.integrations.transformers import load
-
-# Options of a model from scratch, with their defaults: a checkpoint has its own.
-SHAPE = {
-    "attention": "linformer", "layers": 4, "width": 256, "heads": 4, "vocabulary": 8192, "dropout": 0.1,
-    "initializer_range": 0.02,
-}  # fmt: skip
-LINFORMER = {"proj_dim": 128, "sharing": "layerwise", "projection": "learned", "init": "gaussian"}
-SEQ_LEN = 512
 BYTES = len(SPECIAL) + 256  # a byte-level vocabulary of this size has room for bytes alone
 
 
@@ -129,16 +117,10 @@ def make_model(options: argparse.Namespace, task: Task) -> tuple[PreTrainedToken
     labels = {"num_labels": len(names), "id2label": names, "label2id": {name: label for label, name in names.items()}}
     if options.checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
-        set_seed(options.seed)
-        classifier = AutoModelForSequenceClassification
-        if options.attention == "linformer":
-            return tokenizer, load(classifier, str(options.checkpoint), **labels)
-        return tokenizer, classifier.from_pretrained(options.checkpoint, attn_implementation="sdpa", **labels)
+        return tokenizer, from_checkpoint(options, AutoModelForSequenceClassification, **labels)
     text = "" if options.bytes else "\n".join(f"{example.text}\n{example.pair or ''}" for example in task.train)
-    tokenizer = train_tokenizer(text, BYTES if options.bytes else options.vocabulary, options.seq_len)
-    set_seed(options.seed)
-    model = build(options, len(tokenizer), tokenizer.pad_token_id, RobertaForSequenceClassification, **labels)
-    return tokenizer, model
+    tokenizer = train_tokenizer(text, options.vocabulary, options.seq_len)
+    return tokenizer, from_scratch(options, tokenizer, RobertaForSequenceClassification, **labels)
 
 
 def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
@@ -146,22 +128,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--data", type=Path, required=True, help="aclImdb or its tar.gz; GLUE's folder of tsv files")
     parser.add_argument("--output", type=Path, required=True, help="folder for the final model")
-    parser.add_argument("--checkpoint", type=Path, help="folder of an encoder to start from (default: from scratch)")
-    parser.add_argument("--seq-len", type=int, help=f"N; default: the checkpoint's, from scratch {SEQ_LEN}")
-    scratch = parser.add_argument_group("from scratch")
-    scratch.add_argument("--attention", choices=["linformer", "exact"], help="default: linformer")
-    scratch.add_argument("--proj-dim", type=int, help="K; default: 128")
-    scratch.add_argument("--sharing", choices=["layerwise", "key_value", "headwise", "none"], help="default: layerwise")
-    scratch.add_argument("--projection", choices=["learned", "fixed", "mean", "max", "conv"], help="default: learned")
-    scratch.add_argument("--init", choices=["gaussian", "mean", "identity"], help="default: gaussian")
-    scratch.add_argument("--layers", type=int, help="default: 4")
-    scratch.add_argument("--width", type=int, help="default: 256")
-    scratch.add_argument("--heads", type=int, help="default: 4")
-    tokens = scratch.add_mutually_exclusive_group()
-    tokens.add_argument("--vocabulary", type=int, help="default: 8192")
-    tokens.add_argument("--bytes", action="store_true", help="tokens are bytes")
-    scratch.add_argument("--dropout", type=float, help="default: 0.1")
-    scratch.add_argument("--initializer-range", type=float, help="standard deviation of new weights; default: 0.02")
+    add_model(parser).add_argument("--bytes", action="store_true", help="tokens are bytes")
     add_options(parser, batch=16, lr=1e-4, warmup="a tenth", every="a fifth")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, help="default: 3")
@@ -170,8 +137,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-examples", type=int, help="train on so many, drawn by the seed (default: all)")
     parser.add_argument("--evaluation-examples", type=int, help="evaluate so many, always the same (default: all)")
     options = parser.parse_args(command_line)
-    sizes = "epochs steps seq_len train_examples evaluation_examples proj_dim layers width heads"
-    check_options(parser, options, *sizes.split())
+    check_options(parser, options, "epochs", "steps", "train_examples", "evaluation_examples", *SIZES)
     if options.epochs is None and options.steps is None:
         options.epochs = 3.0
     if options.group_by_length and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -180,6 +146,8 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
         settle_model(options)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if options.bytes:
+        options.vocabulary = BYTES
     try:
         task = read_task(options.task, options.data)
     except (OSError, ValueError) as error:
@@ -190,46 +158,6 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name}-examples is {count:,}, but {options.data} has {len(examples):,}")
     options.read = task
     return options
-
-
-def settle_model(options: argparse.Namespace) -> None:
-    """Puts what is not given on the command line into the options: from the checkpoint, or the defaults."""
-    given = [name for name in SHAPE | LINFORMER if getattr(options, name) is not None] + ["bytes"] * options.bytes
-    if options.checkpoint is None:
-        exact = options.attention == "exact"
-        if exact and (useless := [name for name in given if name in LINFORMER]):
-            raise ValueError(f"--{useless[0].replace('_', '-')} is of Linformer attention; not for --attention exact")
-        for name, default in (SHAPE if exact else SHAPE | LINFORMER).items():
-            if name not in given:
-                setattr(options, name, default)
-        if options.bytes:
-            options.vocabulary = BYTES
-        options.seq_len = options.seq_len or SEQ_LEN
-        if options.width % options.heads:
-            raise ValueError(f"--width {options.width} is not a multiple of --heads {options.heads}")
-        return
-    if given:
-        raise ValueError(f"--{given[0].replace('_', '-')} is for a model from scratch; the checkpoint has its own")
-    file = options.checkpoint / "config.json"
-    for needed in (file, options.checkpoint / "tokenizer.json"):
-        if not needed.is_file():
-            raise FileNotFoundError(
-                f"--checkpoint: there is no {needed}; wanted: the --output of pretrain_mlm.py or convert.py, or a "
-                "folder of an encoder and its tokenizer as save_pretrained writes them"
-            )
-    config = json.loads(file.read_text())
-    try:
-        longest = longest_sequence(config)
-    except ValueError as error:
-        raise ValueError(f"--checkpoint: {file}: {error}") from None
-    settings = config.get("linformer")
-    options.attention = "exact" if settings is None else "linformer"
-    if settings is not None:
-        options.proj_dim, options.sharing = settings["proj_dim"], settings["sharing"]
-        options.projection = settings["projection"]
-    if options.seq_len is not None and options.seq_len > longest:
-        raise ValueError(f"--seq-len is {options.seq_len}; wanted: at most the checkpoint's {longest}")
-    options.seq_len = options.seq_len or longest
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -251,8 +179,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         print(f"Task: {options.task}, {len(train):,} examples to train on, {len(evaluation):,} for evaluation")
         for note in task.notes:
             print(f"Note: {note}")
-        origin = f"from {options.checkpoint}" if options.checkpoint else "from scratch"
-        print(f"Model: {options.attention}, {origin}, {count_in_words(weights)}")
+        print(f"Model: {in_words(options)}, {count_in_words(weights)}")
     record = {
         "arguments": arguments(options, "read"), "train_examples": len(train), "evaluation_examples": len(evaluation),
         "labels": list(task.labels), "notes": task.notes, **weights, "machine": machine(),

@@ -15,7 +15,14 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    RobertaForMaskedLM,
+)
 
 import linformer_kernels as lk
 from linformer_kernels.integrations.transformers import linformerize, load
@@ -29,7 +36,7 @@ def examples():
     """The modules of examples/, imported as the scripts import each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
-        names = ("convert", "corpus", "finetune", "pretrain_mlm", "recording", "tasks")
+        names = ("convert", "corpus", "encoder", "finetune", "pretrain_mlm", "recording", "tasks")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -296,6 +303,31 @@ def test_finetune_from_a_checkpoint(examples, pretrained, tmp_path, capsys):
     assert f"{last['accuracy']:.4f}" in row and f"{last['f1']:.4f}" in row
 
 
+@pytest.mark.parametrize("attention", ["linformer", "exact"])
+def test_pretraining_goes_on_from_an_encoder_from_elsewhere(examples, text, tmp_path, attention):
+    """Its weights, tokenizer, attention and special tokens at both ends; what is saved is what was evaluated."""
+    checkpoint, output = tiny_bert(tmp_path / "bert"), tmp_path / "out"
+    if attention == "linformer":
+        linformerize(BertModel.from_pretrained(checkpoint), 40, 8, init="mean").save_pretrained(checkpoint)
+    command = [f"--data={text}", f"--checkpoint={checkpoint}", f"--output={output}", "--batch=3",
+               "--evaluation-sequences=3"]  # fmt: skip
+    options = examples.pretrain_mlm.parse_arguments(command)
+    assert (options.attention, options.seq_len) == (attention, 40)
+    _, train, evaluation, _ = examples.pretrain_mlm.read(options)
+    assert (train.ids[:, 0] == 101).all() and (train.ids[:, -1] == 102).all() and train.ids.size(1) == 40
+    start = examples.encoder.from_checkpoint(options, AutoModelForMaskedLM)
+    make = load if attention == "linformer" else lambda c, path: c.from_pretrained(path)
+    before = make(BertModel, checkpoint).state_dict()
+    assert all(torch.equal(before[name], weight) for name, weight in start.bert.state_dict().items())
+    record = examples.pretrain_mlm.main([*command, "--steps=6", "--lr=0.01"])
+    first, *_, last = record["held_out"]
+    assert record["arguments"]["attention"] == attention and last["loss"] != first["loss"]
+    after = make(AutoModelForMaskedLM, output).eval()
+    with torch.no_grad():
+        assert last["loss"] == pytest.approx(after(**evaluation.batch).loss.item(), rel=1e-5)
+    assert AutoTokenizer.from_pretrained(output)("")["input_ids"] == [101, 102]
+
+
 def test_finetune_starts_from_the_weights_of_the_checkpoint(examples, pretrained, tmp_path):
     attention, checkpoint = pretrained
     data = tiny_qnli(tmp_path / "QNLI", 20)
@@ -303,7 +335,7 @@ def test_finetune_starts_from_the_weights_of_the_checkpoint(examples, pretrained
         ["--task=qnli", f"--data={data}", f"--checkpoint={checkpoint}", f"--output={tmp_path}"]
     )
     _, model = examples.finetune.make_model(options, options.read)
-    saved = examples.pretrain_mlm.RobertaForMaskedLM
+    saved = RobertaForMaskedLM
     saved = load(saved, checkpoint) if attention == "linformer" else saved.from_pretrained(checkpoint)
     pairs = zip(saved.roberta.state_dict().items(), model.roberta.state_dict().items(), strict=True)
     assert all(name == other and torch.equal(weight, loaded) for (name, weight), (other, loaded) in pairs)
@@ -443,7 +475,9 @@ def test_lower_precision_and_the_control_without_attention(examples, text, tmp_p
     assert losses["bf16"][0] == pytest.approx(losses["fp32"][0], rel=0.01)
     assert losses["bf16"][-1] != losses["fp32"][-1] and losses["bf16"][-1] < losses["bf16"][0]
     options = examples.pretrain_mlm.parse_arguments(pretraining(text, tmp_path / "none", "none"))
-    model, ids = examples.pretrain_mlm.build(options, 300, 1).eval(), torch.randint(5, 300, (1, 20))
+    tokenizer, *_ = examples.pretrain_mlm.read(options)
+    model = examples.encoder.from_scratch(options, tokenizer, RobertaForMaskedLM).eval()
+    ids = torch.randint(5, 300, (1, 20))
     other = ids.clone()
     other[0, 7] = 3
     changed = (model(ids).logits != model(other).logits).any(-1)[0]

@@ -48,6 +48,15 @@ def test_records_are_of_planned_runs(tmp_path):
                 assert value is True, (name, option)
 
 
+def a_checkpoint(folder):
+    """What a script reads of a checkpoint before it loads it."""
+    folder.mkdir(exist_ok=True)
+    settings = {"seq_len": 512, "proj_dim": 1, "sharing": "layerwise", "projection": "learned"}
+    config = {"max_position_embeddings": 512, "pad_token_id": 0, "linformer": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+
+
 def test_the_plan_is_understood(tmp_path, monkeypatch):
     """Every planned command line of pretraining and conversion is one that its script parses."""
     monkeypatch.syspath_prepend(str(RESULTS.parents[1] / "examples"))
@@ -59,5 +68,7 @@ def test_the_plan_is_understood(tmp_path, monkeypatch):
         runs = [run for run in plan.plan() if run.script == f"{script}.py"]
         assert runs
         for run in runs:
+            if script == "pretrain_mlm" and run.after not in (None, plan.MINILM):
+                a_checkpoint(tmp_path / run.after)
             _, *arguments = plan.command(run, tmp_path, tmp_path)[1:]
             importlib.import_module(script).parse_arguments([a for a in arguments if a != "--resume"])

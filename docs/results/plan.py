@@ -48,6 +48,9 @@ CONVERTED_VARIANTS = {f"sharing-{name}": ["--sharing", name] for name in ("key_v
     "projection-conv": ["--projection", "conv"],
 }  # at the first N and K
 CONVERT = ["--steps", "300", "--evaluate-every", "100", "--data", TEXTS["imdb"]]
+# Those of the first N go on as masked language models: 200 steps of 2 sequences.
+CONTINUED = (128, 32, 1, 256, 64)
+CONTINUE = ["--steps", "200", "--batch", "2", "--lr", "3e-4", "--evaluate-every", "50", "--evaluation-sequences", "32"]
 CONVERTED_TASKS = (
     ("imdb", "aclImdb", 512, ["--steps", "100", "--batch", "8", "--evaluation-examples", "1000"]),
     ("sst2", "sst2", 128, ["--steps", "250", "--batch", "16"]),
@@ -133,6 +136,15 @@ def tuned_sizes(n: int) -> list[int]:
     return [k for length, k in CONVERTED if length == n][:2]
 
 
+def continued_runs(seed: int) -> Iterator[Run]:
+    """MiniLM as a masked language model, with a new head; itself and as converted."""
+    n = CONVERTED[0][0]
+    common = [*CONTINUE, "--data", TEXTS["imdb"], "--seq-len", str(n), "--seed", str(seed)]
+    yield Run(f"minilm-mlm-exact-{seed}", "pretrain_mlm.py", common, after=MINILM)
+    for k in CONTINUED:
+        yield Run(f"minilm-mlm-k{k}-{seed}", "pretrain_mlm.py", common, after=f"minilm-n{n}-k{k}-{seed}")
+
+
 def converted_runs(seed: int) -> Iterator[Run]:
     """MiniLM, a trained model: converted, and then fine-tuned beside the original."""
     conversions: list[tuple[str, int, int, list[str]]] = [(f"n{n}-k{k}", n, k, []) for n, k in CONVERTED]
@@ -150,7 +162,7 @@ def converted_runs(seed: int) -> Iterator[Run]:
 
 
 # In this order, each group for all seeds.
-GROUPS = ((main_runs, tuned_runs), (byte_runs,), (converted_runs,), (variants,), (longer_runs,))
+GROUPS = ((main_runs, tuned_runs), (byte_runs,), (converted_runs, continued_runs), (variants,), (longer_runs,))
 
 
 def plan() -> list[Run]:
