@@ -7,8 +7,10 @@ The model is a folder or a name that transformers' from_pretrained takes, with i
 original's weights and learns to give its hidden states; the word embeddings stay as they are. Each batch is cut to a
 random length from --shortest to --seq-len, so that E learns short texts too. A tenth of the text (see corpus.py) is
 held out: what is printed is the cosine similarity of hidden states there, of each token and of their mean over a
-sequence. The output loads with `linformer_kernels.integrations.transformers.load`. `torchrun`, `--resume` and
-`--record FILE` work as in pretrain_mlm.py.
+sequence. With --repeat-positions a model that was trained on 512 tokens reads more: original and copy get its table of
+positions several times over, as Longformer did (Beltagy et al., 2020, section 5). The output loads with
+`linformer_kernels.integrations.transformers.load`. `torchrun`, `--resume` and `--record FILE` work as in
+pretrain_mlm.py.
 """
 
 from __future__ import annotations
@@ -77,6 +79,22 @@ def means(prediction: EvalPrediction) -> dict[str, float]:
     return dict(zip(("token_cosine", "sentence_cosine"), prediction.predictions.mean(0).tolist(), strict=True))
 
 
+def lengthen(model: PreTrainedModel, tokens: int) -> PreTrainedModel:
+    """A model like this one that takes so many tokens, with the table of positions repeated."""
+    longest = longest_sequence(model.config.to_dict())
+    names = [name for name, _ in model.named_parameters() if name.endswith("position_embeddings.weight")]
+    if len(names) != 1:
+        raise ValueError(f"--repeat-positions: the model has {len(names)} tables of positions; wanted: one")
+    config, weights = copy.deepcopy(model.config), model.state_dict()
+    table = weights[names[0]]
+    first = len(table) - longest  # rows of RoBERTa's that are for padding
+    weights[names[0]] = torch.cat((table[:first], table[first + torch.arange(tokens) % longest]))
+    config.max_position_embeddings = first + tokens
+    longer = type(model)(config)
+    longer.load_state_dict(weights)
+    return longer.eval()
+
+
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Dropout would be noise on what is compared. The config, which the output has too, keeps its rates."""
     for module in model.modules():
@@ -91,6 +109,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a text file or a folder of them")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
     add_projection(parser)
+    parser.add_argument("--repeat-positions", action="store_true", help="for more tokens than the model was made for")
     parser.add_argument("--shortest", type=int, help="tokens of the shortest batch; default: an eighth of N")
     parser.add_argument("--init", choices=["gaussian", "mean", "identity"], help="default: mean, of matrices")
     parser.add_argument("--steps", type=int, default=1000)
@@ -122,7 +141,13 @@ def models(options: argparse.Namespace) -> tuple[Any, PreTrainedModel, PreTraine
     teacher = AutoModel.from_pretrained(str(options.model), attn_implementation="sdpa")
     longest = longest_sequence(teacher.config.to_dict())
     if options.seq_len > longest:
-        raise ValueError(f"{options.model} takes at most {longest} tokens, --seq-len is {options.seq_len}")
+        if not options.repeat_positions:
+            raise ValueError(
+                f"{options.model} takes at most {longest} tokens, --seq-len is {options.seq_len}; wanted: no more, or "
+                "--repeat-positions"
+            )
+        teacher = lengthen(teacher, options.seq_len)
+        tokenizer.model_max_length = options.seq_len
     set_seed(options.seed)
     student = without_dropout(copy.deepcopy(teacher))
     kind = {"init": options.init, "projection": options.projection}

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -36,7 +37,7 @@ def examples():
     """The modules of examples/, imported as the scripts import each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
-        names = ("convert", "corpus", "encoder", "finetune", "pretrain_mlm", "recording", "tasks")
+        names = ("convert", "corpus", "encoder", "finetune", "pretrain_mlm", "recording", "tasks", "training")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -401,6 +402,35 @@ def test_convert(examples, text, tmp_path, capsys):
     assert "before" in capsys.readouterr().out and record["projection_weights"] == 8 * 40
 
 
+@pytest.mark.parametrize("kind, first", [("Bert", 0), ("Roberta", 2), ("DistilBert", 0)])
+def test_repeated_positions(examples, kind, first):
+    """Outputs up to the old length stay as they were; after it positions count from the first one again."""
+    if kind == "DistilBert":
+        sizes = {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2}
+    else:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": 50, "max_position_embeddings": first + 20, "pad_token_id": max(0, first - 1)}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    longer = examples.convert.lengthen(model, 50)
+    assert examples.training.longest_sequence(longer.config.to_dict()) == 50
+    assert examples.training.longest_sequence(model.config.to_dict()) == 20
+    ids = torch.randint(3, 50, (2, 50))
+    with torch.no_grad():
+        assert torch.equal(longer(ids[:, :20]).last_hidden_state, model(ids[:, :20]).last_hidden_state)
+        states = longer(ids.clone().fill_(7)).last_hidden_state  # of one word in all places: by position alone
+    assert (states[:, :10] - states[:, 20:30]).abs().max() < 1e-5 < (states[:, :10] - states[:, 10:20]).abs().max()
+
+
+def test_convert_to_more_tokens_than_the_model_was_made_for(examples, text, tmp_path):
+    original, output = tiny_bert(tmp_path / "bert"), tmp_path / "out"
+    command = [*converting(text, original, output), "--seq-len=100", "--repeat-positions", "--steps=2"]
+    record = examples.convert.main(command)
+    assert record["projection_weights"] == 8 * 100
+    student, ids = load(BertModel, output), torch.randint(200, (1, 100))
+    assert student(ids).last_hidden_state.shape == (1, 100, 16)
+    assert AutoTokenizer.from_pretrained(output).model_max_length == 100
+
+
 def test_convert_cuts_batches_to_lengths_of_the_range(examples):
     seen = []
 
@@ -419,7 +449,7 @@ def test_convert_cuts_batches_to_lengths_of_the_range(examples):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--seq-len=41"], "takes at most 40 tokens, --seq-len is 41"),
+    (["--seq-len=41"], "takes at most 40 tokens, --seq-len is 41; wanted: no more, or --repeat-positions"),
     (["--shortest=41"], "--shortest is 41; wanted: at most --seq-len, 40"),
     (["--model=."], "--model: "),
     (["--data=missing"], "--data: no file or folder named missing"),

@@ -83,23 +83,22 @@ def starts(folder: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def frequencies(data: Path, work: Path) -> dict[str, dict[str, float]]:
-    """For each text and N the held-out perplexity of a model that knows how frequent each token is and nothing else."""
+def frequencies(data: Path, work: Path) -> dict[str, float]:
+    """For each text the held-out perplexity of a model that knows how frequent each token is and nothing else."""
     sys.path.insert(0, str(EXAMPLES))
     import pretrain_mlm  # type: ignore[import-not-found]
 
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, float] = {}
     for text, file in TEXTS.items():
-        for n in (512, 1024, 2048) if text == "imdb" else (512,):
-            folder = work if file == "imdb.txt" else data
-            line = [*pretraining("", text, 0, seq_len=n).arguments, "--output", str(work / "none")]
-            line[line.index("--data") + 1] = str(folder / file)
-            options = pretrain_mlm.parse_arguments(line)
-            tokenizer, train, evaluation, _ = pretrain_mlm.read(options)
-            counts = torch.bincount(train.ids[:, 1:].flatten(), minlength=len(tokenizer)).double() + 1
-            labels = torch.stack([evaluation[index]["labels"] for index in range(len(evaluation))])
-            loss = -(counts / counts.sum()).log()[labels[labels >= 0]].mean().item()
-            found.setdefault(text, {})[str(n)] = math.exp(loss)
+        folder = work if file == "imdb.txt" else data
+        line = [*pretraining("", text, 0).arguments, "--output", str(work / "none")]
+        line[line.index("--data") + 1] = str(folder / file)
+        options = pretrain_mlm.parse_arguments(line)
+        tokenizer, train, evaluation, _ = pretrain_mlm.read(options)
+        counts = torch.bincount(train.ids[:, 1:].flatten(), minlength=len(tokenizer)).double() + 1
+        labels = torch.stack([evaluation[index]["labels"] for index in range(len(evaluation))])
+        loss = -(counts / counts.sum()).log()[labels[labels >= 0]].mean().item()
+        found[text] = math.exp(loss)
     return found
 
 

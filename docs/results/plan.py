@@ -39,8 +39,12 @@ TASKS = (
 )
 
 
-# MiniLM, converted: N and K; the first two of each N are fine-tuned. 300 batches of at most 1,024 tokens.
-CONVERTED = ((512, 128), (512, 1), (128, 64), (128, 1), (512, 32), (512, 256), (512, 64), (256, 64))
+# MiniLM, converted: N and K; the first two of N = 128 and 512 are fine-tuned. 300 batches of at most 1,024 tokens, or
+# of one sequence. Its own table of positions has 512 rows.
+CONVERTED = (
+    (512, 128), (512, 1), (128, 64), (128, 1), (512, 64), (256, 64), (1024, 64), (2048, 64), (512, 32), (512, 256)
+)  # fmt: skip
+OWN_POSITIONS = 512
 CONVERTED_VARIANTS = {f"sharing-{name}": ["--sharing", name] for name in ("key_value", "headwise", "none")} | {
     "projection-fixed": ["--projection", "fixed", "--init", "gaussian"],
     "projection-mean": ["--projection", "mean"],
@@ -51,6 +55,7 @@ CONVERT = ["--steps", "300", "--evaluate-every", "100", "--data", TEXTS["imdb"]]
 # Those of the first N go on as masked language models: 200 steps of 2 sequences.
 CONTINUED = (128, 32, 1, 256, 64)
 CONTINUE = ["--steps", "200", "--batch", "2", "--lr", "3e-4", "--evaluate-every", "50", "--evaluation-sequences", "32"]
+CONVERT_LONGER = ["--steps", "1500", "--evaluate-every", "500"]  # at N = 128, K = 64, for the tasks of that N
 CONVERTED_TASKS = (
     ("imdb", "aclImdb", 512, ["--steps", "100", "--batch", "8", "--evaluation-examples", "1000"]),
     ("sst2", "sst2", 128, ["--steps", "250", "--batch", "16"]),
@@ -75,10 +80,10 @@ def minilm() -> Path:
     return Path(package.submodule_search_locations[0]) / "model"
 
 
-def pretraining(name: str, text: str, seed: int, *arguments: str, seq_len: int = 512, steps: int = 500) -> Run:
-    """`steps` of 2,048 tokens, whatever the length of a sequence."""
-    common = ["--data", TEXTS[text], "--seed", str(seed), "--steps", str(steps), "--seq-len", str(seq_len)]
-    common += ["--batch", str(2048 // seq_len), "--evaluation-sequences", str(49 * 512 // seq_len)]
+def pretraining(name: str, text: str, seed: int, *arguments: str, steps: int = 500) -> Run:
+    """`steps` of 2,048 tokens."""
+    common = ["--data", TEXTS[text], "--seed", str(seed), "--steps", str(steps), "--seq-len", "512", "--batch", "4"]
+    common += ["--evaluation-sequences", "49"]
     return Run(f"{text}-{name}-{seed}", "pretrain_mlm.py", [*PRETRAIN, *common, *arguments])
 
 
@@ -93,21 +98,6 @@ def main_runs(seed: int) -> Iterator[Run]:
         yield pretraining("none", text, seed, *NONE)
 
 
-def variants(seed: int) -> Iterator[Run]:
-    for sharing in ("headwise", "key_value", "none"):
-        yield pretraining(f"sharing-{sharing}", "imdb", seed, "--sharing", sharing)
-    for kind in ("fixed", "mean", "max", "conv"):
-        yield pretraining(f"projection-{kind}", "imdb", seed, "--projection", kind)
-    yield pretraining("init-mean", "imdb", seed, "--init", "mean")
-    for rate in ("1e-3", "4e-3"):
-        yield pretraining(f"exact-lr{rate}", "imdb", seed, *EXACT, "--lr", rate)
-        yield pretraining(f"k128-lr{rate}", "imdb", seed, "--lr", rate)
-    for seq_len in (1024, 2048):
-        for k in (128, seq_len // 4):
-            yield pretraining(f"n{seq_len}-k{k}", "imdb", seed, "--proj-dim", str(k), seq_len=seq_len)
-        yield pretraining(f"n{seq_len}-exact", "imdb", seed, *EXACT, seq_len=seq_len)
-
-
 def tuned_runs(seed: int) -> Iterator[Run]:
     for task, data, sizes in TASKS:
         for model in ("exact", "k128"):
@@ -116,7 +106,7 @@ def tuned_runs(seed: int) -> Iterator[Run]:
 
 
 def longer_runs(seed: int) -> Iterator[Run]:
-    """The first comparison over six times as many steps, at the rate that suited exact attention better."""
+    """The first comparison over six times as many steps, at half the rate."""
     for name, arguments in (("exact", EXACT), ("k128", ["--proj-dim", "128"]), ("none", NONE)):
         more = ["--lr", "1e-3", "--evaluate-every", "250", *arguments]
         yield pretraining(f"longer-{name}", "imdb", seed, *more, steps=3000)
@@ -149,9 +139,11 @@ def converted_runs(seed: int) -> Iterator[Run]:
     """MiniLM, a trained model: converted, and then fine-tuned beside the original."""
     conversions: list[tuple[str, int, int, list[str]]] = [(f"n{n}-k{k}", n, k, []) for n, k in CONVERTED]
     conversions += [(name, *CONVERTED[0], more) for name, more in CONVERTED_VARIANTS.items()]
+    conversions.append(("longer-n128-k64", 128, 64, CONVERT_LONGER))
     for name, n, k, more in conversions:
-        sizes = ["--seq-len", str(n), "--proj-dim", str(k), "--batch", str(1024 // n)]
+        sizes = ["--seq-len", str(n), "--proj-dim", str(k), "--batch", str(max(1, 1024 // n))]
         sizes += ["--evaluation-sequences", str(16 * 512 // n), "--seed", str(seed)]
+        sizes += ["--repeat-positions"] * (n > OWN_POSITIONS)
         yield Run(f"minilm-{name}-{seed}", "convert.py", [*CONVERT, *sizes, *more], after=MINILM)
     for task, data, n, sizes in CONVERTED_TASKS:
         common = ["--task", task, "--data", data, "--seed", str(seed), "--seq-len", str(n), *sizes]
@@ -159,10 +151,12 @@ def converted_runs(seed: int) -> Iterator[Run]:
         yield Run(f"minilm-{task}-exact-{seed}", "finetune.py", common, after=MINILM)
         for k in tuned_sizes(n):
             yield Run(f"minilm-{task}-k{k}-{seed}", "finetune.py", common, after=f"minilm-n{n}-k{k}-{seed}")
+        if n == 128:
+            yield Run(f"minilm-{task}-longer-{seed}", "finetune.py", common, after=f"minilm-longer-n128-k64-{seed}")
 
 
 # In this order, each group for all seeds.
-GROUPS = ((main_runs, tuned_runs), (byte_runs,), (converted_runs, continued_runs), (variants,), (longer_runs,))
+GROUPS = ((main_runs, tuned_runs), (byte_runs,), (converted_runs, continued_runs), (longer_runs,))
 
 
 def plan() -> list[Run]:
