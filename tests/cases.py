@@ -47,10 +47,16 @@ class Case:
         return ",".join(f"{name}={value}" for name, value in values.items()).replace(" ", "").replace("torch.", "")
 
 
+MOST_WORK = 2e7  # what executes kernels slowly takes many seconds for more
+
+
 def work(case: Case) -> int:
-    """Products of sizes, for what executes kernels slowly."""
-    rows = max(case.n, case.n_q) if case.lengths is None else sum(case.lengths)
-    return case.batch * case.heads * rows * case.k * max(case.d, case.d_v or 0)
+    """Products of sizes: rows of all sequences and heads, K, and the width, of which kernels take no less than 32."""
+    if case.lengths is None:
+        rows = case.batch * max(case.n, case.n_q)
+    else:
+        rows = max(sum(case.lengths), sum(case.lengths_q or case.lengths))
+    return case.heads * rows * case.k * max(case.d, case.d_v or 0, 32)
 
 
 def strided(shape, layout: str, dtype: torch.dtype, device: str, size: float = 1.0) -> torch.Tensor:

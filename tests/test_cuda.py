@@ -17,7 +17,6 @@ from cases import Case
 REASON = emulated.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BF16, FP16 = torch.bfloat16, torch.float16
-MOST_WORK = 2e7  # products of sizes; a case above takes the emulator many seconds
 
 
 def check(case: Case, through=cases.run, **options) -> emulated.Run:
@@ -28,7 +27,7 @@ def check(case: Case, through=cases.run, **options) -> emulated.Run:
     return run
 
 
-CHOSEN = [case for case in test_attention.CHOSEN if cases.work(case) < MOST_WORK]
+CHOSEN = [case for case in test_attention.CHOSEN if cases.work(case) < cases.MOST_WORK]
 
 
 @pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
@@ -42,7 +41,7 @@ def test_sampled(index, seed):
     """On a GPU of another size each time: other splits, other runs of tiles, other residents."""
     rng = np.random.default_rng(seed)
     case = test_attention.sampled(rng)
-    while cases.work(case) > MOST_WORK:
+    while cases.work(case) > cases.MOST_WORK:
         case = test_attention.sampled(rng)
     order, shared_bytes = int(rng.integers(1, 2**31)), emulated.SHARED_BYTES[rng.choice([80, 86])]
     check(case, multiprocessors=int(rng.integers(1, 9)), shared_bytes=shared_bytes, seed=order)

@@ -62,7 +62,7 @@ def test_sampled(index, seed):
     """On a GPU of another size each time: other splits, other residents, another order of warps."""
     rng = np.random.default_rng(seed)
     case = test_attention.sampled(rng)
-    while case.k * max(case.d, case.d_v or 0) * max(case.n, case.n_q) > 4e6:
+    while cases.work(case) > cases.MOST_WORK:
         case = test_attention.sampled(rng)
     arch, residents = int(rng.choice([80, 90])), int(rng.choice([0, 1, 3]))
     check(

@@ -18,7 +18,6 @@ import torch
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16)
-MOST_WORK = 2e7  # products of sizes; a case above takes many seconds
 
 if INTERPRETING:
     import triton.language as tl
@@ -67,7 +66,9 @@ if INTERPRETING:
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
-    @pytest.mark.parametrize("case", [case for case in test_attention.CHOSEN if cases.work(case) < MOST_WORK], ids=str)
+    @pytest.mark.parametrize(
+        "case", [case for case in test_attention.CHOSEN if cases.work(case) < cases.MOST_WORK], ids=str
+    )
     def test_chosen(case, dtype):
         cases.check(dataclasses.replace(case, dtype=dtype), "cpu", "triton")
 
@@ -75,7 +76,7 @@ if INTERPRETING:
     def test_sampled(index, seed):
         rng = np.random.default_rng(seed)
         case = test_attention.sampled(rng)
-        while cases.work(case) > MOST_WORK:
+        while cases.work(case) > cases.MOST_WORK:
             case = test_attention.sampled(rng)
         cases.check(case, "cpu", "triton")
 
