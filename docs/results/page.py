@@ -145,7 +145,8 @@ def in_short(_: Path) -> str:
         return last(record, "sentence_cosine")
 
     def listed(value: Callable[[Record], float], names: dict[str, str], form: str) -> str:
-        return ", ".join(f"{of(value, name, form)} ({title})" for title, name in names.items())
+        ran = [f"{of(value, name, form)} ({title})" for title, name in names.items() if records(name)]
+        return ", ".join(ran) or "(not run yet)"
 
     speedups = {(name, op): f"{before / after:.1f} times faster" for name, op, before, after, *_ in model_speeds()}
     tasks = "; ".join(
@@ -365,7 +366,8 @@ def speed(_: Path) -> str:
 SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
     (
         "In short",
-        "Means over the seeds on record; spreads are in the tables below.",
+        "In bold a claim of the paper, and after it what was measured here, whether it agrees or not. Means over the "
+        "seeds on record; spreads are in the tables below.",
         in_short,
     ),
     (
