@@ -156,9 +156,9 @@ def in_short(_: Path) -> str:
         for k, control in [tuned_sizes(n)]
     )
     n, k = CONVERTED[0]
+    sharings = {title: f"minilm-{name}" for title, name in variant_runs("sharing", "layerwise").items()}
     by_n = {f"N = {n}": f"minilm-n{n}-k64" for n, k in sorted(CONVERTED) if k == 64}
     by_k = {f"K = {k}": f"minilm-n512-k{k}" for n, k in sorted(CONVERTED) if n == 512}
-    sharings = {"layerwise": f"n{n}-k{k}"} | {kind: f"sharing-{kind}" for kind in kinds("sharing")}
     rows = [
         (
             "K = 128 comes near exact attention at N = 512",
@@ -168,7 +168,7 @@ def in_short(_: Path) -> str:
         (
             "One matrix for all layers is as good as more",
             f"MiniLM converted at N = {n}, K = {k} keeps a cosine similarity of "
-            + listed(sentence, {title: f"minilm-{name}" for title, name in sharings.items()}, ".3f") + ".",
+            + listed(sentence, sharings, ".3f") + ".",
         ),
         (
             "Quality depends on K, hardly on N",
@@ -186,9 +186,11 @@ def in_short(_: Path) -> str:
     return "".join(f"- **{claim}.** {text}\n" for claim, text in rows)
 
 
-def kinds(option: str) -> list[str]:
-    """Of an option of conversion, the values that are in the plan besides the usual one."""
-    return [name.removeprefix(f"{option}-") for name in CONVERTED_VARIANTS if name.startswith(f"{option}-")]
+def variant_runs(option: str, usual: str) -> dict[str, str]:
+    """MiniLM converted at the first N and K, as usual and with each other value of an option: title and name."""
+    n, k = CONVERTED[0]
+    others = [name for name in CONVERTED_VARIANTS if name.startswith(f"{option}-")]
+    return {usual: f"n{n}-k{k}"} | {name.removeprefix(f"{option}-"): name for name in others}
 
 
 def mlm_runs() -> dict[str, str]:
@@ -318,8 +320,7 @@ def converted(_: Path) -> str:
 
 def variants(option: str, usual: str) -> str:
     """MiniLM converted with each value of an option, at the first N and K."""
-    n, k = CONVERTED[0]
-    return cosines([""], {(usual,): f"n{n}-k{k}"} | {(kind,): f"{option}-{kind}" for kind in kinds(option)})
+    return cosines([""], {(title,): name for title, name in variant_runs(option, usual).items()})
 
 
 def converted_and_tuned(_: Path) -> str:
