@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from corpus import read_corpus
+from encoder import add_projection
 from pretrain_mlm import Blocks
 from recording import Recorder, arguments, machine
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from torch.utils.data import Subset
 from training import (
     MAIN_PROCESS,
     add_options,
-    add_projection,
     add_resume,
     check_options,
     count_in_words,

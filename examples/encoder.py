@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from training import PROJECTIONS, SHARINGS, longest_sequence
+from training import longest_sequence
 from transformers import (
     AttentionInterface,
     PreTrainedModel,
@@ -34,8 +34,8 @@ SHAPE = {
 }  # fmt: skip
 LINFORMER = {"proj_dim": 128, "sharing": "layerwise", "projection": "learned", "init": "gaussian"}
 CHOICES = {
-    "attention": ["linformer", "exact", "none"], "sharing": list(SHARINGS), "projection": list(PROJECTIONS),
-    "init": ["gaussian", "mean", "identity"],
+    "attention": ("linformer", "exact", "none"), "sharing": ("layerwise", "key_value", "headwise", "none"),
+    "projection": ("learned", "fixed", "mean", "max", "conv"), "init": ("gaussian", "mean", "identity"),
 }  # fmt: skip
 MEANING = {"proj_dim": "K; ", "initializer_range": "standard deviation of new weights; "}
 SEQ_LEN = 512
@@ -48,13 +48,24 @@ def add_model(parser: argparse.ArgumentParser) -> Any:
     parser.add_argument("--seq-len", type=int, help=f"N; default: the checkpoint's, from scratch {SEQ_LEN}")
     scratch = parser.add_argument_group("from scratch")
     tokens = scratch.add_mutually_exclusive_group()
-    for name, default in (SHAPE | LINFORMER).items():
-        group = tokens if name == "vocabulary" else scratch
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), choices=CHOICES.get(name),
-            help=f"{MEANING.get(name, '')}default: {default}",
-        )  # fmt: skip
+    for name in SHAPE | LINFORMER:
+        _add_option(tokens if name == "vocabulary" else scratch, name)
     return tokens
+
+
+def add_projection(parser: argparse.ArgumentParser) -> None:
+    """N, K and what E and F are, for convert.py, which always makes them."""
+    parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help=f"N; default: {SEQ_LEN}")
+    for name in ("proj_dim", "sharing", "projection"):
+        _add_option(parser, name, default=LINFORMER[name])
+
+
+def _add_option(group: Any, name: str, **more: Any) -> None:
+    usual = (SHAPE | LINFORMER)[name]
+    group.add_argument(
+        f"--{name.replace('_', '-')}", type=type(usual), choices=CHOICES.get(name),
+        help=f"{MEANING.get(name, '')}default: {usual}", **more,
+    )  # fmt: skip
 
 
 def settle_model(options: argparse.Namespace) -> None:

@@ -12,8 +12,6 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # they count from the number of the padding token on
-SHARINGS = ("layerwise", "key_value", "headwise", "none")
-PROJECTIONS = ("learned", "fixed", "mean", "max", "conv")
 MAIN_PROCESS = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
 
 
@@ -27,14 +25,6 @@ def add_options(parser: argparse.ArgumentParser, batch: int, lr: float, warmup: 
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="write what was run and measured to this JSON file")
-
-
-def add_projection(parser: argparse.ArgumentParser) -> None:
-    """N, K and what E and F are, of a model that is made here."""
-    parser.add_argument("--seq-len", type=int, default=512, help="N")
-    parser.add_argument("--proj-dim", type=int, default=128, help="K")
-    parser.add_argument("--sharing", choices=SHARINGS, default="layerwise")
-    parser.add_argument("--projection", choices=PROJECTIONS, default="learned")
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
