@@ -17,7 +17,18 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from plan import CONTINUED, CONVERTED, CONVERTED_TASKS, CONVERTED_VARIANTS, RUNS, SEEDS, TEXTS, tuned_sizes
+from plan import (
+    CONTINUED,
+    CONVERTED,
+    CONVERTED_TASKS,
+    CONVERTED_VARIANTS,
+    LONGER,
+    LONGER_NAME,
+    RUNS,
+    SEEDS,
+    TEXTS,
+    tuned_sizes,
+)
 
 FOLDER = Path(__file__).parents[1]  # of results.md; its pictures go to results/ beside it
 NAMES = {"exact": "exact", "none": "no attention"} | {f"k{k}": f"K = {k}" for k in (32, 64, 128, 256)}
@@ -86,6 +97,11 @@ def count(found: list[Record]) -> str:
     return f"{len(found)}, {bad} stuck" if bad else str(len(found))
 
 
+def weights(found: list[Record]) -> str:
+    """In E and F, which are the same for every seed."""
+    return f"{found[0]['projection_weights']:,}" if found else "not run yet"
+
+
 def minutes(record: Record) -> float:
     return last(record, "cpu_seconds") / 60
 
@@ -108,10 +124,8 @@ def pretrained(names: dict[str, str]) -> str:
     rows = []
     for title, name in names.items():
         found = records(name)
-        weights = f"{found[0]['projection_weights']:,}" if found else ""
-        rows.append(
-            [title, spread([perplexity(r) for r in found]), weights, spread([minutes(r) for r in found]), count(found)]
-        )
+        measured = [spread([perplexity(r) for r in found]), weights(found), spread([minutes(r) for r in found])]
+        rows.append([title, *measured, count(found)])
     return table(["", "held-out perplexity", "weights in E and F", "minutes", "n"], rows)
 
 
@@ -308,14 +322,17 @@ def cosines(titles: Iterable[str], rows: dict[tuple[object, ...], str]) -> str:
             for metric in ("sentence_cosine", "token_cosine")
             for index in (0, -1)
         ]
-        made.append([*cells, *values, spread([minutes(r) for r in found]), len(found)])
-    return table([*titles, "sentence, before", "after", "token, before", "after", "minutes", "n"], made)
+        made.append([*cells, weights(found), *values, spread([minutes(r) for r in found]), len(found)])
+    head = ["weights in E and F", "sentence, before", "after", "token, before", "after", "minutes", "n"]
+    return table([*titles, *head], made)
 
 
 def converted(_: Path) -> str:
-    sizes = sorted(CONVERTED, key=lambda size: (-size[0], size[1]))
-    rows: dict[tuple[object, ...], str] = {size: f"n{size[0]}-k{size[1]}" for size in sizes}
-    return cosines(["N", "K"], rows | {(128, "64, longer"): "longer-n128-k64"})
+    rows: dict[tuple[object, ...], str] = {
+        (n, k, n // k): f"n{n}-k{k}" for n, k in sorted(CONVERTED, key=lambda size: (-size[0], size[1]))
+    }
+    n, k = LONGER
+    return cosines(["N", "K", "N / K"], rows | {(n, f"{k}, longer", n // k): LONGER_NAME})
 
 
 def variants(option: str, usual: str) -> str:
@@ -327,8 +344,8 @@ def converted_and_tuned(_: Path) -> str:
     rows = []
     for task, _data, n, _sizes in CONVERTED_TASKS:
         runs = {"exact": "exact"} | {f"Linformer, K = {k}": f"k{k}" for k in tuned_sizes(n)}
-        if n == 128:
-            runs["Linformer, K = 64, converted longer"] = "longer"
+        if n == LONGER[0]:
+            runs[f"Linformer, K = {LONGER[1]}, converted longer"] = "longer"
         for label, name in runs.items():
             found = records(f"minilm-{task}-{name}")
             values = [spread([100 * last(r, metric) for r in found]) for metric in ("accuracy", "f1")]

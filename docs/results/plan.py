@@ -55,7 +55,9 @@ CONVERT = ["--steps", "300", "--evaluate-every", "100", "--data", TEXTS["imdb"]]
 # Those of the first N go on as masked language models: 200 steps of 2 sequences.
 CONTINUED = (128, 32, 1, 256, 64)
 CONTINUE = ["--steps", "200", "--batch", "2", "--lr", "3e-4", "--evaluate-every", "50", "--evaluation-sequences", "32"]
-CONVERT_LONGER = ["--steps", "1500", "--evaluate-every", "500"]  # at N = 128, K = 64, for the tasks of that N
+LONGER = (128, 64)  # is converted in more steps too, for the tasks of that N
+LONGER_NAME = f"longer-n{LONGER[0]}-k{LONGER[1]}"
+CONVERT_LONGER = ["--steps", "1500", "--evaluate-every", "500"]
 CONVERTED_TASKS = (
     ("imdb", "aclImdb", 512, ["--steps", "100", "--batch", "8", "--evaluation-examples", "1000"]),
     ("sst2", "sst2", 128, ["--steps", "250", "--batch", "16"]),
@@ -139,7 +141,7 @@ def converted_runs(seed: int) -> Iterator[Run]:
     """MiniLM, a trained model: converted, and then fine-tuned beside the original."""
     conversions: list[tuple[str, int, int, list[str]]] = [(f"n{n}-k{k}", n, k, []) for n, k in CONVERTED]
     conversions += [(name, *CONVERTED[0], more) for name, more in CONVERTED_VARIANTS.items()]
-    conversions.append(("longer-n128-k64", 128, 64, CONVERT_LONGER))
+    conversions.append((LONGER_NAME, *LONGER, CONVERT_LONGER))
     for name, n, k, more in conversions:
         sizes = ["--seq-len", str(n), "--proj-dim", str(k), "--batch", str(max(1, 1024 // n))]
         sizes += ["--evaluation-sequences", str(16 * 512 // n), "--seed", str(seed)]
@@ -151,8 +153,8 @@ def converted_runs(seed: int) -> Iterator[Run]:
         yield Run(f"minilm-{task}-exact-{seed}", "finetune.py", common, after=MINILM)
         for k in tuned_sizes(n):
             yield Run(f"minilm-{task}-k{k}-{seed}", "finetune.py", common, after=f"minilm-n{n}-k{k}-{seed}")
-        if n == 128:
-            yield Run(f"minilm-{task}-longer-{seed}", "finetune.py", common, after=f"minilm-longer-n128-k64-{seed}")
+        if n == LONGER[0]:
+            yield Run(f"minilm-{task}-longer-{seed}", "finetune.py", common, after=f"minilm-{LONGER_NAME}-{seed}")
 
 
 # In this order, each group for all seeds.
