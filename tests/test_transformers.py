@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import os
 from pathlib import Path
 
@@ -22,22 +23,31 @@ DISTIL = dict(vocab_size=97, dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_p
 IMAGE = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=28, patch_size=4
 )
+LENGTH = 50  # of the text, and 7 * 7 patches with the class token
+PAIR = dict(
+    d_model=32, encoder_layers=3, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=32, vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+SOUND = PAIR | dict(num_mel_bins=8, max_source_positions=LENGTH)
 FAMILIES = {
     "Bert": TEXT, "Roberta": TEXT, "XLMRoberta": TEXT, "DistilBert": DISTIL, "ViT": IMAGE,
-    "Electra": TEXT | {"embedding_size": 32}, "Camembert": TEXT, "CLIPVision": IMAGE,
+    "Electra": TEXT | {"embedding_size": 32}, "Camembert": TEXT, "CLIPVision": IMAGE, "LayoutLM": TEXT,
+    "NomicBert": TEXT, "DINOv3ViT": IMAGE | {"num_register_tokens": 0}, "Bart": PAIR, "Whisper": SOUND,
 }  # fmt: skip
-LENGTH = 50  # of the text, and 7 * 7 patches with the class token
+CHANGED_KEYS = ("NomicBert", "DINOv3ViT", "Whisper")  # after their linear layer: by rotary positions, by a copy
 
 
 def make(family, **changes):
     config = getattr(transformers, f"{family}Config")(**FAMILIES[family], **changes)
-    model_class = f"{family}Model"
-    return getattr(transformers, model_class)(config).eval()
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    return model.get_encoder() if config.is_encoder_decoder else model
 
 
 def inputs(family, padded=True):
-    if FAMILIES[family] is IMAGE:
+    if "image_size" in FAMILIES[family]:
         return {"pixel_values": torch.randn(3, 3, 28, 28)}
+    if FAMILIES[family] is SOUND:
+        return {"input_features": torch.randn(3, 8, 2 * LENGTH)}
     mask = torch.ones(3, LENGTH, dtype=torch.int64)
     if padded:
         mask[1, 20:], mask[2, :30] = 0, 0
@@ -202,7 +212,7 @@ def test_keys_are_compressed_before_their_linear_layers(family):
         torch.manual_seed(1)
         converted = linformerize(copy.deepcopy(model), LENGTH, 16, defer=defer)
         layers = [module for module in converted.modules() if type(module).__name__ == "DeferredLinear"]
-        assert len(layers) == (6 if defer else 0)
+        assert len(layers) == (6 if defer and family not in CHANGED_KEYS else 0)
         out = hidden(converted, batch)
         (out * torch.randn(out.shape)).sum().backward()
         results.append({name: weight.grad for name, weight in converted.named_parameters() if weight.grad is not None})
@@ -223,6 +233,34 @@ def test_an_adapter_on_deferred_keys_is_refused():
     assert hidden(model, batch).isfinite().all()
 
 
+def test_a_layer_whose_source_is_not_there_is_not_deferred(monkeypatch):
+    model, batch = make("Bert"), inputs("Bert")
+    want = hidden(model, batch)
+    monkeypatch.setattr(inspect, "getsource", lambda _: (_ for _ in ()).throw(OSError("no source")))
+    linformerize(model, LENGTH, LENGTH, init="identity")
+    assert type(model.encoder.layer[0].attention.self.key) is nn.Linear
+    assert (hidden(model, batch) - want).abs().max() <= 1e-5
+
+
+def test_a_mask_for_the_scores_is_a_padding_mask_or_refused():
+    """(B, 1, 1, N), as LayoutLM makes it of the tokenizer's: of a boolean, of -10,000, and of anything else."""
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    want = hidden(model, batch)
+    takes_part = batch["attention_mask"].bool()[:, None, None]
+    for mask in (takes_part, torch.where(takes_part, 0.0, -1e4)):
+        assert torch.equal(model(batch["input_ids"], attention_mask=mask).last_hidden_state[takes_part[:, 0, 0]], want)
+    with pytest.raises(NotImplementedError, match="other numbers to scores than 0 and -10,000 or less"):
+        model(batch["input_ids"], attention_mask=torch.where(takes_part, 0.0, -1.0))
+
+
+def test_an_encoder_serves_in_its_encoder_decoder_model():
+    model = transformers.BartModel(transformers.BartConfig(**PAIR)).eval()
+    batch = inputs("Bart") | {"decoder_input_ids": torch.randint(3, 97, (3, 9))}
+    want = model(**batch).last_hidden_state
+    linformerize(model.get_encoder(), LENGTH, LENGTH, init="identity")
+    assert (model(**batch).last_hidden_state - want).abs().max() <= 1e-5
+
+
 def test_proj_dim_by_layer():
     model = linformerize(make("Bert"), LENGTH, (16, 8, 4), "key_value")
     assert [matrices.proj_dim for matrices in model.linformer] == [16, 8, 4]
@@ -239,7 +277,10 @@ def test_proj_dim_by_layer():
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)), "has a decoder"),
     (lambda: transformers.DebertaV2Model(transformers.DebertaV2Config(**TEXT)), "does not go through"),
     (lambda: transformers.ModernBertModel(transformers.ModernBertConfig(**TEXT)), "has windows"),
-], ids=["gpt2", "llama", "bert-decoder", "bart", "deberta", "modernbert"])  # fmt: skip
+    (lambda: transformers.SwinModel(transformers.SwinConfig(depths=[1], num_heads=[2], embed_dim=16)),
+     "heads or a width of its own"),
+    (lambda: transformers.SegformerModel(transformers.SegformerConfig()), "heads or a width of its own"),
+], ids=["gpt2", "llama", "bert-decoder", "bart", "deberta", "modernbert", "swin", "segformer"])  # fmt: skip
 def test_what_is_no_plain_encoder_is_refused(make_model, says):
     with pytest.raises(NotImplementedError, match=says):
         linformerize(make_model(), LENGTH, 16)
@@ -251,6 +292,21 @@ def test_a_causal_mask_is_refused_when_it_comes():
     model = linformerize(transformers.CLIPTextModel(config), LENGTH, 16)
     with pytest.raises(NotImplementedError, match="every position sees every other"):
         model(torch.randint(3, 97, (2, LENGTH)))
+
+
+def test_a_bias_for_pairs_is_refused_when_it_comes():
+    config = transformers.T5Config(d_model=32, num_layers=1, num_heads=4, d_kv=8, d_ff=48, vocab_size=97)
+    model = linformerize(transformers.T5EncoderModel(config), LENGTH, 16)
+    with pytest.raises(NotImplementedError, match="position_bias came to Linformer attention"):
+        model(torch.randint(3, 97, (2, LENGTH)))
+
+
+def test_another_sequence_is_refused_when_it_comes():
+    sizes = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    model = transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(**sizes, encoder_hidden_size=32))
+    linformerize(model, LENGTH, 16)
+    with pytest.raises(NotImplementedError, match="query has 8 positions and key 20"):
+        model(query_embeds=torch.randn(1, 8, 32), encoder_hidden_states=torch.randn(1, 20, 32))
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ NAME = "linformer"
 _MOMENTS = "linformer_moments"
 INITS = ("gaussian", "mean", "identity", "svd")
 KEY_LAYERS, VALUE_LAYERS = ("key", "k_lin", "k_proj"), ("value", "v_lin", "v_proj")
+# In the source of a layer's forward: keys or values are more than seen in another shape, by rotary positions, a norm, a
+# copy.
+_CHANGED = re.compile(r"\b[kv]\w* = .*(rotary|rope|norm|contiguous|self\._shape)")
 # An empty row of K' gets this for a score before scaling; float16 holds it, and exp of it is 0 for any usual scale.
 _EMPTY = -3e4
 
@@ -45,7 +49,8 @@ def linformerize(
     """Replace the attention of an encoder of transformers by Linformer attention, in place.
 
     Takes every encoder whose attention goes through transformers' attention interface: BERT, RoBERTa, XLM-R,
-    DistilBERT, ViT and their like, with any head on top. Its weights are kept; E and F are added as
+    DistilBERT, ViT and their like, with any head on top, and `model.get_encoder()` of an encoder-decoder model, as BART
+    or Whisper. Its weights are kept; E and F are added as
     `model.base_model.linformer`, a list of `LinformerProjection`, one of them for each layer or, shared layerwise, one
     in all: a single parameter, in `parameters()`, in an optimizer and in a checkpoint once.
 
@@ -65,8 +70,9 @@ def linformerize(
         projection: kind of the projection, see LinformerProjection: "learned", "fixed", "mean", "max" or "conv".
         calibration: for init="svd": batches of the model's inputs, as dict of tensors; the model sees each once.
         defer: whether keys and values are compressed before their linear layers, which then work on K rows instead of
-            N: the same numbers for less, done where E is the same for all heads and the layers are plain nn.Linear.
-            False for adapters (LoRA) on those layers: with True they raise ValueError.
+            N: the same numbers for less, done where E is the same for all heads, the layers are plain nn.Linear and
+            nothing (rotary positions, a norm) changes keys after them. False for adapters (LoRA) on those layers: with
+            True they raise ValueError.
 
     Returns:
         The model itself.
@@ -74,7 +80,8 @@ def linformerize(
     Raises:
         TypeError: model is no PreTrainedModel.
         NotImplementedError: decoders and causal models (every row of K' mixes the whole sequence), cross-attention,
-            windowed attention, models that do not use the attention interface.
+            windowed attention, models that do not use the attention interface. What a model does not say of itself, as
+            a bias for pairs of positions, raises when the model is called.
         ValueError: arguments that do not fit each other or the model.
     """
     layers = _attention_layers(model)
@@ -139,16 +146,16 @@ def attention_forward(
     """What transformers' attention interface calls for each layer: (B, H, N, D) tensors to a (B, N, H, D) output."""
     refuse_causal(bool(is_causal))
     for name in ("position_bias", "softcap", "sliding_window", "output_attentions", "s_aux"):
-        if options.get(name):
+        if options.get(name) is not None and options[name] is not False:
             raise NotImplementedError(
                 f"{name} came to Linformer attention, whose scores are over K compressed rows and not over positions; "
                 f"wanted: a model and a call without {name}"
             )
-    if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.dtype != torch.bool):
+    if query.size(2) != key.size(2):
         raise NotImplementedError(
-            f"attention_mask is {attention_mask.dtype} of shape {tuple(attention_mask.shape)}; wanted: the tokenizer's "
-            "padding mask (B, N), as a mask between pairs of positions has no meaning in Linformer"
+            f"query has {query.size(2)} positions and key {key.size(2)}; wanted: self-attention over one sequence"
         )
+    attention_mask = _of_keys(attention_mask)
     matrices: LinformerProjection | None = module.__dict__.get(NAME)
     if matrices is None:
         raise ValueError(
@@ -200,6 +207,28 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, padding_mask)
 
 
+def _of_keys(mask: Tensor | None) -> Tensor | None:
+    """The (B, N) padding mask, True where a key takes part, of that or of what some models (LayoutLM) make of it:
+    (B, 1, 1, N), added to the scores."""
+    if mask is None or (mask.dim() == 2 and mask.dtype == torch.bool):
+        return mask
+    if mask.dim() != 4 or mask.shape[1:3] != (1, 1):
+        raise NotImplementedError(
+            f"attention_mask is {mask.dtype} of shape {tuple(mask.shape)}; wanted: the tokenizer's padding mask "
+            "(B, N), as a mask between pairs of positions has no meaning in Linformer"
+        )
+    mask = mask[:, 0, 0]
+    if mask.dtype == torch.bool:
+        return mask
+    takes_part = mask == 0
+    if not torch.compiler.is_compiling() and not (takes_part | (mask <= -1e4)).all():
+        raise NotImplementedError(
+            "attention_mask adds other numbers to scores than 0 and -10,000 or less; wanted: a padding mask, 0 where a "
+            "key takes part and the lowest number of its type elsewhere"
+        )
+    return takes_part
+
+
 class DeferredLinear(nn.Linear):
     """The linear layer of keys or values, left to `attention_forward`, which applies it to K rows instead of N.
 
@@ -230,10 +259,11 @@ def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; wanted: a PreTrainedModel of transformers")
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False) or getattr(model.config, "is_decoder", False):
+    if _has_decoder(model):
         raise NotImplementedError(
-            f"model is a {name}, which has a decoder; wanted: an encoder. A decoder must not see what comes after a "
-            "position, but every row of K' = E key mixes the whole sequence, so no mask on the scores can hide it"
+            f"model is a {name}, which has a decoder; wanted: an encoder, or model.get_encoder(). A decoder must not "
+            "see what comes after a position, but every row of K' = E key mixes the whole sequence, so no mask on the "
+            "scores can hide it"
         )
     calls = [module for module in model.modules() if _calls_the_interface(module)]
     if not calls:
@@ -248,17 +278,33 @@ def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
                 f"model is a {name}, whose {kind} is causal; wanted: an encoder. Every row of K' = E key mixes the "
                 "whole sequence, so no mask on the scores can hide what comes after a position"
             )
-        if getattr(module, "sliding_window", None) or "Cross" in kind:
+        if getattr(module, "sliding_window", None) or getattr(module, "is_cross_attention", False) or "Cross" in kind:
             raise NotImplementedError(
                 f"model is a {name}, whose {kind} has windows or looks at another sequence; wanted: self-attention in "
                 "which every position sees every other"
             )
+        config: Any = getattr(module, "config", None)
+        if not all(isinstance(getattr(config, name, None), int) for name in ("num_attention_heads", "hidden_size")):
+            raise NotImplementedError(
+                f"model is a {name}, whose {kind} has heads or a width of its own (Swin, SegFormer); wanted: layers "
+                "alike, over the whole sequence"
+            )
     return calls
 
 
+def _has_decoder(model: PreTrainedModel) -> bool:
+    """Of an encoder-decoder model the encoder alone (`model.get_encoder()`) has none, though its config says so."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return bool(getattr(model.config, "is_decoder", False))
+    return any("Decoder" in type(module).__name__ or getattr(module, "is_decoder", False) for module in model.modules())
+
+
 def _calls_the_interface(module: nn.Module) -> bool:
-    forward = inspect.unwrap(type(module).forward)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(_forward(module), "__code__", None), "co_names", ())
+
+
+def _forward(module: nn.Module) -> Any:
+    return inspect.unwrap(type(module).forward)
 
 
 def _check(
@@ -342,6 +388,12 @@ def _own_config(model: PreTrainedModel, settings: dict[str, Any]) -> None:
 
 
 def _defer(layer: nn.Module) -> None:
+    try:
+        source = inspect.getsource(_forward(layer))
+    except OSError:  # there is no file
+        return
+    if _CHANGED.search(source):
+        return
     found = [
         linear
         for names in (KEY_LAYERS, VALUE_LAYERS)
@@ -411,6 +463,7 @@ def _record_moments(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Any:
     """The model's own attention, which also adds to the sums that `_position_moments` has hung into the layer."""
+    mask = _of_keys(mask)
     for total, rows in zip(module.__dict__[_MOMENTS], (key, value), strict=True):
         length = rows.size(2)
         if length > total.size(-1):
