@@ -36,6 +36,7 @@ from training import (
     count_in_words,
     count_weights,
     longest_sequence,
+    run,
     trainer_arguments,
 )
 from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer, set_seed
@@ -204,4 +205,4 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -32,6 +32,7 @@ from training import (
     check_options,
     count_in_words,
     count_weights,
+    run,
     trainer_arguments,
 )
 from transformers import (
@@ -171,4 +172,4 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 from transformers import PreTrainedModel, TrainingArguments
 
 POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # they count from the number of the padding token on
 MAIN_PROCESS = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
+
+
+def run(main: Callable[[], object]) -> None:
+    """`main`, then the processes of torchrun part; without that, a thread of gloo's may abort one as Python ends."""
+    main()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def add_options(parser: argparse.ArgumentParser, batch: int, lr: float, warmup: str, every: str) -> None:
