@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from linformer_kernels.integrations.transformers import linformerize, load
+from linformer_kernels.modules import SHARINGS
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 CHUNK = 1 << 16  # characters that are tokenized at once
@@ -34,7 +35,7 @@ SHAPE = {
 }  # fmt: skip
 LINFORMER = {"proj_dim": 128, "sharing": "layerwise", "projection": "learned", "init": "gaussian"}
 CHOICES = {
-    "attention": ("linformer", "exact", "none"), "sharing": ("layerwise", "key_value", "headwise", "none"),
+    "attention": ("linformer", "exact", "none"), "sharing": SHARINGS,
     "projection": ("learned", "fixed", "mean", "max", "conv"), "init": ("gaussian", "mean", "identity"),
 }  # fmt: skip
 MEANING = {"proj_dim": "K; ", "initializer_range": "standard deviation of new weights; "}
