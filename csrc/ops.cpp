@@ -60,6 +60,14 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index());
 }
 
+// The address of its first element; a storage that has been freed under its tensor has none.
+void* memory_of(const Tensor& tensor, const char* name) {
+  void* memory = tensor.data_ptr();
+  STD_TORCH_CHECK(memory != nullptr || tensor.numel() == 0, "linformer_kernels: the memory of ", name,
+                  " has been freed");
+  return memory;
+}
+
 // A (B, H, N, D) or packed (total, H, D) tensor.
 struct View {
   Rows rows;
@@ -75,7 +83,7 @@ View view_of(const Tensor& tensor, const char* name, const Tensor& like, bool pa
   STD_TORCH_CHECK(tensor.size(last) <= 1 || tensor.numel() == 0 || tensor.stride(last) == 1,
                   "linformer_kernels: ", name, " needs adjacent elements in its last dimension");
   View view;
-  view.rows.data = tensor.data_ptr();
+  view.rows.data = memory_of(tensor, name);
   if (packed) {
     view.rows.head_stride = tensor.stride(1);
     view.rows.row_stride = tensor.stride(0);
@@ -121,7 +129,7 @@ const int64_t* offsets_of(const OptionalTensor& offsets, const char* name, const
   STD_TORCH_CHECK(same_device(*offsets, like) && offsets->scalar_type() == ScalarType::Long && offsets->dim() == 1 &&
                       offsets->is_contiguous() && offsets->size(0) == batch + 1,
                   "linformer_kernels: ", name, " must be a contiguous int64 tensor of batch + 1 offsets");
-  const int64_t* at = static_cast<const int64_t*>(offsets->data_ptr());
+  const int64_t* at = static_cast<const int64_t*>(memory_of(*offsets, name));
   if (on_gpu(like)) return at;
   STD_TORCH_CHECK(at[0] == 0 && at[batch] == total, "linformer_kernels: ", name, " must go from 0 to ", total);
   *longest = 0;
@@ -161,7 +169,7 @@ Rows projection_rows(const Tensor& proj, const char* name, const Tensor& like, c
                   "linformer_kernels: ", name, " has the wrong shape");
   STD_TORCH_CHECK(proj.size(columns) <= 1 || proj.stride(columns) == 1, "linformer_kernels: ", name,
                   " needs adjacent elements in its last dimension");
-  return {proj.data_ptr(), 0, p.per_head_proj ? proj.stride(0) : 0, proj.stride(rows)};
+  return {memory_of(proj, name), 0, p.per_head_proj ? proj.stride(0) : 0, proj.stride(rows)};
 }
 
 void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tensor& proj_key,
@@ -196,7 +204,7 @@ void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tens
     STD_TORCH_CHECK(!packed && same_device(*mask, key) && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
                         mask->size(0) == p.batch && mask->size(1) == p.len_k,
                     "linformer_kernels: key_padding_mask must be a bool tensor of shape (batch, key length)");
-    p.mask = static_cast<const bool*>(mask->data_ptr());
+    p.mask = static_cast<const bool*>(memory_of(*mask, "key_padding_mask"));
     p.mask_batch_stride = mask->stride(0);
     p.mask_row_stride = mask->stride(1);
   }
@@ -240,7 +248,7 @@ void set_softmax(Problem& p, const Tensor& query, const OptionalTensor& rng_stat
     STD_TORCH_CHECK(rng_state && same_device(*rng_state, query) && rng_state->scalar_type() == ScalarType::Long &&
                         rng_state->is_contiguous() && rng_state->numel() == 2,
                     "linformer_kernels: dropout needs rng_state, an int64 tensor (seed, offset)");
-    p.rng_state = static_cast<const int64_t*>(rng_state->data_ptr());
+    p.rng_state = static_cast<const int64_t*>(memory_of(*rng_state, "rng_state"));
   }
 }
 

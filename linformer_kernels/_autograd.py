@@ -23,7 +23,8 @@ _ops = torch.ops.linformer_kernels
 
 
 def _below_autograd(op: Callable[..., Any], *args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    # Below the tracking of views too: a result of other strides is a view of what the op made, and nobody else's.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*args)
 
 
@@ -117,8 +118,10 @@ def _register(op: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> 
         return differentiable(*args) if tracked else _below_autograd(op, *args)
 
     def call(*args: Any) -> Any:
-        # Compilers want the op. Eager code skips the dispatcher's detour to the kernel, a third of a call's overhead.
-        return op(*args) if torch.compiler.is_compiling() else kernel(*args)
+        # Compilers want the op, and so does vmap, under which no tensor says that it requires gradients. Eager code
+        # skips the dispatcher's detour to the kernel, a third of a call's overhead.
+        whole = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return op(*args) if whole else kernel(*args)
 
     LIBRARY.impl(op, kernel, "Autograd")
     return call

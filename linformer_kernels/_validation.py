@@ -8,11 +8,14 @@ checked in eager mode on a CPU tensor alone, and the CPU ops check them again wh
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._ops import unit_stride
 
@@ -167,12 +170,38 @@ def check_projected_attention(
     )
 
 
-def check_pooling(key: Tensor, value: Tensor, key_padding_mask: Tensor | None, n_max: int) -> None:
-    """The arguments of a projection that is no matrix."""
+def check_pooling(
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    n_max: int,
+    weight: Tensor | None,
+    head_dim: int | None,
+    num_heads: int | None,
+) -> None:
+    """The arguments of a projection that is no matrix; `weight`: of a convolution, made for these sizes."""
     _check_floating(key=key, value=value)
     _check_key_value(key, value, False, "view the columns of each head as a dimension of its own")
     _check_length("key", key.size(2), n_max)
     _check_mask(key_padding_mask, key)
+    if weight is None:
+        return
+    heads = "H_kv" if num_heads is None else num_heads
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.size(-1) != head_dim or num_heads not in (None, tensor.size(1)):
+            wanted = f"(B, {heads}, N, {head_dim}), as the convolution was made for"
+            _fail(_shape(name, tensor), wanted, "make the projection with the num_heads and head_dim of the keys")
+    if weight.dtype != key.dtype and not torch.is_autocast_enabled(key.device.type):
+        got = f"key has dtype {key.dtype} but proj_key {weight.dtype}"
+        _fail(got, "one dtype for all tensors", "use projection.to(key.dtype), or run under torch.autocast", TypeError)
+    _check_device("proj_key", weight, "key", key)
+
+
+def integer(name: str, value: SupportsIndex, wanted: str = "an integer") -> int:
+    """A size: Python's integers, numpy's, what torch.compile has for them."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}; wanted: {wanted}")
+    return operator.index(value)
 
 
 def refuse_causal(is_causal: bool) -> None:
@@ -204,6 +233,12 @@ def _check_tensor(name: str, tensor: object) -> None:
         _fail(f"{name} is a {type(tensor).__name__}", "a torch.Tensor", f"pass {name} as a tensor", TypeError)
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        remedy = "use .to_dense() or .to_padded_tensor(), or linformer_attention_varlen for ragged batches"
+        _fail(f"{name} is a sparse or nested tensor", "a dense tensor", remedy, TypeError)
+
+
 def _check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
     if tensor.device != first.device:
         got = f"{name} is on {tensor.device} but {first_name} is on {first.device}"
@@ -221,9 +256,7 @@ def _check_floating(**tensors: Tensor | None) -> None:
         if tensor.dtype not in FLOATING_DTYPES:
             wanted = "float32, float16, bfloat16 or float64"
             _fail(f"{name} has dtype {tensor.dtype}", wanted, f"convert it, for example with {name}.float()", TypeError)
-        if tensor.layout != torch.strided or tensor.is_nested:
-            remedy = "use .to_dense() or .to_padded_tensor(), or linformer_attention_varlen for ragged batches"
-            _fail(f"{name} is a sparse or nested tensor", "a dense tensor", remedy, TypeError)
+        _check_dense(name, tensor)
         if tensor.dtype != first.dtype:
             got = f"{name} has dtype {tensor.dtype} but {first_name} has {first.dtype}"
             remedy = f"use {name}.to({first_name}.dtype), or run under torch.autocast"
@@ -281,6 +314,7 @@ def _check_mask(key_padding_mask: Tensor | None, key: Tensor) -> None:
     if key_padding_mask is None:
         return
     _check_tensor("key_padding_mask", key_padding_mask)
+    _check_dense("key_padding_mask", key_padding_mask)
     if key_padding_mask.dtype != torch.bool:
         wanted = "bool, where True means that the position takes part"
         remedy = "use key_padding_mask.bool(), inverted if 1 stood for padding"
@@ -298,13 +332,15 @@ def _checked_cu_seqlens(
     """As int64. n_max bounds the length of a sequence."""
     _check_tensor(name, cu_seqlens)
     assert cu_seqlens is not None  # for mypy: it has been refused
+    _check_dense(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         _fail(f"{name} has dtype {cu_seqlens.dtype}", "int32 or int64", f"use {name}.to(torch.int64)", TypeError)
     if cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
         _fail(_shape(name, cu_seqlens), "(B + 1,)", "start with 0, then add each sequence's length to the last entry")
     _check_device(name, cu_seqlens, rows_name, rows)
     # Reading values would break the graph of a compiler, has no meaning on a fake tensor, and would stall a GPU.
-    if not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor and cu_seqlens.device.type == "cpu":
+    known = type(cu_seqlens) in (Tensor, Parameter) and cu_seqlens.device.type == "cpu"
+    if known and not torch.compiler.is_compiling():
         _check_bounds(name, cu_seqlens.tolist(), rows_name, rows.size(0), n_max)
     return unit_stride(cu_seqlens.to(torch.int64))
 
@@ -338,6 +374,6 @@ def _checked_scale(scale: float | None, query: Tensor) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         remedy = "pass a Python number; a learned scale is multiplied into the query"
         _fail(f"scale is a {type(scale).__name__}", "a float, or None for 1 / sqrt(D)", remedy, TypeError)
-    if not abs(scale) < math.inf:
+    if not abs(scale) <= sys.float_info.max:
         _fail(f"scale is {scale}", "a finite float, or None for 1 / sqrt(D)", "check how the scale was computed")
     return scale

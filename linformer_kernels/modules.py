@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._validation import check_pooling, refuse_causal
+from ._validation import check_pooling, integer, refuse_causal
 from .functional import linformer_attention, project_kv, projected_attention
 
 _KINDS = ("learned", "fixed", "mean", "max", "conv")
@@ -64,8 +64,9 @@ class LinformerProjection(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("seq_len", seq_len), ("proj_dim", proj_dim), ("num_heads", num_heads)):
-            if size is not None and size < 1:
+        sizes = {"seq_len": seq_len, "proj_dim": proj_dim, "num_heads": num_heads, "head_dim": head_dim}
+        for name, size in sizes.items():
+            if size is not None and integer(name, size) < 1:
                 raise ValueError(f"{name} is {size}; wanted: at least 1")
         if kind not in _KINDS:
             raise ValueError(f"kind is {kind!r}; wanted: one of {', '.join(_KINDS)}")
@@ -128,7 +129,8 @@ class LinformerProjection(nn.Module):
         """
         if self.is_matrix:
             return project_kv(key, value, *self.matrices(), key_padding_mask=key_padding_mask)
-        check_pooling(key, value, key_padding_mask, self.seq_len)
+        sizes = self.proj_key, self.head_dim, self.num_heads
+        check_pooling(key, value, key_padding_mask, self.seq_len, *sizes)
         value_weight = self.proj_key if self.share_kv else self.proj_value
         return self._pool(key, self.proj_key, key_padding_mask), self._pool(value, value_weight, key_padding_mask)
 
@@ -184,6 +186,8 @@ class LinformerAttention(nn.Module):
 
     Where E is the same for all heads, and it costs fewer operations, keys and values are compressed before their linear
     layers: E (X W^T + 1 b^T) = (E X) W^T + (E 1) b^T. Exact, with E 1 the sum of E over the positions that take part.
+    Not so where something else than nn.Linear (an adapter, a quantized layer) stands in for `k_proj` or `v_proj`, or a
+    hook is on it: then that is called, with all positions.
 
     Args:
         embed_dim: width of queries and output.
@@ -309,6 +313,8 @@ class LinformerAttention(nn.Module):
         value = key if value is None else value
         inputs = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}
         for name, (tensor, width) in inputs.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}; wanted: a torch.Tensor")
             if tensor.dim() != 3 or tensor.size(-1) != width:
                 order = "B, N" if self.batch_first else "N, B"
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted: ({order}, {width})")
@@ -319,7 +325,7 @@ class LinformerAttention(nn.Module):
 
         queries = _heads(self.q_proj(query), self.num_heads)
         dropout_p = self.dropout if self.training else 0.0
-        if self.compress_first:
+        if self.compress_first and _is_its_weights(self.k_proj) and _is_its_weights(self.v_proj):
             rows = compress_first(self.projection, key, value, self.k_proj, self.v_proj, key_padding_mask)
             keys, values = (_heads(x, self.num_kv_heads) for x in rows)
             out = projected_attention(queries, keys, values, dropout_p=dropout_p)
@@ -492,6 +498,12 @@ def _check_projection(
     ):
         if given is not None and given != has:
             raise ValueError(f"{name} is {given} but the projection has {has}; wanted: one value in both")
+
+
+def _is_its_weights(linear: nn.Module) -> bool:
+    """Whether nothing but weight and bias makes its result: no adapter stands in its place, no hook is on it."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear).forward is nn.Linear.forward and "forward" not in linear.__dict__ and not hooks
 
 
 def _heads(rows: Tensor, num_heads: int) -> Tensor:

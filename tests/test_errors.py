@@ -86,6 +86,7 @@ MISTAKES = {
     "mask of floats": attention(key_padding_mask=torch.ones(2, 5)),
     "mask of another N": attention(key_padding_mask=torch.ones(2, 6, dtype=torch.bool)),
     "mask of rank 4": attention(key_padding_mask=torch.ones(2, 1, 1, 5, dtype=torch.bool)),
+    "mask is sparse": attention(key_padding_mask=torch.ones(2, 5, dtype=torch.bool).to_sparse()),
     "mask is a list": attention(key_padding_mask=[[True]]),
     "mask on another device": attention(key_padding_mask=torch.ones(2, 5, dtype=torch.bool, device=META)),
     "dropout of 1": attention(dropout_p=1.0),
@@ -97,6 +98,7 @@ MISTAKES = {
     "scale is a string": attention(scale="1"),
     "is_causal": attention(is_causal=True),
     "is_causal, packed": packed(is_causal=True),
+    "scale beyond floats": attention(scale=10**400),
     "unknown backend": attention(backend="cudnn"),
     "unknown backend in use_backend": forced("cudnn"),
     "backend is a number": attention(backend=3),
@@ -107,6 +109,8 @@ MISTAKES = {
     "cu_seqlens is None": packed(cu_seqlens_q=None),
     "cu_seqlens is a list": packed(cu_seqlens_q=[0, 4, 9]),
     "cu_seqlens of floats": packed(cu_seqlens_q=cu(0.0, 4.0, 9.0)),
+    "cu_seqlens is sparse": packed(cu_seqlens_q=cu(0, 4, 9).to_sparse()),
+    "cu_seqlens is a Parameter": packed(cu_seqlens_q=torch.nn.Parameter(cu(0, 4, 10), requires_grad=False)),
     "cu_seqlens of rank 2": packed(cu_seqlens_k=cu([0, 4, 9])),
     "cu_seqlens is empty": packed(cu_seqlens_k=cu(dtype=torch.int64)),
     "cu_seqlens not from 0": packed(cu_seqlens_k=cu(1, 4, 9)),
@@ -135,6 +139,19 @@ MISTAKES = {
     "projected_attention: cu_seqlens past the end": projected(query=R(9, 4, 8), cu_seqlens_q=cu(0, 4, 10)),
     "projected_attention: sequences differ": projected(query=R(9, 4, 8), cu_seqlens_q=cu(0, 4, 6, 9)),
 }  # fmt: skip
+
+
+def test_freed_memory_is_not_read():
+    """As a storage that a library shrinks to nothing between forward and backward."""
+    query, key, value, proj = R(2, 4, 6, 8), R(2, 2, 5, 8), R(2, 2, 5, 8), R(3, 7, requires_grad=True)
+    out = lk.linformer_attention(query, key, value, proj, backend="cpu")
+    for tensor, name in ((key, "key"), (proj, "proj_key")):
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=f"memory of {name} has been freed"):
+            lk.linformer_attention(query, key, value, proj, backend="cpu")
+        key = R(2, 2, 5, 8)
+    with pytest.raises(RuntimeError, match="has been freed"):
+        out.sum().backward()
 
 
 def said_by(name: str) -> str:

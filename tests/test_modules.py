@@ -174,6 +174,38 @@ def test_encoder_layer_is_the_composition(norm_first, activation, device):
     compare(randomized(layer), by_hand, [torch.randn(2, 43, 32, device=device)], {"src_key_padding_mask": mask})
 
 
+class Adapter(nn.Module):
+    """What stands in for a linear layer in LoRA: its weight is still there to be read."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.more = linear, nn.Linear(linear.in_features, linear.out_features)
+
+    weight, bias = property(lambda self: self.linear.weight), property(lambda self: self.linear.bias)
+
+    def forward(self, x):
+        return self.linear(x) + self.more(x)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_an_adapter_and_a_hook_are_called(name, device):
+    attention, x = LinformerAttention(32, 4, 20, 3).to(device), torch.randn(2, 20, 32, device=device)
+    assert attention.compress_first
+    plain, linear = attention(x), getattr(attention, name)
+    setattr(attention, name, Adapter(linear).to(device))
+    adapted = attention(x)
+    attention.compress_first = False
+    torch.testing.assert_close(adapted, attention(x), rtol=1e-5, atol=1e-5)
+    assert (adapted - plain).abs().max() > 1e-3
+    attention.compress_first = True
+    setattr(attention, name, linear)
+    with linear.register_forward_hook(lambda module, given, out: out * 2):
+        assert (attention(x) - plain).abs().max() > 1e-3
+    assert torch.equal(attention(x), plain)
+    nn.utils.parametrizations.weight_norm(linear)
+    torch.testing.assert_close(attention(x), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_in_training_only(device):
     layer = LinformerEncoderLayer(32, 4, 50, 7, dim_feedforward=48, dropout=0.3).to(device)
     x = torch.randn(2, 50, 32, device=device)
@@ -237,6 +269,11 @@ def used(*shape, **options):
     lambda: used(2, 9, 32), lambda: used(8, 32), lambda: used(is_causal=True),
     lambda: used(need_weights=True), lambda: used(key_padding_mask=torch.ones(2, 8)),
     lambda: LinformerProjection(8, 4, kind="max")(*[torch.ones(1, 1, 9, 2)] * 2),
+    lambda: LinformerProjection(8.0, 4), lambda: LinformerProjection(8, 4, kind="conv", head_dim=0),
+    lambda: LinformerAttention(32, 4, 8, 4)([1.0]),
+    lambda: LinformerProjection(8, 4, kind="conv", head_dim=8)(*[torch.ones(2, 3, 8, 1)] * 2),
+    lambda: LinformerProjection(8, 4, kind="conv", head_dim=8, num_heads=3)(*[torch.ones(2, 1, 8, 8)] * 2),
+    lambda: LinformerProjection(8, 4, kind="conv", head_dim=8)(*[torch.ones(2, 3, 8, 8).bfloat16()] * 2),
 ])  # fmt: skip
 def test_mistakes_are_refused_with_what_is_wanted(make):
     with pytest.raises((ValueError, TypeError, NotImplementedError), match="wanted: "):

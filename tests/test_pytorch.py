@@ -216,6 +216,36 @@ def test_a_second_derivative_names_the_remedy(device, native):
         grad.sum().backward()
 
 
+def test_vmap_keeps_gradients(device, native):
+    """Of what is mapped, and of what is not, where no tensor under vmap says that it requires any."""
+    x = Inputs(Case(), device)
+    several = torch.randn(3, *x.query.shape, device=device)
+    grads = []
+    for backend in (native, "reference"):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (several, x.key, x.value, x.proj_key)]
+        call = lambda query, rest=leaves[1:], backend=backend: lk.linformer_attention(query, *rest, backend=backend)  # noqa: E731
+        torch.func.vmap(call)(leaves[0]).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_result_may_be_changed_in_place(grad, device, native):
+    """Of (B, N, H, D) storage too, where it is not contiguous."""
+    x = Inputs(Case(layout="bnhd"), device)
+    arguments = [tensor.detach().requires_grad_(grad) for tensor in (x.query, x.key, x.value, x.proj_key)]
+    out = lk.linformer_attention(*arguments, backend=native)
+    assert out.stride(1) < out.stride(2)
+    want = out.detach() * 2
+    assert torch.equal(out.mul_(2), want)
+    if not grad:
+        return
+    out.sum().backward()
+    (twice,) = torch.autograd.grad(lk.linformer_attention(*arguments, backend=native).sum() * 2, arguments[:1])
+    torch.testing.assert_close(arguments[0].grad, twice, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_reference_has_second_derivatives(shared, device):
     make = lambda *shape: torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)  # noqa: E731

@@ -51,7 +51,7 @@ LINFORMER_INLINE VecI tail_lanes(int64_t k) {
   return lanes;
 }
 
-// The largest value of the row times c, for c of either sign.
+// The value of the row that is largest times c, for c of either sign.
 LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   const VecF lowest = splat(-__builtin_inff());
   const VecU flip = (VecU)splat(c) & 0x80000000u;
@@ -64,11 +64,14 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   }
   for (; j < whole; j += kWidth) max[0] = lanes_max(value(j), max[0]);
   if (whole < k) max[1] = lanes_max(select(tail_lanes(k), value(whole), lowest), max[1]);
-  return max_of_lanes(lanes_max(lanes_max(max[0], max[1]), lanes_max(max[2], max[3]))) * (c < 0 ? -c : c);
+  const float most = max_of_lanes(lanes_max(lanes_max(max[0], max[1]), lanes_max(max[2], max[3])));
+  return c < 0 ? -most : most;
 }
 
-// target = exp2(row * c - max), times the dropout factors where there are any, zero from k up to the next whole vector;
-// returns the sum before dropout. The target may be the row: 16-bit values are written behind what has been read.
+// target = exp2((row - max) * c), times the dropout factors where there are any, zero from k up to the next whole vector;
+// returns the sum before dropout. The difference comes first: of the fused row * c - max * c the rounding of max * c alone
+// exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit values are written behind what
+// has been read.
 template <class Out>
 LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_t k, float c, float max,
                                            const float* keep) {
@@ -76,12 +79,12 @@ LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_
   const VecF top = splat(max);
   VecF sum = {};
   for (int64_t j = 0; j < whole; j += kWidth) {
-    const VecF e = exp2_nonpositive(load(row + j) * c - top);
+    const VecF e = exp2_nonpositive((load(row + j) - top) * c);
     store(target + j, keep ? e * load(keep + j) : e);
     sum += e;
   }
   if (whole < k) {
-    const VecF e = select(tail_lanes(k), exp2_nonpositive(load(row + whole) * c - top), VecF{});
+    const VecF e = select(tail_lanes(k), exp2_nonpositive((load(row + whole) - top) * c), VecF{});
     store(target + whole, keep ? e * load(keep + whole) : e);
     sum += e;
   }

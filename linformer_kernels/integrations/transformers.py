@@ -10,29 +10,34 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .._validation import refuse_causal
+from .._validation import integer, refuse_causal
 from ..functional import linformer_attention, projected_attention
 from ..modules import SHARINGS, LinformerProjection, compress_first
 
 NAME = "linformer"
 _MOMENTS = "linformer_moments"
 INITS = ("gaussian", "mean", "identity", "svd")
+SETTINGS = ("seq_len", "proj_dim", "sharing", "projection", "rows_may_be_empty", "defer")  # of config.linformer
 KEY_LAYERS, VALUE_LAYERS = ("key", "k_lin", "k_proj"), ("value", "v_lin", "v_proj")
 # In the source of a layer's forward: keys or values are more than seen in another shape, by rotary positions, a norm, a
 # copy.
 _CHANGED = re.compile(r"\b[kv]\w* = .*(rotary|rope|norm|contiguous|self\._shape)")
 # An empty row of K' gets this for a score before scaling; float16 holds it, and exp of it is 0 for any usual scale.
 _EMPTY = -3e4
+# Options of from_pretrained that say where a file is: for the config and for the weights.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def linformerize(
@@ -52,7 +57,8 @@ def linformerize(
     DistilBERT, ViT and their like, with any head on top, and `model.get_encoder()` of an encoder-decoder model, as BART
     or Whisper. Its weights are kept; E and F are added as
     `model.base_model.linformer`, a list of `LinformerProjection`, one of them for each layer or, shared layerwise, one
-    in all: a single parameter, in `parameters()`, in an optimizer and in a checkpoint once.
+    in all: a single parameter, in `parameters()`, in an optimizer and in a checkpoint once. Pass the whole model, head
+    included: of `model.bert` alone, `model.save_pretrained` would not write that it was converted.
 
     Args:
         model: on any device, in any dtype; E and F are made like its weights.
@@ -67,6 +73,7 @@ def linformerize(
             "identity": row k picks the first position of window k; with proj_dim = seq_len attention is exact.
             "svd": the rows of "identity", projected onto the K strongest singular directions (over positions) of the
             model's keys and values on the calibration data: what a position shares with its neighbours goes with it.
+            Rows of positions that no calibration data reaches stay as those of "identity".
         projection: kind of the projection, see LinformerProjection: "learned", "fixed", "mean", "max" or "conv".
         calibration: for init="svd": batches of the model's inputs, as dict of tensors; the model sees each once.
         defer: whether keys and values are compressed before their linear layers, which then work on K rows instead of
@@ -78,7 +85,7 @@ def linformerize(
         The model itself.
 
     Raises:
-        TypeError: model is no PreTrainedModel.
+        TypeError: model is no PreTrainedModel, a size no integer.
         NotImplementedError: decoders and causal models (every row of K' mixes the whole sequence), cross-attention,
             windowed attention, models that do not use the attention interface. What a model does not say of itself, as
             a bias for pairs of positions, raises when the model is called.
@@ -86,6 +93,12 @@ def linformerize(
     """
     layers = _attention_layers(model)
     settings = _check(len(layers), seq_len, proj_dim, sharing, init, projection, calibration) | {"defer": defer}
+    if getattr(model.config, "output_attentions", False):
+        raise NotImplementedError(
+            "model.config.output_attentions is True, but Linformer has no attention over positions to return; wanted: "
+            "False"
+        )
+    seq_len = settings["seq_len"]
     moments = None if calibration is None else _position_moments(model, layers, seq_len, calibration)
     made = _install(model, layers, settings)
     if init != "gaussian":
@@ -104,7 +117,7 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
         options: for from_pretrained.
 
     Raises:
-        ValueError: the checkpoint has no settings of `linformerize`, or lacks weights of E or F.
+        ValueError: the checkpoint has no settings of `linformerize` or not all of them, or lacks weights of E or F.
     """
     with_info = options.pop("output_loading_info", False)
     config, options = _config(path, options)
@@ -113,6 +126,11 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
         raise ValueError(
             f"path is {str(path)!r}, whose config.json has no entry {NAME!r}; wanted: a checkpoint saved after "
             "linformerize. For one saved before: linformerize(model_class.from_pretrained(path), ...)"
+        )
+    if absent := [name for name in SETTINGS if name not in settings]:
+        raise ValueError(
+            f"path is {str(path)!r}, whose config.json lacks {', '.join(absent)} in its entry {NAME!r}; wanted: what "
+            "linformerize wrote there"
         )
     plain = _concrete_class(model_class, config)
 
@@ -229,24 +247,33 @@ def _of_keys(mask: Tensor | None) -> Tensor | None:
     return takes_part
 
 
+_THREAD = threading.local()
+
+
+def _kept() -> dict[int, Tensor]:
+    """What each DeferredLinear keeps in this thread: one model may serve several."""
+    if not hasattr(_THREAD, "kept"):
+        _THREAD.kept = {}
+    kept: dict[int, Tensor] = _THREAD.kept
+    return kept
+
+
 class DeferredLinear(nn.Linear):
     """The linear layer of keys or values, left to `attention_forward`, which applies it to K rows instead of N.
 
-    E (X W^T + 1 b^T) = (E X) W^T + (E 1) b^T. Called, it keeps X and returns a tensor of the right shape that takes no
-    memory: NaN everywhere, so that nobody else takes it for keys. A layer becomes one by a change of class: its
-    weights and their names stay.
+    E (X W^T + 1 b^T) = (E X) W^T + (E 1) b^T. Called, it keeps X, for the calling thread, and returns a tensor of the
+    right shape that takes no memory: NaN everywhere, so that nobody else takes it for keys. A layer becomes one by a
+    change of class: its weights and their names stay.
     """
 
-    kept: Tensor | None = None
-
     def forward(self, x: Tensor) -> Tensor:
-        self.kept = x
+        _kept()[id(self)] = x
         return x.new_full((), torch.nan).expand(*x.shape[:-1], self.out_features)
 
     def taken(self, rows: Tensor) -> Tensor:
-        """X, if `rows` is still what was returned for it."""
-        x, self.kept = self.kept, None
-        if x is None or any(rows.stride()):
+        """X, if `rows` (B, H, N, D) is still what was returned for it."""
+        x = _kept().pop(id(self), None)
+        if x is None or any(rows.stride()) or x.shape[:2] != (rows.size(0), rows.size(2)):
             raise ValueError(
                 "keys or values were changed between their linear layer and the attention, by an adapter or a hook; "
                 "wanted: linformerize(..., defer=False), which computes them for all positions"
@@ -314,7 +341,9 @@ def _check(
     for name, value, known in (("sharing", sharing, SHARINGS), ("init", init, INITS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(known)}")
-    sizes = [proj_dim] * layers if isinstance(proj_dim, int) else [int(size) for size in proj_dim]
+    seq_len, wanted = integer("seq_len", seq_len), "an integer, or a sequence of one a layer"
+    each = proj_dim if isinstance(proj_dim, Iterable) else [proj_dim] * layers
+    sizes = [integer("proj_dim", size, wanted) for size in each]
     if len(sizes) != layers:
         raise ValueError(f"proj_dim has {len(sizes)} numbers but the model has {layers} layers; wanted: one a layer")
     if sharing == "layerwise" and len(set(sizes)) > 1:
@@ -346,6 +375,12 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
     """Hang new projections into the model, tell each layer which is its own, and choose our attention function."""
     if hasattr(model.base_model, NAME):
         raise ValueError("model has E and F already; wanted: a model that was not linformerized before")
+    widths = sorted({_shape_of_heads(layer)[1] for layer in layers})
+    if settings["projection"] == "conv" and settings["sharing"] == "layerwise" and len(widths) > 1:
+        raise ValueError(
+            f'projection is "conv" and sharing "layerwise", but the layers have heads of widths {widths}; wanted: '
+            'sharing="key_value"'
+        )
     like = next(model.parameters())
     sizes = settings["proj_dim"] if isinstance(settings["proj_dim"], list) else [settings["proj_dim"]] * len(layers)
     count = 1 if settings["sharing"] == "layerwise" else len(layers)
@@ -372,19 +407,30 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
         layer.__dict__["linformer_rows_may_be_empty"] = settings["rows_may_be_empty"]
         if settings["defer"] and made[0].is_matrix and made[0].num_heads is None:
             _defer(layer)
-    _own_config(model, settings)
-    model.set_attn_implementation(NAME)
+    _own_configs(model)
+    setattr(model.config, NAME, settings)
+    # In config.json too: plain from_pretrained gives a model that says what it lacks.
+    model.config.attn_implementation = NAME
+    _set_attention(model, layers, NAME)
     return made
 
 
-def _own_config(model: PreTrainedModel, settings: dict[str, Any]) -> None:
-    """Write the settings into a config of this model alone: the caller's may serve to make others."""
-    shared, own = model.config, copy.deepcopy(model.config)
-    setattr(own, NAME, settings)
-    own.attn_implementation = NAME  # in config.json too: plain from_pretrained gives a model that says what it lacks
+def _own_configs(model: PreTrainedModel) -> None:
+    """Give the modules configs of this model alone, the same to those that shared one: the caller's may serve to make
+    other models."""
+    copies: dict[int, Any] = {}
     for module in model.modules():
-        if module.__dict__.get("config") is shared:
-            module.__dict__["config"] = own
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig):
+            module.__dict__["config"] = copy.deepcopy(config, copies)
+
+
+def _set_attention(model: PreTrainedModel, layers: list[nn.Module], name: str) -> None:
+    model.set_attn_implementation(name)
+    for layer in layers:  # their config may be none that the model knows of, as in encoders out of a larger model
+        config: Any = layer.config
+        if config._attn_implementation != name:
+            config._attn_implementation = name
 
 
 def _defer(layer: nn.Module) -> None:
@@ -437,12 +483,14 @@ def _position_moments(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each layer sum(X X^T) over the calibration data, for X the keys and the values of one head:
     (H, seq_len, seq_len) in float64, of the model with its own attention, each scaled to the trace 1."""
-    own, training, batches = model.config._attn_implementation, model.training, 0
+    own, batches = model.config._attn_implementation, 0
+    training = {module: module.training for module in model.modules()}
     for layer in layers:
         heads, _ = _shape_of_heads(layer)
         shape = (heads, seq_len, seq_len)
         layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=model.device) for _ in range(2))
-    model.set_attn_implementation(_MOMENTS)
+    _own_configs(model)
+    _set_attention(model, layers, _MOMENTS)
     model.eval()
     try:
         with torch.no_grad():
@@ -450,12 +498,15 @@ def _position_moments(
                 model(**batch)
                 batches += 1
     finally:
-        model.set_attn_implementation(own)
-        model.train(training)
+        _set_attention(model, layers, own)
+        for module, mode in training.items():
+            module.training = mode
         sums = [layer.__dict__.pop(_MOMENTS) for layer in layers]
     if batches == 0:
         raise ValueError("calibration is empty; wanted: at least one batch")
     trace = lambda total: total.diagonal(dim1=-2, dim2=-1).sum()  # noqa: E731
+    if not all(trace(total) > 0 for pair in sums for total in pair):
+        raise ValueError("calibration has no position that takes part; wanted: text, and its own padding mask")
     return [(keys / trace(keys), values / trace(values)) for keys, values in sums]
 
 
@@ -502,18 +553,24 @@ def _start(matrices: LinformerProjection, init: str, moments: tuple[Tensor, Tens
 
 
 def _in_strongest_directions(rows: Tensor, moments: Tensor) -> Tensor:
-    """The rows (K, N) projected onto the K strongest eigenvectors of the moments (..., N, N); what is left of rounding
-    is cleared, so that with K = N the rows come out as they were."""
+    """The rows (K, N), each of one position, projected onto the K strongest eigenvectors of the moments (..., N, N).
+    Positions without moments are left; what is left of rounding is cleared, so that with K = N rows come out as they
+    were."""
     strongest = torch.linalg.eigh(moments).eigenvectors[..., -rows.size(0) :]  # (..., N, K), ascending
     inside = rows.to(strongest) @ strongest @ strongest.transpose(-1, -2)
-    return torch.where(inside.abs() < 1e-6, 0.0, inside)
+    reached = rows.to(strongest) @ moments.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) > 0
+    return torch.where(reached, torch.where(inside.abs() < 1e-6, 0.0, inside), rows.to(strongest))
 
 
 def _config(path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    config = options.pop("config", None)
-    if config is not None:
+    """The config, and the options that are left for from_pretrained."""
+    config = options.pop("config", path)
+    if not isinstance(config, (str, os.PathLike)):
         return config, options
-    return AutoConfig.from_pretrained(path, return_unused_kwargs=True, **options)
+    where = {name: options[name] for name in _WHERE if name in options}
+    dtype = {name: options.pop(name) for name in ("dtype", "torch_dtype") if name in options}
+    config, options = AutoConfig.from_pretrained(config, return_unused_kwargs=True, **options)
+    return config, options | where | dtype
 
 
 def _concrete_class(model_class: Any, config: Any) -> Any:
