@@ -4,8 +4,10 @@ import copy
 import importlib.util
 import inspect
 import os
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -264,8 +266,80 @@ def test_an_encoder_serves_in_its_encoder_decoder_model():
     assert (model(**batch).last_hidden_state - want).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("defer", [True, False])
+def test_configs_of_their_own_in_layers_are_reached(defer):
+    """An encoder out of EncoderDecoderModel has another config than its layers; Siglip's two towers have one each."""
+    sizes = TEXT | {"is_decoder": True, "add_cross_attention": True}
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(**sizes))
+    encoder = transformers.EncoderDecoderModel(encoder=make("Bert"), decoder=decoder).eval().get_encoder()
+    batch = inputs("Bert")
+    want = hidden(encoder, batch)
+    exact = linformerize(copy.deepcopy(encoder), LENGTH, LENGTH, init="svd", calibration=[batch], defer=defer)
+    assert (hidden(exact, batch) - want).abs().max() <= 1e-5
+    short = hidden(linformerize(encoder, LENGTH, 4, defer=defer), batch)
+    assert short.isfinite().all() and (short - want).abs().max() > 1e-3
+
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=IMAGE)
+    model = linformerize(transformers.SiglipModel(config), 70, 8, "key_value", defer=defer)
+    assert model.text_model.config is model.config.text_config
+    assert {layer._attn_implementation for layer in (config, config.text_config, config.vision_config)} == {"sdpa"}
+    assert model.vision_model(torch.randn(2, 3, 28, 28)).last_hidden_state.isfinite().all()
+
+
+def test_a_model_in_several_threads():
+    """What is deferred is kept by thread: while one waits in a layer, another goes through it."""
+    model, batches = linformerize(make("Bert"), LENGTH, 16), [inputs("Bert", padded=False) for _ in range(2)]
+    want = [hidden(model, batch) for batch in batches]
+    waits, got = threading.Barrier(2), {}
+
+    def wait(module, given):
+        waits.wait(60)
+
+    model.encoder.layer[1].attention.self.value.register_forward_pre_hook(wait)
+    call = lambda which: got.update({which: hidden(model, batches[which])})  # noqa: E731
+    threads = [threading.Thread(target=call, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[which], want[which]) for which in range(2))
+
+
+def test_positions_that_calibration_does_not_reach():
+    model, batch = make("Bert"), inputs("Bert")
+    linformerize(model, 100, 10, init="svd", calibration=[batch])
+    (matrix,) = model.linformer.parameters()
+    rows = torch.eye(100)[::10]
+    assert torch.equal(matrix[5:], rows[5:]) and not torch.equal(matrix[:5], rows[:5])
+    nobody = batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
+    with pytest.raises(ValueError, match="calibration has no position that takes part"):
+        linformerize(make("Bert"), LENGTH, 10, init="svd", calibration=[nobody])
+
+
+def test_calibration_leaves_the_modes_of_modules_as_they_were():
+    model = make("Bert").train()
+    model.embeddings.eval()
+    linformerize(model, LENGTH, 8, init="svd", calibration=[inputs("Bert")])
+    assert model.training and model.encoder.layer[0].training and not model.embeddings.LayerNorm.training
+
+
+def test_load_hands_options_to_both_readers(tmp_path):
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    model.save_pretrained(tmp_path / "sub")
+    want = hidden(model, batch)
+    for options in (dict(subfolder="sub"), dict(subfolder="sub", dtype="auto"), dict(config=str(tmp_path / "sub"))):
+        path = tmp_path / "sub" if "config" in options else tmp_path
+        assert torch.equal(hidden(load(AutoModel, path, **options).eval(), batch), want)
+    assert load(AutoModel, tmp_path, subfolder="sub", dtype="float16").dtype == torch.float16
+    del model.config.linformer["defer"]
+    model.save_pretrained(tmp_path / "older")
+    with pytest.raises(ValueError, match="lacks defer in its entry 'linformer'"):
+        load(AutoModel, tmp_path / "older")
+
+
 def test_proj_dim_by_layer():
-    model = linformerize(make("Bert"), LENGTH, (16, 8, 4), "key_value")
+    model = linformerize(make("Bert"), np.int64(LENGTH), np.array((16, 8, 4)), "key_value")
+    assert model.config.linformer["seq_len"] == LENGTH and model.config.to_json_string()
     assert [matrices.proj_dim for matrices in model.linformer] == [16, 8, 4]
     assert model(**inputs("Bert")).last_hidden_state.isfinite().all()
 
@@ -337,6 +411,24 @@ def test_calibration_that_is_too_long_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="calibration has 50 positions but seq_len is 40"):
         linformerize(model, 40, 8, init="svd", calibration=[batch])
     assert torch.equal(hidden(model, batch), want)
+
+
+@pytest.mark.parametrize("sizes, says", [
+    (dict(proj_dim=[8.7, 4.2, 4.0]), r"proj_dim is 8\.7; wanted: an integer, or a sequence of one a layer"),
+    (dict(proj_dim="16"), "proj_dim is '1'"), (dict(seq_len=50.0), r"seq_len is 50\.0; wanted: an integer"),
+], ids=str)  # fmt: skip
+def test_sizes_that_are_no_integers(sizes, says):
+    with pytest.raises(TypeError, match=says):
+        linformerize(make("Bert"), **sizes)
+
+
+def test_models_that_do_not_fit():
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=IMAGE | {"hidden_size": 64})
+    with pytest.raises(ValueError, match=r"heads of widths \[8, 16\]"):
+        linformerize(transformers.SiglipModel(config), 70, 8, projection="conv")
+    model = make("Bert", attn_implementation="eager", output_attentions=True)
+    with pytest.raises(NotImplementedError, match="output_attentions is True"):
+        linformerize(model, LENGTH, 8)
 
 
 def test_calls_that_do_not_fit():

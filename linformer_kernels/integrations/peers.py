@@ -223,7 +223,7 @@ def _attention_from_linformer_pytorch(peer: nn.Module, made: dict[Any, Linformer
             "their product as peer.w_o, and peer.w_o_intermediate_dim = None"
         )
     heads = [_checked_head(head) for head in theirs.heads]
-    projection = _projection(heads, made)
+    projection = _projection(heads, made, theirs.to_q[0].weight)
     q, k, v = (torch.cat([linear.weight for linear in part]) for part in (theirs.to_q, theirs.to_k, theirs.to_v))
     return _attention(len(heads), projection, q, k, v, theirs.w_o, heads[0].dropout.p)
 
@@ -250,8 +250,11 @@ def _checked_head(peer: nn.Module) -> Any:
     return head
 
 
-def _projection(heads: list[Any], made: dict[Any, LinformerProjection]) -> LinformerProjection:
-    """E and F of all heads, shared by whom they are shared there."""
+def _projection(
+    heads: list[Any], made: dict[Any, LinformerProjection], like: Tensor | None = None
+) -> LinformerProjection:
+    """E and F of all heads, shared by whom they are shared there; on the device of `like`, as the peer's fixed E and F
+    are plain tensors that `.to` leaves where they are."""
     keys, values = [head.E for head in heads], [head.F for head in heads]
     identity = tuple(id(matrix) for matrix in keys + values)
     if identity in made:
@@ -268,7 +271,7 @@ def _projection(heads: list[Any], made: dict[Any, LinformerProjection]) -> Linfo
     matrices = {"key": keys} if share_kv else {"key": keys, "value": values}
     state = {f"proj_{name}": stacked([_matrix(e) for e in given]) for name, given in matrices.items()}
     proj_dim, seq_len = state["proj_key"].shape[-2:]
-    options = {"num_heads": num_heads, "share_kv": share_kv, **_factory(state["proj_key"])}
+    options = {"num_heads": num_heads, "share_kv": share_kv, **_factory(state["proj_key"] if like is None else like)}
     if any(getattr(e, "bias", None) is not None for e in keys + values):
         state |= {f"bias_{name}": stacked([e.bias for e in given]) for name, given in matrices.items()}
         projection: LinformerProjection = BiasedProjection(seq_len, proj_dim, **options)
