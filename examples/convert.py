@@ -25,6 +25,7 @@ from corpus import read_corpus
 from encoder import add_projection
 from pretrain_mlm import Blocks
 from recording import Recorder, arguments, machine
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import Subset
@@ -33,15 +34,19 @@ from training import (
     add_options,
     add_resume,
     check_options,
+    check_resumed,
     count_in_words,
     count_weights,
     longest_sequence,
+    refusals,
     run,
     trainer_arguments,
 )
-from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer, set_seed
 
 from linformer_kernels.integrations.transformers import linformerize
+
+NOT_RECORDED = ("corpus", "tokenizer", "teacher", "student")
 
 
 class Teaching(Trainer):
@@ -131,15 +136,21 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data: {error}")
     try:
         options.tokenizer, options.teacher, options.student = models(options)
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
         parser.error(f"--model: {error}")
+    with refusals():
+        check_resumed(options, arguments(options, *NOT_RECORDED))
     return options
 
 
 def models(options: argparse.Namespace) -> tuple[Any, PreTrainedModel, PreTrainedModel]:
     """The tokenizer, the original, and its converted copy."""
     tokenizer = AutoTokenizer.from_pretrained(str(options.model))
-    teacher = AutoModel.from_pretrained(str(options.model), attn_implementation="sdpa")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a config alone
+        raise ValueError(f"{options.model} has no tokenizer; wanted: its files beside the model's")
+    if getattr(AutoConfig.from_pretrained(str(options.model)), "linformer", None) is not None:
+        raise ValueError(f"{options.model} has Linformer attention already; wanted: the model that it was made of")
+    teacher = AutoModel.from_pretrained(str(options.model), dtype=torch.float32)  # --precision is of the steps
     longest = longest_sequence(teacher.config.to_dict())
     if options.seq_len > longest:
         if not options.repeat_positions:
@@ -162,7 +173,8 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     tokenizer, student = options.tokenizer, options.student
     before, *after = tokenizer("")["input_ids"]  # [CLS] and [SEP], or what the model has for them
     texts = options.corpus.texts()
-    train, held_out = (Blocks(text, tokenizer, options.seq_len, [before], after) for text in texts)
+    with refusals():
+        train, held_out = (Blocks(text, tokenizer, options.seq_len, [before], after) for text in texts)
     weights = count_weights(student)
     if MAIN_PROCESS:
         print(
@@ -170,7 +182,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         )
         print(f"Model: {options.model}, {count_in_words(weights)}")
     record = {
-        "arguments": arguments(options, "corpus", "tokenizer", "teacher", "student"), "tokens": train.ids.numel(),
+        "arguments": arguments(options, *NOT_RECORDED), "tokens": train.ids.numel(),
         **weights, "machine": machine(),
     }  # fmt: skip
     recorder = Recorder(record, options.record)

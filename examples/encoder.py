@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from training import longest_sequence
@@ -95,13 +96,19 @@ def settle_model(options: argparse.Namespace) -> None:
                 f"--checkpoint: there is no {needed}; wanted: the --output of pretrain_mlm.py or convert.py, or a "
                 "folder of an encoder and its tokenizer as save_pretrained writes them"
             )
-    config = json.loads(file.read_text())
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"--checkpoint: {file} is no JSON ({error}); wanted: it as save_pretrained writes it"
+        ) from None
     try:
         longest = longest_sequence(config)
     except ValueError as error:
         raise ValueError(f"--checkpoint: {file}: {error}") from None
     settings = config.get("linformer")
-    options.attention = "exact" if settings is None else "linformer"
+    none = config.get("attn_implementation") == "none"
+    options.attention = "linformer" if settings is not None else "none" if none else "exact"
     if settings is not None:
         options.proj_dim, options.sharing = settings["proj_dim"], settings["sharing"]
         options.projection = settings["projection"]
@@ -150,9 +157,13 @@ def from_checkpoint(options: argparse.Namespace, auto_class: Any, **more: Any) -
     """The checkpoint's encoder in a model of this kind, with its attention; what is new in it is drawn by the seed."""
     set_seed(options.seed)
     if options.attention == "linformer":
-        model: PreTrainedModel = load(auto_class, str(options.checkpoint), **more)
+        model: PreTrainedModel = load(auto_class, str(options.checkpoint), dtype=torch.float32, **more)
         return model
-    return auto_class.from_pretrained(str(options.checkpoint), attn_implementation="sdpa", **more)
+    if options.attention == "none":
+        more["attn_implementation"] = "none"
+    return auto_class.from_pretrained(
+        str(options.checkpoint), dtype=torch.float32, **more
+    )  # --precision is of the steps
 
 
 def from_scratch(
@@ -171,6 +182,8 @@ def from_scratch(
     model = model_class(config)
     if options.attention != "linformer":
         model.set_attn_implementation("sdpa" if options.attention == "exact" else "none")
+        if options.attention == "none":
+            model.config.attn_implementation = "none"  # in config.json: its weights fit no other attention
         return model
     return linformerize(
         model, options.seq_len, options.proj_dim, options.sharing, init=options.init, projection=options.projection

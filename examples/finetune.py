@@ -33,6 +33,7 @@ from training import (
     check_options,
     count_in_words,
     count_weights,
+    refusals,
     run,
     trainer_arguments,
 )
@@ -55,6 +56,9 @@ class Encoded(Dataset):
     def __init__(
         self, examples: list[Example], tokenizer: PreTrainedTokenizerFast, seq_len: int, segments: bool = False
     ) -> None:
+        shortest = tokenizer.num_special_tokens_to_add(pair := examples[0].pair is not None) + 1 + pair
+        if seq_len < shortest:
+            raise ValueError(f"--seq-len is {seq_len}; wanted: at least {shortest}, for special tokens and some text")
         self.labels = [example.label for example in examples]
         self.names = ["input_ids", *["token_type_ids"] * segments]
         self.tokens: list[tuple[Tensor, ...]] = []
@@ -170,12 +174,15 @@ def table(rows: list[dict[str, str]]) -> str:
 def main(command_line: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(command_line)
     task: Task = options.read
-    tokenizer, model = make_model(options, task)
+    with refusals():
+        tokenizer, model = make_model(options, task)
     # The longest sequences last: batches of the evaluation hold little padding.
     evaluation = sorted(subset(task.evaluation, options.evaluation_examples, seed=0), key=characters)
     train = subset(task.train, options.train_examples, options.seed)
     weights = count_weights(model)
     segments = getattr(model.config, "type_vocab_size", 1) > 1
+    with refusals():
+        encoded = [Encoded(part, tokenizer, options.seq_len, segments) for part in (train, evaluation)]
     if MAIN_PROCESS:
         print(f"Task: {options.task}, {len(train):,} examples to train on, {len(evaluation):,} for evaluation")
         for note in task.notes:
@@ -197,8 +204,8 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
             train_sampling_strategy="group_by_length" if options.group_by_length else "random",
         ),
         data_collator=Pad(tokenizer.pad_token_id),
-        train_dataset=Encoded(train, tokenizer, options.seq_len, segments),
-        eval_dataset=Encoded(evaluation, tokenizer, options.seq_len, segments),
+        train_dataset=encoded[0],
+        eval_dataset=encoded[1],
         processing_class=tokenizer,
         compute_metrics=accuracy_and_f1,
         callbacks=[recorder],

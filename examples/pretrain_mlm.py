@@ -30,8 +30,10 @@ from training import (
     add_options,
     add_resume,
     check_options,
+    check_resumed,
     count_in_words,
     count_weights,
+    refusals,
     run,
     trainer_arguments,
 )
@@ -52,9 +54,15 @@ class Blocks(Dataset):
     def __init__(
         self, text: str, tokenizer: PreTrainedTokenizerFast, seq_len: int, before: list[int], after: list[int]
     ) -> None:
-        encoded = tokenizer.backend_tokenizer.encode_batch(chunks(text), add_special_tokens=False)
-        ids = torch.cat([torch.tensor(part.ids) for part in encoded])
         inner = seq_len - len(before) - len(after)
+        if inner < 1:
+            raise ValueError(f"--seq-len is {seq_len}, of which special tokens take {seq_len - inner}; wanted: more")
+        # "[MASK]" in a text is text. Where it has "<unk>" alone, as WikiText, that is meant.
+        special = set(tokenizer.all_special_tokens) - {tokenizer.unk_token}
+        tokenizer.backend_tokenizer.encode_special_tokens = any(token in text for token in special)
+        encoded = tokenizer.backend_tokenizer.encode_batch(chunks(text), add_special_tokens=False)
+        tokenizer.backend_tokenizer.encode_special_tokens = False
+        ids = torch.cat([torch.tensor(part.ids) for part in encoded])
         count = len(ids) // inner
         if count == 0:
             raise ValueError(f"{len(ids):,} tokens of text do not fill one sequence of {seq_len}; wanted: more text")
@@ -93,7 +101,7 @@ class MaskOnce(DataCollatorForLanguageModeling):
         return super().torch_call(examples)
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains a masked language model on your text.")
     parser.add_argument("--data", type=Path, help="a text file or a folder (default: Python's standard library)")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
@@ -102,7 +110,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--evaluation-sequences", type=int, default=64)
     add_options(parser, batch=8, lr=1e-3, warmup="a twentieth", every="a twentieth")
     add_resume(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(command_line)
     check_options(parser, options, "steps", "evaluation_sequences", *SIZES)
     try:
         settle_model(options)
@@ -112,6 +120,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         options.corpus = read_corpus(options.data)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
+    with refusals():
+        check_resumed(options, arguments(options, "corpus"))
     return options
 
 
@@ -132,11 +142,12 @@ def read(options: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, Blocks, 
 def main(command_line: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(command_line)
     set_seed(options.seed)
-    tokenizer, train, evaluation, collator = read(options)
-    if options.checkpoint:
-        model = from_checkpoint(options, AutoModelForMaskedLM)
-    else:
-        model = from_scratch(options, tokenizer, RobertaForMaskedLM)
+    with refusals():
+        tokenizer, train, evaluation, collator = read(options)
+        if options.checkpoint:
+            model = from_checkpoint(options, AutoModelForMaskedLM)
+        else:
+            model = from_scratch(options, tokenizer, RobertaForMaskedLM)
     weights = count_weights(model)
     if MAIN_PROCESS:
         print(f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on")

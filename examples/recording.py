@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import TrainerCallback
 
+KEPT = "recorded.json"  # in a checkpoint
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")  # of an evaluation: left out
 
 
@@ -58,12 +59,13 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            kept = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "held_out": self.record["held_out"]}
+            kept = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+            kept |= {name: self.record[name] for name in ("held_out", "arguments")}
             _kept(args, state).write_text(json.dumps(kept) + "\n")
 
 
 def _kept(args: Any, state: Any) -> Path:
-    return Path(args.output_dir, f"checkpoint-{state.global_step}", "recorded.json")
+    return Path(args.output_dir, f"checkpoint-{state.global_step}", KEPT)
 
 
 def arguments(options: argparse.Namespace, *left_out: str) -> dict[str, Any]:

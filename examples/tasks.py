@@ -218,7 +218,7 @@ def _files_of_archive(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
                     parts = member.name.split("/")[-3:]
-                    if member.isfile() and parts[0] in ("train", "test") and parts[1] in SENTIMENTS:
+                    if member.isfile() and len(parts) == 3 and parts[0] in ("train", "test") and parts[1] in SENTIMENTS:
                         file = archive.extractfile(member)
                         if file is not None and not parts[2].startswith("."):
                             yield parts[0], parts[1], parts[2], file.read()

@@ -272,7 +272,7 @@ def _memory_of_one_step(settings: Settings, attention: str) -> int | None:
     run = new_run(attention, settings)
     text = torch.randint(0, 256, (settings.batch * settings.seq_len,), dtype=torch.uint8)
     # A short step first: it makes the gradients and the optimizer's state, and the libraries set themselves up.
-    train_step(run, mask_windows(text[:64].long()[None], run.generator), settings.lr)
+    train_step(run, mask_windows(text[: min(64, settings.seq_len)].long()[None], run.generator), settings.lr)
     batch = random_batch(text, settings, run.generator)
     before = _process_memory("VmRSS")
     train_step(run, batch, settings.lr)
@@ -365,6 +365,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
     if options.save and not options.save.parent.is_dir():
         parser.error(f"--save: there is no folder {options.save.parent}")
+    if options.save and options.save.is_dir():
+        parser.error(f"--save: {options.save} is a folder; wanted: a file")
     if options.steps is None and options.minutes is None:
         options.minutes = 2.0
     try:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from recording import KEPT
+from safetensors import SafetensorError
 from torch import distributed
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")  # they count from the number of the padding token on
+# They count positions from the number of the padding token on.
+POSITIONS_AFTER_PADDING = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "esm", "mpnet",
+)  # fmt: skip
 MAIN_PROCESS = int(os.environ.get("RANK", "0")) == 0  # of those that torchrun started
 
 
@@ -22,6 +31,16 @@ def run(main: Callable[[], object]) -> None:
     main()
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What cannot be read, or does not fit together, ends the script with its own sentence and no traceback."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def add_options(parser: argparse.ArgumentParser, batch: int, lr: float, warmup: str, every: str) -> None:
@@ -40,21 +59,62 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
 
 
+_POSITIVE = "more than 0", lambda value: 0 < value < math.inf
+_RANGES = {
+    "lr": _POSITIVE, "epochs": _POSITIVE, "initializer_range": _POSITIVE,
+    "warmup": ("0 or more", lambda value: value >= 0),
+    "seed": ("from 0 to 2^32 - 1", lambda value: 0 <= value < 2**32),
+    "dropout": ("from 0 to less than 1", lambda value: 0 <= value < 1),
+}  # fmt: skip
+
+
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, *positive: str) -> None:
     """Refuses what cannot work before anything is read; `positive`: further options that must be more than 0."""
     for name in ("batch", "accumulate", "evaluate_every", *positive):
         value = getattr(options, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} is {value}; wanted: more than 0")
+    for name, (wanted, fits) in _RANGES.items():
+        value = getattr(options, name, None)
+        if value is not None and not fits(value):
+            parser.error(f"--{name.replace('_', '-')} is {value}; wanted: {wanted}")
     if options.record and not options.record.parent.is_dir():
         parser.error(f"--record: there is no folder {options.record.parent}")
+    if options.record and options.record.is_dir():
+        parser.error(f"--record: {options.record} is a folder; wanted: a file")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"--output: {options.output} is a file; wanted: a folder")
     if not hasattr(options, "resume"):
         return
     found = any(options.output.glob("checkpoint-*"))
-    if options.resume and not found:
+    if options.resume and last_checkpoint(options.output) is None:
         parser.error(f"--resume: there is no checkpoint in {options.output}")
     if found and not options.resume:  # of two runs' checkpoints the one with most steps would be kept and resumed
         parser.error(f"--output: {options.output} has checkpoints of another run; wanted: --resume, or a new folder")
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    return Path(last) if last and Path(last, "trainer_state.json").is_file() else None
+
+
+def check_resumed(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    """A run goes on with the arguments that it was begun with; it may become longer."""
+    last = last_checkpoint(options.output) if options.resume else None
+    if last is None:
+        return
+    done = int(last.name.split("-")[1])
+    if options.steps < done:
+        raise ValueError(f"--steps is {options.steps}, but {last} has {done} already; wanted: no fewer")
+    if not (last / KEPT).is_file():
+        return
+    before = json.loads((last / KEPT).read_text()).get("arguments", {})
+    for name, value in before.items():
+        if name not in ("steps", "evaluate_every", "resume") and arguments.get(name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {arguments.get(name)}, but the run in {options.output} was begun with "
+                f"{value}; wanted: the same, or another --output without --resume"
+            )
 
 
 def trainer_arguments(options: argparse.Namespace, every: float, warmup: float, **more: Any) -> TrainingArguments:

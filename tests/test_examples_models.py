@@ -455,13 +455,62 @@ def test_convert_cuts_batches_to_lengths_of_the_range(examples):
     (["--data=missing"], "--data: no file or folder named missing"),
     (["--init=mean", "--proj-dim=50"], "--model: proj_dim is 50 but seq_len 40"),
     (["--resume"], "--resume: there is no checkpoint in out"),
+    (["--seq-len=2", "--proj-dim=1"], "--seq-len is 2, of which special tokens take 2; wanted: more"),
+    (["--lr=nan"], "--lr is nan; wanted: more than 0"),
+    (["--warmup=-1"], "--warmup is -1; wanted: 0 or more"),
+    (["--seed=-1"], "--seed is -1; wanted: from 0"),
+    (["--output=file"], "--output: file is a file; wanted: a folder"),
+    (["--record=folder"], "--record: folder is a folder; wanted: a file"),
+    (["--seq-len=9000", "--repeat-positions"], "tokens of text do not fill one sequence of 9000; wanted: more text"),
 ])  # fmt: skip
 def test_convert_refuses(examples, text, tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").touch()
     with pytest.raises(SystemExit):
         examples.convert.main([*converting(text, tiny_bert(tmp_path / "bert"), "out"), *arguments])
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_convert_refuses_models_that_cannot_teach(examples, text, tmp_path, capsys):
+    """One without tokenizer, of which transformers makes an empty one; one of Linformer; one that is cut off."""
+    whole = tiny_bert(tmp_path / "whole")
+    model = BertModel.from_pretrained(whole)
+    model.save_pretrained(tmp_path / "no tokenizer")
+    linformer = tiny_bert(tmp_path / "linformer")
+    linformerize(model, 40, 8).save_pretrained(linformer)
+    cut = tiny_bert(tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:1000])
+    refused = {tmp_path / "no tokenizer": "has no tokenizer", linformer: "has Linformer attention already"}
+    for folder, says in (refused | {cut: "--model: "}).items():
+        with pytest.raises(SystemExit):
+            examples.convert.main(converting(text, folder, tmp_path / "out"))
+        assert says in capsys.readouterr().err
+
+
+def test_models_train_in_fp32_whatever_they_are_saved_in(examples, text, tmp_path):
+    saved = tiny_bert(tmp_path / "bert")
+    BertModel.from_pretrained(saved).half().save_pretrained(saved)
+    assert BertModel.from_pretrained(saved).dtype == torch.float16
+    examples.convert.main([*converting(text, saved, tmp_path / "out"), "--steps=1"])
+    assert load(BertModel, tmp_path / "out").dtype == torch.float32
+    options = examples.pretrain_mlm.parse_arguments([f"--data={text}", f"--checkpoint={saved}", "--output=unused"])
+    assert examples.encoder.from_checkpoint(options, AutoModelForMaskedLM).dtype == torch.float32
+
+
+def test_special_tokens_by_name_are_text(examples):
+    """But for <unk>, which WikiText has for words that were rare."""
+    tokenizer = examples.encoder.train_tokenizer("some text of a few words " * 20, 300, 48)
+    special = {tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id}
+    first = tokenizer.bos_token_id
+
+    def read(text):
+        return examples.pretrain_mlm.Blocks(text * 9, tokenizer, 20, [first], []).ids[:, 1:].flatten().tolist()
+
+    assert not special & set(read("some <mask> and <pad> text, </s> and <unk> "))
+    assert tokenizer.unk_token_id in read("some <unk> text of <unk> words ")
+    assert tokenizer("<mask>")["input_ids"][1] == tokenizer.mask_token_id  # the tokenizer itself is as it was
 
 
 def test_segments_of_a_pair(examples):
@@ -512,6 +561,13 @@ def test_lower_precision_and_the_control_without_attention(examples, text, tmp_p
     other[0, 7] = 3
     changed = (model(ids).logits != model(other).logits).any(-1)[0]
     assert changed.nonzero().tolist() == [[7]]  # no position sees another
+    model.save_pretrained(tmp_path / "control")
+    tokenizer.save_pretrained(tmp_path / "control")
+    more = ["--output=unused", f"--data={text}", f"--checkpoint={tmp_path / 'control'}"]
+    options = examples.pretrain_mlm.parse_arguments(more)
+    assert options.attention == "none"  # a model that starts from it is one as well
+    again = examples.encoder.from_checkpoint(options, AutoModelForMaskedLM).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_padding_takes_no_part(examples):
@@ -540,6 +596,8 @@ def test_subsets_are_drawn_by_the_seed(examples, tmp_path):
     (["--data=missing"], "--data: no file or folder named missing"),
     (["--task=sst2"], r"--data: .*dev\.tsv, line 2: label is"),
     (["--record=missing/record.json"], "--record: there is no folder missing"),
+    (["--seq-len=4"], "--seq-len is 4; wanted: at least 6, for special tokens and some text"),
+    (["--epochs=nan"], "--epochs is nan; wanted: more than 0"),
 ])  # fmt: skip
 def test_finetune_refuses(examples, pretrained, tmp_path, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
@@ -555,6 +613,9 @@ def test_finetune_refuses(examples, pretrained, tmp_path, capsys, monkeypatch, a
     (["--attention=exact", "--proj-dim=8"], "--proj-dim is of Linformer attention"),
     (["--bytes", "--vocabulary=300"], "not allowed with argument"),
     (["--width=10", "--heads=3"], "--width 10 is not a multiple of --heads 3"),
+    (["--dropout=2"], "--dropout is 2.0; wanted: from 0 to less than 1"),
+    (["--init=mean", "--proj-dim=60", "--seq-len=48", *SHAPE], "proj_dim is 60 but seq_len 48"),
+    (["--sharing=none", "--projection=mean", *SHAPE], 'kind is "mean"; wanted: None'),
 ])  # fmt: skip
 def test_finetune_from_scratch_refuses(examples, tmp_path, capsys, arguments, says):
     data = tiny_qnli(tmp_path / "QNLI", 20)
@@ -593,6 +654,28 @@ def test_resumed_pretraining_is_as_if_uninterrupted(examples, text, tmp_path, mo
     assert without_time(resumed) == without_time(whole) and len(whole["held_out"]) == 4
     with pytest.raises(SystemExit):  # two runs in one folder: the older one's checkpoint would win
         examples.pretrain_mlm.main(command)
+
+
+def test_a_run_is_resumed_as_it_was_begun(examples, text, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = [*pretraining(text, output), "--resume", "--evaluate-every=1"]
+    examples.pretrain_mlm.main([argument for argument in command if argument != "--resume"])
+    (other := tmp_path / "other.txt").write_text(text.read_text())
+    for change, says in (
+        ("--heads=4", "--heads is 4, but the run in .* was begun with 2"),
+        (f"--data={other}", r"--data is other\.txt, but .* text\.txt"),
+        ("--lr=0.5", "--lr is 0.5"), ("--sharing=key_value", "--sharing is key_value"),
+        ("--steps=2", "--steps is 2, but .* has 3 already"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            examples.pretrain_mlm.main([*command, change])
+        assert re.search(says, capsys.readouterr().err)
+    record = examples.pretrain_mlm.main([*command, "--steps=4"])
+    assert [point["step"] for point in record["held_out"]] == [0, 1, 2, 3, 4]
+    (tmp_path / "empty" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        examples.pretrain_mlm.main([*pretraining(text, tmp_path / "empty"), "--resume"])
+    assert "--resume: there is no checkpoint in" in capsys.readouterr().err
 
 
 @pytest.mark.slow
