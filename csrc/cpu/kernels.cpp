@@ -68,10 +68,10 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   return c < 0 ? -most : most;
 }
 
-// target = exp2((row - max) * c), times the dropout factors where there are any, zero from k up to the next whole vector;
-// returns the sum before dropout. The difference comes first: of the fused row * c - max * c the rounding of max * c alone
-// exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit values are written behind what
-// has been read.
+// target = exp2((row - max) * c), times the dropout factors where there are any, zero from k up to the next whole
+// vector; returns the sum before dropout. The difference comes first: of the fused row * c - max * c the rounding of
+// max * c alone exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit values are
+// written behind what has been read.
 template <class Out>
 LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_t k, float c, float max,
                                            const float* keep) {
