@@ -513,6 +513,11 @@ def _heads(rows: Tensor, num_heads: int) -> Tensor:
 
 def _row_sum(proj: Tensor, length: int, key_padding_mask: Tensor | None) -> Tensor:
     """E 1 over the positions that take part: (K, 1) or, masked, (B, K, 1)."""
+    if torch.compiler.is_exporting():  # a slice would make torch decide, for all N, whether it is the whole
+        batch = 1 if key_padding_mask is None else key_padding_mask.size(0)
+        ones = proj.new_ones(batch, 1, length, 1)
+        sums = project_kv(ones, ones, proj, key_padding_mask=key_padding_mask)[0].squeeze(1)
+        return sums if key_padding_mask is not None else sums.squeeze(0)
     proj = proj[:, :length]
     if key_padding_mask is None:
         return proj.sum(-1, keepdim=True)

@@ -177,6 +177,31 @@ def test_export_with_a_dynamic_shape(device):
         assert torch.equal(program.module()(*given), module(*given))
 
 
+@pytest.mark.parametrize("sharing", ["headwise", "key_value"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_the_module_with_a_dynamic_length(strict, masked, sharing, device):
+    """Up to seq_len, compressing first, with a bias, whose sums over E are of a part of it."""
+
+    class Attend(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = lk.LinformerAttention(16, 2, 20, 5, sharing)
+            torch.nn.init.normal_(self.attention.k_proj.bias)
+            torch.nn.init.normal_(self.attention.v_proj.bias)
+
+        def forward(self, x, mask):
+            return self.attention(x, key_padding_mask=mask if masked else None)
+
+    module, n = Attend().to(device), torch.export.Dim("n", min=2, max=20)
+    assert module.attention.compress_first
+    inputs = lambda n: (torch.randn(2, n, 16, device=device), torch.rand(2, n, device=device) < 0.7)  # noqa: E731
+    program = torch.export.export(module, inputs(11), dynamic_shapes=({1: n}, {1: n}), strict=strict)
+    for length in (2, 13, 20):
+        given = inputs(length)
+        torch.testing.assert_close(program.module()(*given), module(*given), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=("bf16", "fp16"))
 def test_autocast_computes_in_the_lower_type(dtype, device, native):
     x = Inputs(Case(mask="random", kv_heads=2), device)
