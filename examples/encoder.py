@@ -154,16 +154,17 @@ AttentionInterface.register("none", no_attention)
 
 
 def from_checkpoint(options: argparse.Namespace, auto_class: Any, **more: Any) -> PreTrainedModel:
-    """The checkpoint's encoder in a model of this kind, with its attention; what is new in it is drawn by the seed."""
+    """The checkpoint's encoder in a model of this kind, with its attention; what is new in it is drawn by the seed.
+
+    In fp32, whatever it was saved in: --precision is that of the steps.
+    """
     set_seed(options.seed)
     if options.attention == "linformer":
         model: PreTrainedModel = load(auto_class, str(options.checkpoint), dtype=torch.float32, **more)
         return model
     if options.attention == "none":
         more["attn_implementation"] = "none"
-    return auto_class.from_pretrained(
-        str(options.checkpoint), dtype=torch.float32, **more
-    )  # --precision is of the steps
+    return auto_class.from_pretrained(str(options.checkpoint), dtype=torch.float32, **more)
 
 
 def from_scratch(
