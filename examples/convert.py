@@ -25,12 +25,12 @@ from corpus import read_corpus
 from encoder import add_projection
 from pretrain_mlm import Blocks
 from recording import Recorder, arguments, machine
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import Subset
 from training import (
     MAIN_PROCESS,
+    REFUSED,
     add_options,
     add_resume,
     check_options,
@@ -136,10 +136,9 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
         parser.error(f"--data: {error}")
     try:
         options.tokenizer, options.teacher, options.student = models(options)
-    except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
+    except REFUSED as error:
         parser.error(f"--model: {error}")
-    with refusals():
-        check_resumed(options, arguments(options, *NOT_RECORDED))
+    check_resumed(parser, options, arguments(options, *NOT_RECORDED))
     return options
 
 

@@ -142,7 +142,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-examples", type=int, help="train on so many, drawn by the seed (default: all)")
     parser.add_argument("--evaluation-examples", type=int, help="evaluate so many, always the same (default: all)")
     options = parser.parse_args(command_line)
-    check_options(parser, options, "epochs", "steps", "train_examples", "evaluation_examples", *SIZES)
+    check_options(parser, options, "steps", "train_examples", "evaluation_examples", *SIZES)
     if options.epochs is None and options.steps is None:
         options.epochs = 3.0
     if options.group_by_length and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -120,8 +120,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
         options.corpus = read_corpus(options.data)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
-    with refusals():
-        check_resumed(options, arguments(options, "corpus"))
+    check_resumed(parser, options, arguments(options, "corpus"))
     return options
 
 

@@ -33,12 +33,15 @@ def run(main: Callable[[], object]) -> None:
         distributed.destroy_process_group()
 
 
+REFUSED = (OSError, ValueError, NotImplementedError, SafetensorError)  # in words, by what reads and makes models
+
+
 @contextmanager
 def refusals() -> Iterator[None]:
     """What cannot be read, or does not fit together, ends the script with its own sentence and no traceback."""
     try:
         yield
-    except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
+    except REFUSED as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -70,11 +73,8 @@ _RANGES = {
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, *positive: str) -> None:
     """Refuses what cannot work before anything is read; `positive`: further options that must be more than 0."""
-    for name in ("batch", "accumulate", "evaluate_every", *positive):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {value}; wanted: more than 0")
-    for name, (wanted, fits) in _RANGES.items():
+    ranges = dict.fromkeys(("batch", "accumulate", "evaluate_every", *positive), _POSITIVE) | _RANGES
+    for name, (wanted, fits) in ranges.items():
         value = getattr(options, name, None)
         if value is not None and not fits(value):
             parser.error(f"--{name.replace('_', '-')} is {value}; wanted: {wanted}")
@@ -98,20 +98,20 @@ def last_checkpoint(output: Path) -> Path | None:
     return Path(last) if last and Path(last, "trainer_state.json").is_file() else None
 
 
-def check_resumed(options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+def check_resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: dict[str, Any]) -> None:
     """A run goes on with the arguments that it was begun with; it may become longer."""
     last = last_checkpoint(options.output) if options.resume else None
     if last is None:
         return
     done = int(last.name.split("-")[1])
     if options.steps < done:
-        raise ValueError(f"--steps is {options.steps}, but {last} has {done} already; wanted: no fewer")
+        parser.error(f"--steps is {options.steps}, but {last} has {done} already; wanted: no fewer")
     if not (last / KEPT).is_file():
         return
     before = json.loads((last / KEPT).read_text()).get("arguments", {})
     for name, value in before.items():
         if name not in ("steps", "evaluate_every", "resume") and arguments.get(name) != value:
-            raise ValueError(
+            parser.error(
                 f"--{name.replace('_', '-')} is {arguments.get(name)}, but the run in {options.output} was begun with "
                 f"{value}; wanted: the same, or another --output without --resume"
             )

@@ -191,9 +191,8 @@ def check_pooling(
         if tensor.size(-1) != head_dim or num_heads not in (None, tensor.size(1)):
             wanted = f"(B, {heads}, N, {head_dim}), as the convolution was made for"
             _fail(_shape(name, tensor), wanted, "make the projection with the num_heads and head_dim of the keys")
-    if weight.dtype != key.dtype and not torch.is_autocast_enabled(key.device.type):
-        got = f"key has dtype {key.dtype} but proj_key {weight.dtype}"
-        _fail(got, "one dtype for all tensors", "use projection.to(key.dtype), or run under torch.autocast", TypeError)
+    if not torch.is_autocast_enabled(key.device.type):
+        _check_floating(key=key, proj_key=weight)
     _check_device("proj_key", weight, "key", key)
 
 
@@ -228,7 +227,7 @@ def _shape(name: str, tensor: Tensor) -> str:
     return f"{name} has shape {tuple(tensor.shape)}"
 
 
-def _check_tensor(name: str, tensor: object) -> None:
+def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         _fail(f"{name} is a {type(tensor).__name__}", "a torch.Tensor", f"pass {name} as a tensor", TypeError)
 
@@ -251,7 +250,7 @@ def _check_floating(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None and name == "proj_value":
             continue
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         assert tensor is not None and first is not None  # for mypy: they have been refused
         if tensor.dtype not in FLOATING_DTYPES:
             wanted = "float32, float16, bfloat16 or float64"
@@ -313,7 +312,7 @@ def _check_length(name: str, length: int, n_max: int) -> None:
 def _check_mask(key_padding_mask: Tensor | None, key: Tensor) -> None:
     if key_padding_mask is None:
         return
-    _check_tensor("key_padding_mask", key_padding_mask)
+    check_tensor("key_padding_mask", key_padding_mask)
     _check_dense("key_padding_mask", key_padding_mask)
     if key_padding_mask.dtype != torch.bool:
         wanted = "bool, where True means that the position takes part"
@@ -330,7 +329,7 @@ def _checked_cu_seqlens(
     name: str, cu_seqlens: Tensor | None, rows_name: str, rows: Tensor, n_max: int | None
 ) -> Tensor:
     """As int64. n_max bounds the length of a sequence."""
-    _check_tensor(name, cu_seqlens)
+    check_tensor(name, cu_seqlens)
     assert cu_seqlens is not None  # for mypy: it has been refused
     _check_dense(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

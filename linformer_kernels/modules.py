@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._validation import check_pooling, integer, refuse_causal
+from ._validation import check_pooling, check_tensor, integer, refuse_causal
 from .functional import linformer_attention, project_kv, projected_attention
 
 _KINDS = ("learned", "fixed", "mean", "max", "conv")
@@ -313,8 +313,7 @@ class LinformerAttention(nn.Module):
         value = key if value is None else value
         inputs = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}
         for name, (tensor, width) in inputs.items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} is a {type(tensor).__name__}; wanted: a torch.Tensor")
+            check_tensor(name, tensor)
             if tensor.dim() != 3 or tensor.size(-1) != width:
                 order = "B, N" if self.batch_first else "N, B"
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted: ({order}, {width})")

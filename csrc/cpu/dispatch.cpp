@@ -22,8 +22,8 @@ extern const KernelTable kAvx512Bf16;
 namespace {
 
 #ifdef LINFORMER_CPU_X86
-// Processors with AMX (Intel's since Sapphire Rapids) have half the multiply-adds a second on pairs of bf16 that they
-// have on fp32: forward at N = 4096, K = 128 in bf16 27.4 ms by pairs, 16.0 ms in fp32 (one thread, medians of 5).
+// The one processor with AMX that was measured, a Xeon, has half the multiply-adds a second on pairs of bf16 that it
+// has on fp32: forward at N = 4096, K = 128 in bf16 27.4 ms by pairs, 16.0 ms in fp32 (one thread, medians of 5).
 bool pairs_are_slow() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);    // AMX-BF16

@@ -99,6 +99,7 @@ def linformerize(
             "False"
         )
     seq_len = settings["seq_len"]
+    _own_configs(model)
     moments = None if calibration is None else _position_moments(model, layers, seq_len, calibration)
     made = _install(model, layers, settings)
     if init != "gaussian":
@@ -137,6 +138,7 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
     class WithProjections(plain):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
             super().__init__(config, *arguments, **keywords)
+            _own_configs(self)
             _install(self, _attention_layers(self), settings)
 
     WithProjections.__name__, WithProjections.__module__ = plain.__name__, plain.__module__
@@ -407,7 +409,6 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
         layer.__dict__["linformer_rows_may_be_empty"] = settings["rows_may_be_empty"]
         if settings["defer"] and made[0].is_matrix and made[0].num_heads is None:
             _defer(layer)
-    _own_configs(model)
     setattr(model.config, NAME, settings)
     # In config.json too: plain from_pretrained gives a model that says what it lacks.
     model.config.attn_implementation = NAME
@@ -489,7 +490,6 @@ def _position_moments(
         heads, _ = _shape_of_heads(layer)
         shape = (heads, seq_len, seq_len)
         layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=model.device) for _ in range(2))
-    _own_configs(model)
     _set_attention(model, layers, _MOMENTS)
     model.eval()
     try:
@@ -557,9 +557,10 @@ def _in_strongest_directions(rows: Tensor, moments: Tensor) -> Tensor:
     Positions without moments are left; what is left of rounding is cleared, so that with K = N rows come out as they
     were."""
     strongest = torch.linalg.eigh(moments).eigenvectors[..., -rows.size(0) :]  # (..., N, K), ascending
-    inside = rows.to(strongest) @ strongest @ strongest.transpose(-1, -2)
-    reached = rows.to(strongest) @ moments.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) > 0
-    return torch.where(reached, torch.where(inside.abs() < 1e-6, 0.0, inside), rows.to(strongest))
+    rows = rows.to(strongest)
+    inside = rows @ strongest @ strongest.transpose(-1, -2)
+    reached = rows @ moments.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) > 0
+    return torch.where(reached, torch.where(inside.abs() < 1e-6, 0.0, inside), rows)
 
 
 def _config(path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
