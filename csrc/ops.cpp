@@ -474,6 +474,8 @@ std::string cuda_architectures() {
 
 double cpu_peak_gflops(std::string dtype) { return cpu::kernel_table().peak_gflops(dtype == "bfloat16"); }
 
+double cpu_probe_gflops() { return cpu::kernel_table().probe_gflops(); }
+
 }    // namespace
 }    // namespace linformer
 
@@ -503,5 +505,6 @@ extern "C" __attribute__((visibility("default"))) void linformer_emulate(linform
 STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
+  m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));
 }

@@ -514,42 +514,47 @@ struct Tasks {
   }
 };
 
-double peak_gflops(bool bf16) {
-  // Enough independent sums to cover the latency of two multiply-add units; the operands never change, so the values
-  // stay finite. Best of several short runs: a shared machine is seldom quiet for long.
+// The rate of `steps` rounds of multiply-adds on enough independent sums to cover the latency of two multiply-add
+// units; the operands never change, so the values stay finite.
+double multiply_add_gflops(bool paired, int64_t steps) {
   constexpr int kSums = kTileRows * kVectors;
-  constexpr int64_t kSteps = 200000;
-  const bool paired = bf16 && LINFORMER_CPU_PAIRED;
+  VecF sum[kSums];
+  for (int i = 0; i < kSums; ++i) sum[i] = splat(static_cast<float>(i));
+  VecF factor = splat(0.5f);
+  __asm__ volatile("" : "+m"(factor));    // not a constant for the compiler
+  timespec begin, end;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &begin);
+  if (paired) {
+    for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 32
+      for (int i = 0; i < kSums; ++i) sum[i] = PairedBf16::multiply_add(sum[i], 0x3c003c00u, factor);
+    }
+  } else {
+    for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 32
+      for (int i = 0; i < kSums; ++i) sum[i] = sum[i] * factor + factor;
+    }
+  }
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
+  VecF all = {};
+  for (int i = 0; i < kSums; ++i) all += sum[i];
+  __asm__ volatile("" : "+m"(all));
+  const double seconds =
+      static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
+  return 2e-9 * kSums * kWidth * static_cast<double>(steps) * (paired ? 2 : 1) / seconds;
+}
+
+double peak_gflops(bool bf16) {
+  // Best of several short runs: a shared machine is seldom quiet for long.
   double best = 0;
   for (int run = 0; run < 25; ++run) {
-    VecF sum[kSums];
-    for (int i = 0; i < kSums; ++i) sum[i] = splat(static_cast<float>(i));
-    VecF factor = splat(0.5f);
-    __asm__ volatile("" : "+m"(factor));    // not a constant for the compiler
-    timespec begin, end;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &begin);
-    if (paired) {
-      for (int64_t s = 0; s < kSteps; ++s) {
-#pragma GCC unroll 32
-        for (int i = 0; i < kSums; ++i) sum[i] = PairedBf16::multiply_add(sum[i], 0x3c003c00u, factor);
-      }
-    } else {
-      for (int64_t s = 0; s < kSteps; ++s) {
-#pragma GCC unroll 32
-        for (int i = 0; i < kSums; ++i) sum[i] = sum[i] * factor + factor;
-      }
-    }
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
-    VecF all = {};
-    for (int i = 0; i < kSums; ++i) all += sum[i];
-    __asm__ volatile("" : "+m"(all));
-    const double seconds =
-        static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
-    const double rate = 2e-9 * kSums * kWidth * kSteps * (paired ? 2 : 1) / seconds;
+    const double rate = multiply_add_gflops(bf16 && LINFORMER_CPU_PAIRED, 200000);
     if (rate > best) best = rate;
   }
   return best;
 }
+
+double probe_gflops() { return multiply_add_gflops(false, 9000); }
 
 #define LINFORMER_TASKS(T)                                                                                      \
   {Tasks<T>::project,         Tasks<T>::finish_project,  Tasks<T>::attend,          Tasks<T>::prepare_backward, \
@@ -563,6 +568,7 @@ const KernelTable LINFORMER_CPU_TABLE = {
     {kTileRows, kTileColumns, LINFORMER_CPU_PAIRED},
     {LINFORMER_TASKS(float), LINFORMER_TASKS(Half), LINFORMER_TASKS(BFloat16)},
     peak_gflops,
+    probe_gflops,
 };
 
 }    // namespace linformer::cpu

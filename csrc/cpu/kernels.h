@@ -14,6 +14,7 @@ struct KernelTable {
   Shape shape;
   TaskFunction tasks[3][kTaskKinds];    // by DType
   double (*peak_gflops)(bool bf16);     // fastest multiply-add rate of one thread, operands in registers
+  double (*probe_gflops)();             // the same at this moment, in some 40 us: tells when the machine is slow
 };
 
 // The table for this machine, or for the instruction set named by LINFORMER_CPU_CAPABILITY.
