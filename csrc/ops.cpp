@@ -4,10 +4,12 @@
 // Schemas and shape rules for fake tensors stand in linformer_kernels/_ops.py; arguments arrive validated from there.
 // What is checked again here is what memory safety needs, because an operator can be called without its public
 // function.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -68,6 +70,20 @@ void* memory_of(const Tensor& tensor, const char* name) {
   return memory;
 }
 
+// torch::stable::new_empty without its search for the operator by name and its boxed arguments, which are half of what
+// the allocation of a small tensor costs.
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
+                                                          &type, nullptr, nullptr, 0, nullptr, &result));
+  return Tensor(result);
+}
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_empty(like, sizes, like.scalar_type());
+}
+
 // A (B, H, N, D) or packed (total, H, D) tensor.
 struct View {
   Rows rows;
@@ -106,20 +122,19 @@ View view_of(const Tensor& tensor, const char* name, const Tensor& like, bool pa
 // A gradient or result in the layout of `like`: heads adjacent to columns where they are so in `like`. The same rule as
 // _like in linformer_kernels/_ops.py.
 Tensor empty_like(const Tensor& like, int64_t columns) {
-  if (like.dim() == 3) return torch::stable::new_empty(like, {like.size(0), like.size(1), columns});
+  if (like.dim() == 3) return new_empty(like, {like.size(0), like.size(1), columns});
   const bool heads_inner = like.size(1) > 1 && like.size(2) > 1 && like.stride(1) < like.stride(2);
-  if (!heads_inner) return torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2), columns});
-  return torch::stable::transpose(torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), columns}),
-                                  1, 2);
+  if (!heads_inner) return new_empty(like, {like.size(0), like.size(1), like.size(2), columns});
+  return torch::stable::transpose(new_empty(like, {like.size(0), like.size(2), like.size(1), columns}), 1, 2);
 }
 
 Tensor empty_contiguous(const Tensor& like) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < like.dim(); ++i) sizes.push_back(like.size(i));
-  return torch::stable::new_empty(like, sizes);
+  if (like.dim() == 2) return new_empty(like, {like.size(0), like.size(1)});
+  if (like.dim() == 3) return new_empty(like, {like.size(0), like.size(1), like.size(2)});
+  return new_empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
 }
 
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+Tensor nothing(const Tensor& like) { return new_empty(like, {0}); }
 
 // On a GPU the values are not read here, which would wait for it: the kernels hold them inside the tensor, and the
 // longest sequence is as long as `total` for all that is known.
@@ -197,6 +212,7 @@ void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tens
                   " is longer than proj_key's ", p.seq_len_max, " columns");
   STD_TORCH_CHECK(p.proj_dim >= 1 && p.head_dim >= 1 && p.value_dim >= 1,
                   "linformer_kernels: proj_dim and head dimensions must be at least 1");
+  STD_TORCH_CHECK(p.heads_kv >= 1, "linformer_kernels: key needs at least one head");
   p.proj_key = projection_rows(proj_key, "proj_key", key, p);
   p.shared_kv = !proj_value.has_value();
   p.proj_value = p.shared_kv ? p.proj_key : projection_rows(*proj_value, "proj_value", key, p);
@@ -217,7 +233,7 @@ void check_query(const Problem& p, const Problem& sequence) {
 }
 
 void check_heads(const Problem& p) {
-  STD_TORCH_CHECK(p.heads_kv > 0 ? p.heads % p.heads_kv == 0 : p.heads == 0,
+  STD_TORCH_CHECK(p.heads > 0 && p.heads_kv > 0 && p.heads % p.heads_kv == 0,
                   "linformer_kernels: query heads must be a multiple of key heads");
 }
 
@@ -264,8 +280,7 @@ Rows rows_of(const Tensor& tensor) { return view_of(tensor, "result", tensor, te
 
 // A workspace aligned to `align` bytes; as fp32, so that torch's fill of uninitialised memory poisons it with NaN.
 Tensor workspace_of(int64_t bytes, int64_t align, const Tensor& like, std::byte** start) {
-  Tensor workspace = torch::stable::empty({(bytes + align) / 4}, ScalarType::Float, std::nullopt, like.device(),
-                                          std::nullopt, std::nullopt);
+  Tensor workspace = new_empty(like, {(bytes + align) / 4}, ScalarType::Float);
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
   *start = reinterpret_cast<std::byte*>((address + align - 1) / align * align);
   return workspace;
@@ -357,8 +372,8 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   check_heads(p);
   set_softmax(p, query, rng_state, dropout_p, scale);
   Tensor out = empty_like(query, p.value_dim);
-  Tensor key_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
-  Tensor value_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
+  Tensor key_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
+  Tensor value_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
   p.out = rows_of(out);
   p.key_proj = rows_of(key_proj);
   p.value_proj = rows_of(value_proj);
@@ -395,8 +410,8 @@ std::tuple<Tensor, Tensor> project(Tensor key, Tensor value, Tensor proj_key, Op
   Problem p;
   p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
-  Tensor key_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
-  Tensor value_proj = torch::stable::new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
+  Tensor key_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
+  Tensor value_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
   p.key_proj = rows_of(key_proj);
   p.value_proj = rows_of(value_proj);
   run(p, kProject, key);

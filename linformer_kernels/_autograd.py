@@ -3,7 +3,9 @@
 Registered there, a raw op differentiates like the public function, and torch.compile and torch.export see one op
 where they would otherwise trace a Function. Only the inputs, K' and V' are saved: nothing of size N x K.
 The first two arguments of a Function are the op and, differentiable once more in name only, its backward op.
-Each Function takes `ctx` in forward: the setup_context form costs an inspect.signature a call, about 30 us.
+Each Function takes `ctx` in forward: the setup_context form costs an inspect.signature a call, about 30 us. And each
+is torch's single-level Function: what Function itself adds, transforms of torch.func, is refused here anyway, and its
+search for tensors that have outlived such a transform costs a fifth of a call's overhead.
 """
 
 from __future__ import annotations
@@ -11,32 +13,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import lshift
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as Function
 
 from ._ops import LIBRARY, OVERLOADS, unit_stride
 
 _ops = torch.ops.linformer_kernels
 
 
-def _below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+def _below_autograd(op: Any, *args: Any) -> Any:
     # Below the tracking of views too: a result of other strides is a view of what the op made, and nobody else's.
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return op(*args)
+        return op._op(*args)  # op(*args) without one call of Python's
 
 
 def _wanted(ctx: Any, count: int) -> int:
     """The ops' `needs` mask for their first `count` inputs, which follow the two of the Function itself."""
-    return sum(1 << i for i in range(count) if ctx.needs_input_grad[2 + i])
+    return sum(map(lshift, ctx.needs_input_grad[2 : 2 + count], range(count)))
 
 
 def _returned(ctx: Any, grads: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, ...]:
     """The wanted gradients, and None for every other input."""
-    needed = ctx.needs_input_grad[2:]
-    return None, None, *(grads[i] if i < len(grads) and needed[i] else None for i in range(len(needed)))
+    needed = ctx.needs_input_grad
+    wanted = [grad if need else None for grad, need in zip(grads, needed[2:], strict=False)]
+    return None, None, *wanted, *[None] * (len(needed) - 2 - len(wanted))
 
 
 class _Attention(Function):
@@ -105,11 +110,14 @@ class _Gradient(Function):
         raise NotImplementedError(f"the fused backends are differentiable once; for higher derivatives {_REMEDY}")
 
 
-def _register(op: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `differentiable` the op's Autograd kernel, and return the op as the backends call it."""
+def _register(
+    op: torch._ops.OpOverload, differentiable: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Make `differentiable` the op's Autograd kernel, and return the op as the backends call it, and as eager code may
+    that knows of no compiler and no transform."""
 
     def kernel(*args: Any) -> Any:
-        tracked = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         # Tangents do not set requires_grad: passing them on to the op would drop them silently.
         if forward_ad._current_level >= 0 or (tracked and torch._C._are_functorch_transforms_active()):
             raise NotImplementedError(
@@ -124,7 +132,7 @@ def _register(op: torch._ops.OpOverload, differentiable: Callable[..., Any]) -> 
         return op(*args) if whole else kernel(*args)
 
     LIBRARY.impl(op, kernel, "Autograd")
-    return call
+    return call, kernel
 
 
 @dataclass(frozen=True)
@@ -136,14 +144,15 @@ class Operations:
     projected_attention: Callable[..., Any]
 
 
-def _operations(overload: str) -> Operations:
-    def make(name: str, function: type[Function]) -> Callable[..., Any]:
+def _operations(overload: str) -> tuple[Operations, Operations]:
+    def make(name: str, function: type[Function]) -> tuple[Callable[..., Any], Callable[..., Any]]:
         op, op_backward = (getattr(getattr(_ops, n), overload) for n in (name, f"{name}_backward"))
-        return _register(op, partial(function.apply, op, _register(op_backward, partial(_Gradient.apply, op_backward))))
+        backward, _ = _register(op_backward, partial(_Gradient.apply, op_backward))  # type: ignore[attr-defined]
+        return _register(op, partial(function.apply, op, backward))  # type: ignore[attr-defined]
 
-    return Operations(
-        make("attention", _Attention), make("project", _Project), make("projected_attention", _ProjectedAttention)
-    )
+    functions = {"attention": _Attention, "project": _Project, "projected_attention": _ProjectedAttention}
+    made = [make(name, function) for name, function in functions.items()]
+    return Operations(*(call for call, _ in made)), Operations(*(kernel for _, kernel in made))
 
 
-NATIVE, TRITON = (_operations(overload) for overload in OVERLOADS)
+(NATIVE, EAGER_NATIVE), (TRITON, _) = (_operations(overload) for overload in OVERLOADS)

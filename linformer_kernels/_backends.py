@@ -44,7 +44,7 @@ def _fused(name: str, missing: str | None, device_types: tuple[str, ...], operat
     """A backend of kernels behind the ops."""
 
     def limits(call: Call) -> str | None:
-        if call.device.type not in device_types:
+        if call.device_type not in device_types:
             return f"its kernels run on {device_types[0]} tensors and these are on {call.device}"
         if call.dtype == torch.float64:
             return 'its kernels take float32, float16 and bfloat16, and these tensors are float64: use "reference"'
@@ -62,7 +62,7 @@ def _gpu_limits(call: Call, name: str) -> str | None:
     widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
     if widest > _GPU_WIDEST_HEAD:
         return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "reference"'
-    if call.device.type != "cuda":
+    if call.device_type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(call.device)
     if major < 8:
@@ -165,11 +165,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _in_order(call: Call) -> Iterable[Backend]:
     """The backends as `TRITON_FIRST` has them for this call."""
+    if call.device_type != "cuda" or call.dtype.itemsize not in TRITON_FIRST:
+        return BACKENDS.values()
     backends = list(BACKENDS.values())
-    if call.device.type == "cuda" and call.dtype.itemsize in TRITON_FIRST:
-        major, _ = torch.cuda.get_device_capability(call.device)
-        if major >= TRITON_FIRST[call.dtype.itemsize]:
-            backends[:2] = backends[1::-1]
+    major, _ = torch.cuda.get_device_capability(call.device)
+    if major >= TRITON_FIRST[call.dtype.itemsize]:
+        backends[:2] = backends[1::-1]
     return backends
 
 
@@ -192,6 +193,40 @@ def choose(call: Call, backend: str | None) -> Backend:
     if refusal is not None:
         raise NotImplementedError(f'{source}: "{name}" refuses this call: {refusal}')
     return forced
+
+
+# The short way: what the native ops raise for a call that is not for them, and what comes of a query without columns.
+REFUSALS = (RuntimeError, IndexError, ZeroDivisionError)
+_SHORT = _autograd.EAGER_NATIVE if _LIBRARY_MISSING is None and not interpreting() else None
+_SHORT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# os.environ itself raises and catches two errors for a variable that is not set, which takes 1 us.
+_VARIABLES, _KEY = (
+    (os.environ._data, os.environ.encodekey(ENVIRONMENT_VARIABLE))
+    if hasattr(os.environ, "_data")
+    else (os.environ, ENVIRONMENT_VARIABLE)
+)
+
+
+def short_way(backend: str | None, first: Any, *others: Any) -> _autograd.Operations | None:
+    """The CPU kernels' operations where a call of these tensors may be tried on them without checks and choice.
+
+    These are half of a small call's time on the host (`python -m bench.host`). The native ops check for themselves what
+    memory safety needs, and refuse whatever the checks refuse; tests/test_short_way.py compares the two. So a call that
+    they take is right, and one that they refuse goes the long way from its beginning. Not for those who trace a call,
+    who ask for a backend, or whose tensors autocast would cast.
+    """
+    if _SHORT is None or backend is not None or torch.compiler.is_compiling():
+        return None
+    if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
+        return None
+    if type(first) not in _PLAIN or not first.is_cpu or first.dtype not in _SHORT_TYPES:
+        return None
+    for tensor in others:
+        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+            return None
+    asked = getattr(_chosen, "name", None) is not None or _KEY in _VARIABLES
+    return None if asked or torch._C._get_tracing_state() is not None else _SHORT
 
 
 def _lookup(name: object, source: str) -> Backend:

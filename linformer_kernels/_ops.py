@@ -70,7 +70,7 @@ def _op(name: str, signature: str) -> Callable[[Callable[..., Any]], Callable[..
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor itself if its last stride is 1, as the ops require, else a contiguous copy."""
-    if tensor.stride(-1) == 1:
+    if tensor.stride()[-1] == 1:
         return tensor
     # contiguous() would return a tensor whose last dimension has size 1 as it is, whatever the stride.
     return tensor.clone(memory_format=torch.contiguous_format)

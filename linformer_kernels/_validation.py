@@ -3,6 +3,8 @@
 The result is a `Call`: arguments in the form that the ops expect, read by the backend choice and by the backends.
 Checks are written so that torch.compile folds them into guards; only the values in cu_seqlens need data, so they are
 checked in eager mode on a CPU tensor alone, and the CPU ops check them again where they index memory.
+
+An attribute of a tensor is read once: `shape` costs half of what `size(i)` does, the name of a device more than both.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ _PACKED = {"query": "(total_q, H, D)", "key": "(total_k, H_kv, D)", "value": "(t
 _PROJ = "(K, N_max) or (H_kv, K, N_max), with K of at least 1"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # frozen would be four times as slow to make
 class Call:
-    """One validated call. Tensors that the operation does not take are None."""
+    """One validated call, not to be changed. Tensors that the operation does not take are None."""
 
     dtype: torch.dtype
     device: torch.device
+    device_type: str
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
@@ -65,12 +68,12 @@ def check_attention(
     _check_floating(query=query, key=key, value=value, proj_key=proj_key, proj_value=proj_value)
     other = "padded tensors go to linformer_attention" if packed else "packed ones go to linformer_attention_varlen"
     _check_rank("query", query, packed, other)
-    _check_key_value(key, value, packed, other)
-    _check_query(query, "key", key)
-    _check_projections(proj_key, proj_value, heads=key.size(1))
+    shape = _check_key_value(key, value, packed, other)
+    query_shape = _check_query(query, "key", shape)
+    n_max = _check_projections(proj_key, proj_value, shape[1])
     if packed:
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
-        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, proj_key.size(-1))
+        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
         if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
             _fail(
                 f"cu_seqlens_q has {cu_seqlens_q.size(0)} entries but cu_seqlens_k has {cu_seqlens_k.size(0)}",
@@ -78,13 +81,12 @@ def check_attention(
                 "give a sequence without queries or keys a length of 0 by repeating an entry",
             )
     else:
-        if query.size(0) != key.size(0):
-            _fail_batch("query has batch size", query.size(0), "key", key.size(0))
-        _check_length("key", key.size(2), proj_key.size(-1))
+        if query_shape[0] != shape[0]:
+            _fail_batch("query has batch size", query_shape[0], "key", shape[0])
+        _check_length("key", shape[2], n_max)
         _check_mask(key_padding_mask, key)
     return Call(
-        dtype=query.dtype,
-        device=query.device,
+        *_kind(query),
         query=unit_stride(query),
         key=unit_stride(key),
         value=unit_stride(value),
@@ -94,7 +96,7 @@ def check_attention(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         dropout_p=_checked_dropout(dropout_p),
-        scale=_checked_scale(scale, query),
+        scale=_checked_scale(scale, query_shape[-1]),
     )
 
 
@@ -109,18 +111,17 @@ def check_project(
     """A project_kv call, padded or, with cu_seqlens_k, packed."""
     _check_floating(key=key, value=value, proj_key=proj_key, proj_value=proj_value)
     packed = cu_seqlens_k is not None
-    _check_key_value(key, value, packed, "packed tensors come with cu_seqlens_k, padded ones without")
-    _check_projections(proj_key, proj_value, heads=key.size(1))
+    shape = _check_key_value(key, value, packed, "packed tensors come with cu_seqlens_k, padded ones without")
+    n_max = _check_projections(proj_key, proj_value, shape[1])
     if not packed:
-        _check_length("key", key.size(2), proj_key.size(-1))
+        _check_length("key", shape[2], n_max)
         _check_mask(key_padding_mask, key)
     elif key_padding_mask is not None:
         _fail("key_padding_mask came with cu_seqlens_k", "one of the two", "leave the masked rows out when packing")
     else:
-        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, proj_key.size(-1))
+        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
     return Call(
-        dtype=key.dtype,
-        device=key.device,
+        *_kind(key),
         key=unit_stride(key),
         value=unit_stride(value),
         proj_key=unit_stride(proj_key),
@@ -142,31 +143,31 @@ def check_projected_attention(
     _check_floating(query=query, key_proj=key_proj, value_proj=value_proj)
     packed = cu_seqlens_q is not None
     _check_rank("query", query, packed, "a packed query comes with cu_seqlens_q, a padded one without")
-    if key_proj.dim() != 4 or 0 in key_proj.shape[1:]:
+    shape, value_shape = key_proj.shape, value_proj.shape
+    if len(shape) != 4 or 0 in shape[1:]:
         _fail(_shape("key_proj", key_proj), "(B, H_kv, K, D), none but B zero", "use K' as project_kv returns it")
-    if value_proj.dim() != 4 or value_proj.shape[:-1] != key_proj.shape[:-1] or value_proj.size(-1) == 0:
+    if len(value_shape) != 4 or value_shape[:-1] != shape[:-1] or value_shape[-1] == 0:
         _fail(
             f"{_shape('value_proj', value_proj)} but {_shape('key_proj', key_proj)}",
             "(B, H_kv, K, D_v), as key_proj but for the last dimension",
             "take both from one project_kv call",
         )
-    _check_query(query, "key_proj", key_proj)
+    query_shape = _check_query(query, "key_proj", shape)
     if packed:
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
         source, batch = "cu_seqlens_q describes a batch of", cu_seqlens_q.size(0) - 1
     else:
-        source, batch = "query has batch size", query.size(0)
-    if batch != key_proj.size(0):
-        _fail_batch(source, batch, "key_proj", key_proj.size(0))
+        source, batch = "query has batch size", query_shape[0]
+    if batch != shape[0]:
+        _fail_batch(source, batch, "key_proj", shape[0])
     return Call(
-        dtype=query.dtype,
-        device=query.device,
+        *_kind(query),
         query=unit_stride(query),
         key_proj=unit_stride(key_proj),
         value_proj=unit_stride(value_proj),
         cu_seqlens_q=cu_seqlens_q,
         dropout_p=_checked_dropout(dropout_p),
-        scale=_checked_scale(scale, query),
+        scale=_checked_scale(scale, query_shape[-1]),
     )
 
 
@@ -247,20 +248,32 @@ def _check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> 
 def _check_floating(**tensors: Tensor | None) -> None:
     """Dense tensors of one floating dtype on one device. proj_value alone may be None."""
     first_name, first = next(iter(tensors.items()))
+    check_tensor(first_name, first)
+    assert first is not None  # for mypy: it has been refused
+    dtype, device = first.dtype, first.device
     for name, tensor in tensors.items():
         if tensor is None and name == "proj_value":
             continue
-        check_tensor(name, tensor)
-        assert tensor is not None and first is not None  # for mypy: they have been refused
-        if tensor.dtype not in FLOATING_DTYPES:
+        if not isinstance(tensor, Tensor):
+            check_tensor(name, tensor)
+        assert tensor is not None  # for mypy: it has been refused
+        own = tensor.dtype
+        if own not in FLOATING_DTYPES:
             wanted = "float32, float16, bfloat16 or float64"
-            _fail(f"{name} has dtype {tensor.dtype}", wanted, f"convert it, for example with {name}.float()", TypeError)
+            _fail(f"{name} has dtype {own}", wanted, f"convert it, for example with {name}.float()", TypeError)
         _check_dense(name, tensor)
-        if tensor.dtype != first.dtype:
-            got = f"{name} has dtype {tensor.dtype} but {first_name} has {first.dtype}"
+        if own != dtype:
+            got = f"{name} has dtype {own} but {first_name} has {dtype}"
             remedy = f"use {name}.to({first_name}.dtype), or run under torch.autocast"
             _fail(got, "one dtype for all tensors", remedy, TypeError)
-        _check_device(name, tensor, first_name, first)
+        if tensor is not first and tensor.device != device:
+            _check_device(name, tensor, first_name, first)
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device, str]:
+    """What a `Call` starts with."""
+    device = tensor.device
+    return tensor.dtype, device, "cpu" if tensor.is_cpu else device.type
 
 
 def _check_rank(name: str, tensor: Tensor, packed: bool, remedy: str) -> None:
@@ -269,38 +282,47 @@ def _check_rank(name: str, tensor: Tensor, packed: bool, remedy: str) -> None:
         _fail(_shape(name, tensor), f"{rank} dimensions, {shapes[name]}", remedy)
 
 
-def _check_key_value(key: Tensor, value: Tensor, packed: bool, remedy: str) -> None:
+def _check_key_value(key: Tensor, value: Tensor, packed: bool, remedy: str) -> torch.Size:
+    """Returns the shape of the key."""
     _check_rank("key", key, packed, remedy)
     _check_rank("value", value, packed, remedy)
-    if key.shape[:-1] != value.shape[:-1]:
+    key_shape, value_shape = key.shape, value.shape
+    if key_shape[:-1] != value_shape[:-1]:
         wanted = "the same shape but for the last dimension"
         _fail(f"{_shape('value', value)} but {_shape('key', key)}", wanted, "take both from the same rows and heads")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.size(1) == 0 or tensor.size(-1) == 0:
+    for name, tensor, shape in (("key", key, key_shape), ("value", value, value_shape)):
+        if shape[1] == 0 or shape[-1] == 0:
             _fail(_shape(name, tensor), "at least one head and one column", "check the order of the dimensions")
+    return key_shape
 
 
-def _check_query(query: Tensor, key_name: str, key: Tensor) -> None:
-    if query.size(-1) != key.size(-1):
-        got = f"query has head width {query.size(-1)} but {key_name} has {key.size(-1)}"
+def _check_query(query: Tensor, key_name: str, key_shape: torch.Size) -> torch.Size:
+    """Returns its shape."""
+    query_shape = query.shape
+    if query_shape[-1] != key_shape[-1]:
+        got = f"query has head width {query_shape[-1]} but {key_name} has {key_shape[-1]}"
         _fail(got, "the same head width D in both", "project query and key to one width (value may have another)")
-    if query.size(1) == 0 or query.size(1) % key.size(1) != 0:
+    if query_shape[1] == 0 or query_shape[1] % key_shape[1] != 0:
         _fail(
-            f"query has {query.size(1)} heads but {key_name} has {key.size(1)}",
+            f"query has {query_shape[1]} heads but {key_name} has {key_shape[1]}",
             "a multiple of the key heads (grouped-query: query head h reads key head h // (H // H_kv))",
             "check that dimension 1 is the head dimension",
         )
+    return query_shape
 
 
-def _check_projections(proj_key: Tensor, proj_value: Tensor | None, heads: int) -> None:
-    if proj_key.dim() not in (2, 3) or proj_key.size(-2) == 0:
+def _check_projections(proj_key: Tensor, proj_value: Tensor | None, heads: int) -> int:
+    """Returns N_max."""
+    shape = proj_key.shape
+    if len(shape) not in (2, 3) or shape[-2] == 0:
         _fail(_shape("proj_key", proj_key), _PROJ, "use one matrix for all heads or one for each key head")
-    if proj_key.dim() == 3 and proj_key.size(0) != heads:
+    if len(shape) == 3 and shape[0] != heads:
         got = f"{_shape('proj_key', proj_key)} but key has {heads} heads"
         _fail(got, _PROJ, "give each key head its matrix, or one (K, N_max) matrix to all")
-    if proj_value is not None and proj_value.shape != proj_key.shape:
+    if proj_value is not None and proj_value.shape != shape:
         got = f"{_shape('proj_value', proj_value)} but {_shape('proj_key', proj_key)}"
         _fail(got, "the same shape in both", "leave proj_value out to use proj_key for keys and values")
+    return shape[-1]
 
 
 def _check_length(name: str, length: int, n_max: int) -> None:
@@ -367,9 +389,9 @@ def _checked_dropout(dropout_p: float) -> float:
     return dropout_p
 
 
-def _checked_scale(scale: float | None, query: Tensor) -> float:
+def _checked_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
-        return 1.0 / math.sqrt(query.size(-1))
+        return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         remedy = "pass a Python number; a learned scale is multiplied into the query"
         _fail(f"scale is a {type(scale).__name__}", "a float, or None for 1 / sqrt(D)", remedy, TypeError)

@@ -18,13 +18,14 @@ Each function validates, chooses a backend (see `use_backend`) and runs it. All 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._backends import choose
+from ._backends import REFUSALS, choose, short_way
 from ._validation import Call, check_attention, check_project, check_projected_attention
 
 
@@ -70,6 +71,17 @@ def linformer_attention(
         NotImplementedError: is_causal=True, or the backend that was asked for cannot serve this call.
         RuntimeError: the backend that was asked for is not available in this installation.
     """
+    short = short_way(backend, query, key, value, proj_key, proj_value, key_padding_mask)
+    if short is not None and is_causal is False:
+        try:
+            factor = _plain_factor(query, dropout_p, scale)
+            if factor is not None:
+                mask = key_padding_mask
+                return short.attention(
+                    query, key, value, proj_key, proj_value, mask, None, None, None, 0.0, factor, False
+                )[0]
+        except REFUSALS:
+            pass  # the long way has words for it, or copies
     return _attention(
         query,
         key,
@@ -172,6 +184,12 @@ def project_kv(
     Raises:
         As `linformer_attention_varlen`; ValueError also if key_padding_mask and cu_seqlens_k come together.
     """
+    short = short_way(backend, key, value, proj_key, proj_value, key_padding_mask)
+    if short is not None and cu_seqlens_k is None:
+        try:
+            return short.project(key, value, proj_key, proj_value, key_padding_mask, None, False)
+        except REFUSALS:
+            pass  # the long way has words for it, or copies
     key, value, proj_key, proj_value = _autocast(key, value, proj_key, proj_value)
     call = check_project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k)
     return choose(call, backend).project(
@@ -212,6 +230,14 @@ def projected_attention(
     Raises:
         As `linformer_attention_varlen`.
     """
+    short = short_way(backend, query, key_proj, value_proj)
+    if short is not None and cu_seqlens_q is None:
+        try:
+            factor = _plain_factor(query, dropout_p, scale)
+            if factor is not None:
+                return short.projected_attention(query, key_proj, value_proj, None, None, 0.0, factor, False)
+        except REFUSALS:
+            pass  # the long way has words for it, or copies
     query, key_proj, value_proj = _autocast(query, key_proj, value_proj)
     call = check_projected_attention(query, key_proj, value_proj, cu_seqlens_q, dropout_p, scale)
     return choose(call, backend).projected_attention(
@@ -261,9 +287,18 @@ def _attention(
     return out
 
 
+def _plain_factor(query: Tensor, dropout_p: float, scale: float | None) -> float | None:
+    """The scale of a softmax without dropout; None: these numbers are for the checks."""
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        return None
+    if scale is None:
+        return 1.0 / math.sqrt(query.shape[-1])
+    return scale if type(scale) is float and math.isfinite(scale) else None
+
+
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for an op on its lower-precision list. What is no tensor is left to the checks."""
-    if not isinstance(tensors[0], Tensor):
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
         return tensors
     device_type = tensors[0].device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
@@ -283,7 +318,7 @@ def _draw_rng_state(call: Call) -> Tensor | None:
 
 
 def _allow_tf32(call: Call) -> bool:
-    return call.device.type == "cuda" and call.dtype == torch.float32 and _torch_allows_tf32()
+    return call.device_type == "cuda" and call.dtype == torch.float32 and _torch_allows_tf32()
 
 
 def _torch_allows_tf32() -> bool:

@@ -114,7 +114,9 @@ def emulated(arch: int = 80, multiprocessors: int = 3, shared_bytes: int | None 
     asked = functional._allow_tf32  # only of a GPU's tensors
     try:
         with mock.patch.object(
-            functional, "_allow_tf32", lambda call: asked(replace(call, device=torch.device("cuda")))
+            functional,
+            "_allow_tf32",
+            lambda call: asked(replace(call, device=torch.device("cuda"), device_type="cuda")),
         ):
             yield run
     finally:

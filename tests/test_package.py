@@ -63,7 +63,7 @@ def test_a_build_for_other_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(_backends, "_ARCHITECTURES", "90+PTX")
     tensor = types.SimpleNamespace(shape=(1, 1, 4, 8))
     call = types.SimpleNamespace(query=tensor, key=tensor, value=tensor, key_proj=None, value_proj=None)
-    call.device, call.dtype = torch.device("cuda"), torch.float32
+    call.device, call.device_type, call.dtype = torch.device("cuda"), "cuda", torch.float32
     assert "LINFORMER_CUDA_ARCHS=80" in _backends.BACKENDS["cuda"].limits(call)
     assert _backends.BACKENDS["triton"].limits(call) is None
 

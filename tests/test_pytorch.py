@@ -124,7 +124,7 @@ def test_every_op_hears_whether_tf32_is_allowed(tf32, dtype, device, native, mon
     asked = functional._allow_tf32
     for type_of_device in {device, "cuda"}:
         on = torch.device(type_of_device)
-        as_if = lambda call, on=on: asked(dataclasses.replace(call, device=on))  # noqa: E731
+        as_if = lambda call, on=on: asked(dataclasses.replace(call, device=on, device_type=on.type))  # noqa: E731
         monkeypatch.setattr(functional, "_allow_tf32", as_if)
         with Spy() as spy:
             cases.run(x, native)
