@@ -93,7 +93,7 @@ def measure_cell(
             closest = max(verdicts, key=lambda verdict: verdict.error / verdict.limit)
             row |= {"status": "right", "note": f"{row['checked']}; closest to its limit: {closest}"}
         else:
-            runner = measure.Runner(one.call, inputs, cell.op, one.exact)
+            runner = measure.Runner(one.call, inputs, cell.op, one.exact, one.capability)
             row["extra_bytes"] = measure.extra_memory(runner, settings.device)
             runners[one.name] = runner
 
@@ -106,7 +106,7 @@ def measure_cell(
     def sample() -> None:
         tick = partial(progress.part, text="timing in turn")
         for name, samples in measure.take_samples(runners, measure.Stopwatch(settings), settings, tick).items():
-            live[name]["samples"] = samples
+            live[name] |= {"samples": samples.seconds, "slow_samples": samples.slow, "quiet": samples.quiet}
 
     if runners:
         attempt(list(live.values()), sample)

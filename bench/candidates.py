@@ -22,6 +22,7 @@ class Candidate:
     name: str
     call: Callable[..., Tensor]
     kind: str  # "ours"; "rival", which gives the same answer; "exact", which gives another
+    capability: str = ""  # the build of the CPU kernels that it demands
 
     @property
     def exact(self) -> bool:
@@ -55,6 +56,23 @@ def sdpa_proj(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_
     return scaled_dot_product_attention(query, proj_key @ key, value_proj)
 
 
+def pack(proj: Tensor, rows: Tensor) -> Tensor:
+    """proj @ rows as one product for all heads: no copy where rows are stored (B, N, H, D)."""
+    b, h, n, d = rows.shape
+    return (proj @ rows.transpose(1, 2).reshape(b, n, h * d)).view(b, -1, h, d).transpose(1, 2)
+
+
+def eager_packed(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None) -> Tensor:
+    key_proj, value_proj = pack(proj_key, key), pack(proj_key if proj_value is None else proj_value, value)
+    scores = query @ key_proj.transpose(-1, -2) * query.size(-1) ** -0.5
+    return torch.softmax(scores, dim=-1) @ value_proj
+
+
+def sdpa_packed(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None) -> Tensor:
+    value_proj = pack(proj_key if proj_value is None else proj_value, value)
+    return scaled_dot_product_attention(query, pack(proj_key, key), value_proj)
+
+
 def upcast(query: Tensor, *others: Tensor | None) -> Tensor:
     """What a user writes who has found 16-bit matrix products slow on a CPU without instructions for them."""
     wide: Any = [None if tensor is None else tensor.float() for tensor in (query, *others)]
@@ -79,8 +97,13 @@ def ours(backend: str | None, *tensors: Any) -> Tensor:
 
 
 def candidates(options: argparse.Namespace, cell: Cell) -> list[Candidate]:
-    found = [Candidate(f"ours:{b}", partial(ours, None if b == "auto" else b), "ours") for b in options.backend]
+    if options.capability:
+        found = [Candidate(f"ours:{name}", partial(ours, "cpu"), "ours", name) for name in options.capability]
+    else:
+        found = [Candidate(f"ours:{b}", partial(ours, None if b == "auto" else b), "ours") for b in options.backend]
     calls: dict[str, Callable[..., Tensor]] = {"eager": eager, "sdpa_proj": sdpa_proj, "exact": exact}
+    if cell.sharing != "none":
+        calls |= {"eager_packed": eager_packed, "sdpa_packed": sdpa_packed}
     if "compile" in options.rivals:  # else not touched: loading the compiler takes seconds
         torch._dynamo.reset()  # a ninth shape would be one too many for a function, which then runs uncompiled
         calls["compile"] = torch.compile(eager, dynamic=False)
@@ -96,6 +119,8 @@ def make_inputs(cell: Cell, device: str) -> Inputs:
 
     def normal(*shape: int, std: float = 1.0, grad: bool = cell.op != "fwd") -> Tensor:
         tensor = torch.randn(shape, generator=generator, device=device).mul_(std).to(cell.torch_dtype)
+        if cell.layout == "bnhd" and len(shape) == 4:
+            tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
         return tensor.requires_grad_(grad)
 
     rows = (cell.batch, cell.heads, cell.seq_len, cell.head_dim)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench import machine
 from bench.candidates import NAMES, Candidate, Inputs, eager, eager_exact
 from bench.options import Cell
 
@@ -97,6 +98,7 @@ class Checker:
         return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
     def __call__(self, candidate: Candidate) -> list[Verdict]:
+        machine.use_capability(candidate.capability)
         with torch.set_grad_enabled(self.train):
             out = candidate.call(*self.inputs.tensors)
         flat = out.detach().flatten(0, 1)

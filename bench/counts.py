@@ -294,6 +294,7 @@ def main() -> int:
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="picture to write, of the counts against N")
     settings = parser.parse_args()
+    settings.layout = ["bhnd"]
     for where in filter(None, (settings.csv, settings.plot)):
         if not os.path.isdir(os.path.dirname(where) or "."):
             parser.error(f"cannot write {where}: no such directory")

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+PROBE_TRIES = 50
+
 
 @cache
 def native_library() -> str | None:
@@ -44,8 +46,48 @@ def facts(options: argparse.Namespace) -> dict[str, Any]:
         "peak": peak_source(options.device),
         "native_library": "loaded" if reason is None else reason,
         "clock": "cuda events" if cuda else options.clock,
+        "probe": "none"
+        if options.device != "cpu" or not options.probe
+        else f"samples from {options.probe} of its best",
         "copy_gb_per_s": round(copy_bandwidth(options.device) / 1e9, 1),
     }
+
+
+_capability = ""
+
+
+def use_capability(name: str) -> None:
+    """Our CPU kernels run on this build from now on; "": on the process's own."""
+    global _capability
+    if name == _capability:
+        return
+    if reason := native_library():
+        raise RuntimeError(reason)
+    found = torch.ops.linformer_kernels.cpu_use_capability(name)
+    _capability = name
+    if name and found != name:
+        raise NotImplementedError(f"{name} cannot run here, or does not exist; {found} would run in its place")
+
+
+class Probe:
+    """How fast this processor is at this moment, by 40 us of multiply-adds: shared machines have slow phases, mostly
+    while a neighbor uses the other half of the core."""
+
+    def __init__(self, share: float, device: str) -> None:
+        self.active = share > 0 and device == "cpu" and native_library() is None
+        self.share, self.best = share, 0.0
+        self.best = max(self.rate() for _ in range(PROBE_TRIES))
+
+    def rate(self) -> float:
+        if not self.active:
+            return 0.0
+        use_capability("")  # the probes of two builds differ
+        rate = torch.ops.linformer_kernels.cpu_probe_gflops()
+        self.best = max(self.best, rate)
+        return rate
+
+    def quiet(self, *rates: float) -> bool:
+        return min(rates) >= self.share * self.best if self.active else True
 
 
 def cpu_name() -> str:

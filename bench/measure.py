@@ -8,27 +8,30 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import cost
+from bench import cost, machine
 from bench.candidates import Candidate, Inputs, eager, make_inputs, small_version
 from bench.options import Cell
 
 FLUSH_BYTES = 256 << 20
+FEWEST = 3  # samples of which percentiles are made
 PROBE_FLOP = 1e9
 
 
 class Runner:
     """One candidate on one set of inputs: `prepare` is never timed, `run` always is."""
 
-    def __init__(self, call: Callable[..., Tensor], inputs: Inputs, op: str, exact: bool) -> None:
-        self.call, self.inputs, self.op = call, inputs, op
+    def __init__(self, call: Callable[..., Tensor], inputs: Inputs, op: str, exact: bool, capability: str = "") -> None:
+        self.call, self.inputs, self.op, self.capability = call, inputs, op, capability
         self.leaves = inputs.leaves(exact)
 
     def prepare(self) -> Tensor | None:
+        machine.use_capability(self.capability)
         return self.call(*self.inputs.tensors) if self.op == "bwd" else None
 
     def run(self, out: Tensor | None) -> list[Tensor]:
@@ -69,21 +72,50 @@ class Stopwatch:
         return sum(stop - start for start, stop in marks) / calls
 
 
+@dataclass
+class Samples:
+    """Of one candidate: seconds a call."""
+
+    counted: list[float] = field(default_factory=list)
+    slow: list[float] = field(default_factory=list)  # a probe before or after found the processor slow
+
+    @property
+    def quiet(self) -> bool:
+        return len(self.counted) >= FEWEST
+
+    @property
+    def seconds(self) -> list[float]:
+        """Those that count; all of them where the machine was slow nearly all the time."""
+        return self.counted if self.quiet else self.counted + self.slow
+
+
 def take_samples(
     runners: dict[str, Any], stopwatch: Stopwatch, options: argparse.Namespace, progress: Callable[[float], None]
-) -> dict[str, list[float]]:
-    """Samples in turn, A B C A B C, so that a noisy moment hits everyone; runners are warm already."""
+) -> dict[str, Samples]:
+    """Samples in turn, A B C A B C, so that a noisy moment hits everyone; runners are warm already.
+
+    Rounds go on until everyone has as many samples that count, at most three times as many rounds, within the time.
+    """
     calls, round_seconds = {}, 0.0
     for name, runner in runners.items():
         start = time.perf_counter()
         calls[name] = max(1, math.ceil(options.min_time / max(stopwatch.sample(runner, 1), 1e-9)))
         round_seconds += (time.perf_counter() - start) * calls[name]
-    rounds = max(3, min(options.repeats, int(options.cell_time / max(round_seconds, 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in runners}
-    for done in range(rounds):
+    rounds = max(FEWEST, min(options.repeats, int(options.cell_time / max(round_seconds, 1e-9))))
+    probe = machine.Probe(options.probe, options.device)
+    samples = {name: Samples() for name in runners}
+    stop = time.perf_counter() + options.cell_time
+    for done in range(3 * rounds):
+        if done >= rounds and (
+            time.perf_counter() > stop or min(len(one.counted) for one in samples.values()) >= rounds
+        ):
+            break
         for name, runner in runners.items():
-            samples[name].append(stopwatch.sample(runner, calls[name]))
-        progress(0.5 + 0.5 * (done + 1) / rounds)
+            before = probe.rate()
+            seconds = stopwatch.sample(runner, calls[name])
+            quiet = probe.quiet(before, probe.rate())
+            (samples[name].counted if quiet else samples[name].slow).append(seconds)
+        progress(0.5 + 0.5 * min(1.0, (done + 1) / rounds))
     return samples
 
 
@@ -125,7 +157,7 @@ def predict(candidate: Candidate, cell: Cell, options: argparse.Namespace) -> tu
     small = small_version(cell)
     # Compiling twice to predict would cost more than it saves: the compiled formula has the products of the plain one.
     call = eager if candidate.name == "compile" else candidate.call
-    runner = Runner(call, make_inputs(small, options.device), small.op, candidate.exact)
+    runner = Runner(call, make_inputs(small, options.device), small.op, candidate.exact, candidate.capability)
     runner.run(runner.prepare())
     # The least of three: on a busy machine a single call was seen to take ten times as long.
     seconds = min(Stopwatch(options).sample(runner, 1) for _ in range(3))

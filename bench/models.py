@@ -83,7 +83,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.ops = options.op.split(",")
     if not set(options.ops) <= {"fwd", "train"}:
         parser.error(f"--op is {options.op}; wanted: fwd, train or fwd,train")
-    options.flush, options.min_time, options.cell_time = False, 0.0, 1e9
+    options.flush, options.min_time, options.cell_time, options.probe = False, 0.0, 1e9, 0.0
     return options
 
 
@@ -102,14 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
         samples = take_samples(runners, Stopwatch(options), options, lambda done: print(end=".", file=sys.stderr))
         print(file=sys.stderr)
         for name in runners:
-            p20, p50, p80 = percentiles(samples[name])
-            ratio = percentiles(samples["exact"])[1] / p50
+            p20, p50, p80 = percentiles(samples[name].seconds)
+            ratio = percentiles(samples["exact"].seconds)[1] / p50
             print(
                 f"{op:<6} {name:<10} p20 {p20:8.3f} s  p50 {p50:8.3f} s  p80 {p80:8.3f} s  {ratio:5.2f} x as fast as "
                 f"exact  extra memory {memory[name] / MIB:8.0f} MiB",
                 flush=True,
             )
-            results.append({"op": op, "model": name, "seconds": samples[name], "extra_bytes": memory[name]})
+            results.append({"op": op, "model": name, "seconds": samples[name].seconds, "extra_bytes": memory[name]})
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         options.json.write_text(

@@ -27,6 +27,7 @@ class Cell:
     head_dim: int
     sharing: str
     seq_len: int
+    layout: str = "bhnd"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -34,7 +35,7 @@ class Cell:
 
     def __str__(self) -> str:
         sizes = f"B={self.batch} H={self.heads} N={self.seq_len} K={self.proj_dim} D={self.head_dim}"
-        return f"{self.op} {self.dtype} {sizes} sharing={self.sharing}"
+        return f"{self.op} {self.dtype} {sizes} sharing={self.sharing} layout={self.layout}"
 
 
 def names(valid: str) -> Callable[[str], list[str]]:
@@ -67,10 +68,19 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 SHARING_HELP = "headwise (one E, one F), key_value (E = F; layerwise is the same to a single op), none (E, F a head)"
 FLASH = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+LAYOUT_HELP = "storage of query, key and value: bnhd (B, N, H, D), what linear layers leave; bhnd (B, H, N, D)"
 RIVALS_HELP = (
-    "eager formula; sdpa_proj: matmul, then SDPA on K', V'; upcast: sdpa_proj in float32, for 16-bit inputs; "
+    "eager formula; sdpa_proj: matmul, then SDPA on K', V'; eager_packed, sdpa_packed: the same with one product for "
+    "all heads, E @ (N, H * D), unless each head has its E; upcast: sdpa_proj in float32, for 16-bit inputs; "
     "compile: torch.compile of eager; exact: SDPA over the whole sequence; "
     "flash: the same by the package flash_attn, for 16-bit inputs on a GPU; none"
 )
@@ -83,19 +93,32 @@ GRID = (
     ("--head-dim", sizes, "64", "D"),
     ("--sharing", names("headwise key_value none"), "headwise", SHARING_HELP),
     ("--seq-len", sizes, "1k,4k", "N"),
+    ("--layout", names("bnhd bhnd"), "bnhd", LAYOUT_HELP),
 )
 OTHERS = (
     ("--backend", names("auto cuda triton cpu reference"), "auto", "list of ours: auto, cuda, triton, cpu, reference"),
     (
         "--rivals",
-        names("eager sdpa_proj upcast compile exact flash none"),
-        "eager,sdpa_proj,upcast,compile,exact" + (",flash" if FLASH else ""),
+        names("eager sdpa_proj eager_packed sdpa_packed upcast compile exact flash none"),
+        "eager,sdpa_proj,eager_packed,sdpa_packed,upcast,compile,exact" + (",flash" if FLASH else ""),
         RIVALS_HELP,
+    ),
+    (
+        "--capability",
+        lambda text: text.split(","),
+        None,
+        "list of builds of the CPU kernels, timed side by side in place of --backend: avx2, avx512, ...",
     ),
     ("--threads", size, torch.get_num_threads(), "CPU threads, one value"),
     ("--repeats", size, 20, "samples of each candidate, at most"),
     ("--min-time", positive, 0.02, "seconds a sample lasts at least"),
     ("--cell-time", positive, 60.0, "seconds of samples a cell, about; three rounds are made in any case"),
+    (
+        "--probe",
+        share,
+        0.75,
+        "on a CPU, samples count if a probe of 40 us, before and after, runs at this share of its best; 0: all count",
+    ),
     ("--max-seconds", positive, 20.0, "skip a candidate predicted to take longer a call"),
     ("--max-memory", positive, None, "GiB; skip what is predicted to need more (default: 70 %% of what is free)"),
     ("--csv", str, None, "file to write, a line for each result"),
@@ -126,6 +149,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
         parser.error("--clock cpu counts the time of one CPU thread; add --device cpu --threads 1")
+    if options.capability and options.device != "cpu":
+        parser.error("--capability names builds of the CPU kernels; add --device cpu")
     for path in filter(None, (options.csv, options.json, options.plot)):
         if not os.path.isdir(os.path.dirname(path) or "."):
             parser.error(f"cannot write {path}: no such directory")

@@ -10,6 +10,8 @@ MAX_SETTINGS = 6
 STYLES = {
     "eager": ("#8c8c8c", "s", "eager formula"),
     "sdpa_proj": ("#1b9e77", "^", "matmul + SDPA on K', V'"),
+    "eager_packed": ("#bdbdbd", "<", "eager, one product for all heads"),
+    "sdpa_packed": ("#00a6a6", ">", "matmul + SDPA, one product for all heads"),
     "upcast": ("#66a61e", "v", "the same in float32"),
     "compile": ("#7570b3", "D", "torch.compile of eager"),
     "exact": ("#1f4e79", "x", "exact attention (SDPA)"),
@@ -137,7 +139,7 @@ def finish(path: str, figure: Any, title: str, handles: dict[str, Any], settings
 def describe(setting: Any) -> str:
     op = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}[setting.op]
     sizes = f"B={setting.batch} H={setting.heads} K={setting.proj_dim} D={setting.head_dim}"
-    return f"{op}, {setting.dtype}\n{sizes}, {setting.sharing}"
+    return f"{op}, {setting.dtype}\n{sizes}, {setting.sharing}, {setting.layout}"
 
 
 def seconds(value: float, _: object = None) -> str:

@@ -14,7 +14,7 @@ from bench.options import Cell
 
 Row = dict[str, Any]
 MIB = 2**20
-COLUMNS = ("p20", "p50", "p80", "GFLOP/s", "% peak", "x floor", "extra MiB", "vs best rival")
+COLUMNS = ("p20", "p50", "p80", "slow", "GFLOP/s", "% peak", "x floor", "extra MiB", "vs best rival")
 HEAD = f"  {'candidate':<15}" + "".join(f"{title:>11}" for title in COLUMNS[:-1]) + f"  {COLUMNS[-1]}"
 
 
@@ -81,6 +81,9 @@ def table_row(row: Row) -> str:
     if row["status"] != "ok":
         return f"{name}{row['status']}: {row['note']}"
     figures = [duration(row[key]) for key in ("p20_s", "p50_s", "p80_s")]
+    slow = len(row["slow_samples"])
+    # Samples that did not count, of how many; in brackets where they had to.
+    figures.append(f"{slow}/{slow + len(row['samples'])}" if row["quiet"] else f"({slow}/{len(row['samples'])})")
     figures += [f"{row['gflop_per_s']:.1f}", f"{row['peak_percent']:.1f}", f"{row['x_floor']:.2f}"]
     figures.append(f"{row['extra_bytes'] / MIB:.2f}")
     ratio = ""
@@ -107,7 +110,7 @@ def dry_run(cells: list[Cell], peaks: dict[str, float]) -> str:
 
 def write_csv(path: str, rows: list[Row], machine: Row) -> None:
     """One line for each candidate of each cell, the machine on every line, so that files can be joined."""
-    nested = ("cell", "samples", "check")
+    nested = ("cell", "samples", "slow_samples", "check")
     flat = [asdict(row["cell"]) | {k: row[k] for k in row if k not in nested} | machine for row in rows]
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))

@@ -479,6 +479,11 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
 
 std::string cpu_capability() { return cpu::kernel_table().name; }
 
+std::string cpu_use_capability(std::string name) {
+  cpu::use_capability(name.c_str());
+  return cpu_capability();
+}
+
 std::string cuda_architectures() {
 #ifdef LINFORMER_WITH_CUDA
   return LINFORMER_CUDA_ARCHS;
@@ -519,6 +524,7 @@ extern "C" __attribute__((visibility("default"))) void linformer_emulate(linform
 
 STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
+  m.impl("cpu_use_capability", TORCH_BOX(&linformer::cpu_use_capability));
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
   m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));

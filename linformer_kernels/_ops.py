@@ -154,9 +154,10 @@ def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p,
     return empty_projected_grads(needs, query, key_proj, value_proj)
 
 
-# What the CPU kernels will use, the measured peak of one thread, and its rate in a probe of some 40 us: native only, no
-# tensors, so no fakes.
+# What the CPU kernels will use, and how this thread uses another build ("": as before), for bench; the measured peak of
+# one thread, and its rate in a probe of some 40 us. Native only, no tensors, so no fakes.
 LIBRARY.define("cpu_capability() -> str")
+LIBRARY.define("cpu_use_capability(str name) -> str")
 LIBRARY.define("cpu_peak_gflops(str dtype) -> float")
 LIBRARY.define("cpu_probe_gflops() -> float")
 # The architectures of the CUDA kernels in the library, e.g. "80,90"; empty without any.

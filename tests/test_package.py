@@ -1,4 +1,4 @@
-"""The package from outside: import, info, backend choice, broken installs, instruction sets, bench and examples."""
+"""The package from outside: import, info, backend choice, broken installs, instruction sets and examples."""
 
 import functools
 import json
@@ -172,57 +172,6 @@ def test_instruction_set(level, seed):
     environment = {"LINFORMER_CPU_CAPABILITY": level, "MALLOC_PERTURB_": "1"}
     done = python("-c", INSTRUCTION_SETS, str(seed), cwd=ROOT / "tests", **environment)
     assert succeeded(done).strip() == level
-
-
-TINY = ("--op=full", "--seq-len=96", "--heads=2", "--proj-dim=8", "--head-dim=16", "--rivals=eager,sdpa_proj")
-
-
-def test_bench_dry_run():
-    out = succeeded(python("-m", "bench", *TINY, "--dry-run", cwd=ROOT))
-    assert "96" in out
-
-
-def test_bench_refcheck(tmp_path):
-    where = tmp_path / "rows.json"
-    succeeded(python("-m", "bench", *TINY, "--dtype", "fp32,bf16", "--refcheck", "--json", str(where), cwd=ROOT))
-    assert "ours:auto" in where.read_text() and "sdpa_proj" in where.read_text()
-
-
-def test_bench_rejects_a_wrong_answer(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from bench import options
-    from bench.candidates import Candidate, eager, make_inputs
-    from bench.check import Checker
-
-    (cell,) = options.cells(options.parse([*TINY, "--device", "cpu"]))
-    check = Checker(cell, make_inputs(cell, "cpu"), exact=False)
-    assert all(verdict.right for verdict in check(Candidate("right", eager, "ours")))
-    wrong = lambda query, *rest: eager(query * 1.001, *rest)  # noqa: E731
-    assert not all(verdict.right for verdict in check(Candidate("wrong", wrong, "ours")))
-
-
-def test_bench_flash_has_the_layout_of_its_package(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from bench import options
-    from bench.candidates import candidates, make_inputs
-    from bench.check import Checker
-
-    transposed = lambda tensor: tensor.transpose(1, 2)  # noqa: E731
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    stub = types.SimpleNamespace(flash_attn_func=lambda *qkv: transposed(sdpa(*map(transposed, qkv))))
-    monkeypatch.setitem(sys.modules, "flash_attn", stub)
-    settings = options.parse([*TINY, "--device=cpu", "--dtype=bf16", "--rivals=flash"])
-    (cell,) = options.cells(settings)
-    _, flash = candidates(settings, cell)
-    assert all(verdict.right for verdict in Checker(cell, make_inputs(cell, "cpu"), flash.exact)(flash))
-
-
-def test_bench_percentiles(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from bench.measure import percentiles
-
-    assert percentiles([float(i) for i in range(100, -1, -1)]) == pytest.approx((20.0, 50.0, 80.0))
-    assert percentiles([3.0, 3.0, 3.0]) == (3.0, 3.0, 3.0)
 
 
 @pytest.mark.parametrize("example", ["quickstart", "varlen", "cross_attention_cached"])

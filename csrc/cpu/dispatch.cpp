@@ -30,9 +30,9 @@ bool pairs_are_slow() {
 }
 #endif
 
-// What this machine can run, best first.
-const KernelTable& choose() {
-  const KernelTable* found[4];
+// The build of that name, or the best that this machine can run.
+const KernelTable& choose(const char* wanted) {
+  const KernelTable* found[4];    // what this machine can run, best first
   int count = 0;
 #ifdef LINFORMER_CPU_X86
   __builtin_cpu_init();
@@ -47,7 +47,6 @@ const KernelTable& choose() {
 #endif
   found[count++] = &kGeneric;
 
-  const char* wanted = std::getenv("LINFORMER_CPU_CAPABILITY");
   if (wanted == nullptr) return *found[0];
   if (std::strcmp(wanted, kEmulatedAvx512Bf16.name) == 0) return kEmulatedAvx512Bf16;
   for (int i = 0; i < count; ++i) {
@@ -56,11 +55,15 @@ const KernelTable& choose() {
   return *found[0];
 }
 
+thread_local const KernelTable* chosen_by_thread = nullptr;
+
 }    // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable& table = choose();
-  return table;
+  static const KernelTable& table = choose(std::getenv("LINFORMER_CPU_CAPABILITY"));
+  return chosen_by_thread ? *chosen_by_thread : table;
 }
+
+void use_capability(const char* name) { chosen_by_thread = *name ? &choose(name) : nullptr; }
 
 }    // namespace linformer::cpu

@@ -17,7 +17,12 @@ struct KernelTable {
   double (*probe_gflops)();             // the same at this moment, in some 40 us: tells when the machine is slow
 };
 
-// The table for this machine, or for the instruction set named by LINFORMER_CPU_CAPABILITY.
+// The table for this machine, or for the instruction set named by LINFORMER_CPU_CAPABILITY, or by use_capability. Asked
+// on the thread that makes the plan.
 const KernelTable& kernel_table();
+
+// This thread's calls run on that build from now on, where the machine can run it; "": on the process's again. For
+// bench, which times builds side by side.
+void use_capability(const char* name);
 
 }    // namespace linformer::cpu
