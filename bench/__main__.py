@@ -40,6 +40,7 @@ def main() -> int:
     except KeyboardInterrupt:
         interrupted = True
     facts["load_average_end"] = machine.load_average()
+    facts["probe_best_gflop_per_s"] = round(machine.Probe.best, 1)
     end = "\ninterrupted; what was measured is kept" if interrupted else ""
     progress.end(f"\nload average: {facts['load_average']} at the start, {facts['load_average_end']} at the end{end}")
     if settings.csv:

@@ -66,24 +66,28 @@ def use_capability(name: str) -> None:
     found = torch.ops.linformer_kernels.cpu_use_capability(name)
     _capability = name
     if name and found != name:
+        use_capability("")
         raise NotImplementedError(f"{name} cannot run here, or does not exist; {found} would run in its place")
 
 
 class Probe:
     """How fast this processor is at this moment, by 40 us of multiply-adds: shared machines have slow phases, mostly
-    while a neighbor uses the other half of the core."""
+    while a neighbor uses the other half of the core. What is slow is known by the best rate of the whole run."""
+
+    best = 0.0
 
     def __init__(self, share: float, device: str) -> None:
         self.active = share > 0 and device == "cpu" and native_library() is None
-        self.share, self.best = share, 0.0
-        self.best = max(self.rate() for _ in range(PROBE_TRIES))
+        self.share = share
+        for _ in range(PROBE_TRIES):
+            self.rate()
 
     def rate(self) -> float:
         if not self.active:
             return 0.0
         use_capability("")  # the probes of two builds differ
         rate = torch.ops.linformer_kernels.cpu_probe_gflops()
-        self.best = max(self.best, rate)
+        Probe.best = max(Probe.best, rate)
         return rate
 
     def quiet(self, *rates: float) -> bool:

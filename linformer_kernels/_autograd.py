@@ -2,7 +2,8 @@
 
 Registered there, a raw op differentiates like the public function, and torch.compile and torch.export see one op
 where they would otherwise trace a Function. Only the inputs, K' and V' are saved: nothing of size N x K.
-The first two arguments of a Function are the op and, differentiable once more in name only, its backward op.
+The first argument of a Function is the op and, differentiable once more in name only, its backward op; the second is
+what the op takes behind its first `inputs`, in one tuple, as each argument of a Function costs time.
 Each Function takes `ctx` in forward: the setup_context form costs an inspect.signature a call, about 30 us. And each
 is torch's single-level Function: what Function itself adds, transforms of torch.func, is refused here anyway, and its
 search for tensors that have outlived such a transform costs a fifth of a call's overhead.
@@ -24,6 +25,7 @@ from torch.autograd.function import _SingleLevelFunction as Function
 from ._ops import LIBRARY, OVERLOADS, unit_stride
 
 _ops = torch.ops.linformer_kernels
+Ops = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def _below_autograd(op: Any, *args: Any) -> Any:
@@ -32,25 +34,25 @@ def _below_autograd(op: Any, *args: Any) -> Any:
         return op._op(*args)  # op(*args) without one call of Python's
 
 
-def _wanted(ctx: Any, count: int) -> int:
-    """The ops' `needs` mask for their first `count` inputs, which follow the two of the Function itself."""
-    return sum(map(lshift, ctx.needs_input_grad[2 : 2 + count], range(count)))
+def _wanted(ctx: Any) -> int:
+    """The ops' `needs` mask."""
+    return sum(map(lshift, ctx.needs_input_grad[2:], range(5)))
 
 
-def _returned(ctx: Any, grads: tuple[Tensor, ...] = ()) -> tuple[Tensor | None, ...]:
-    """The wanted gradients, and None for every other input."""
-    needed = ctx.needs_input_grad
-    wanted = [grad if need else None for grad, need in zip(grads, needed[2:], strict=False)]
-    return None, None, *wanted, *[None] * (len(needed) - 2 - len(wanted))
+def _returned(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The wanted gradients; None for the others, and for what is no tensor."""
+    return None, None, *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
 
 
 class _Attention(Function):
+    inputs = 5
+
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], backward: Callable[..., Any], *args: Any) -> Any:
-        out, key_proj, value_proj = _below_autograd(op, *args)
-        tensors, ctx.scalars = args[:-3], args[-3:]
-        ctx.op_backward = backward
-        ctx.save_for_backward(*tensors, key_proj, value_proj)
+    def forward(ctx: Any, ops: Ops, rest: tuple[Any, ...], *inputs: Tensor | None) -> Any:
+        op, ctx.op_backward = ops
+        out, key_proj, value_proj = _below_autograd(op, *inputs, *rest)
+        ctx.numbers = rest[-3:]
+        ctx.save_for_backward(*inputs, *rest[:-3], key_proj, value_proj)
         ctx.mark_non_differentiable(key_proj, value_proj)
         ctx.set_materialize_grads(False)
         return out, key_proj, value_proj
@@ -58,38 +60,45 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> Any:
         if grad_out is None:
-            return _returned(ctx)
-        grads = ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.scalars, _wanted(ctx, 5))
-        return _returned(ctx, grads)
+            return _returned(ctx, (None,) * 5)
+        return _returned(ctx, ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.numbers, _wanted(ctx)))
 
 
 class _Project(Function):
+    inputs = 4
+
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], backward: Callable[..., Any], *args: Any) -> Any:
-        *tensors, ctx.allow_tf32 = args
-        ctx.op_backward = backward
-        ctx.save_for_backward(*tensors)
-        return _below_autograd(op, *args)
+    def forward(ctx: Any, ops: Ops, rest: tuple[Any, ...], *inputs: Tensor | None) -> Any:
+        op, ctx.op_backward = ops
+        *others, ctx.allow_tf32 = rest
+        ctx.save_for_backward(*inputs, *others)
+        return _below_autograd(op, *inputs, *rest)
 
     @staticmethod
     def backward(ctx: Any, grad_key_proj: Tensor, grad_value_proj: Tensor) -> Any:
         grad_key_proj, grad_value_proj = unit_stride(grad_key_proj), unit_stride(grad_value_proj)
-        grads = ctx.op_backward(grad_key_proj, grad_value_proj, *ctx.saved_tensors, ctx.allow_tf32, _wanted(ctx, 4))
-        return _returned(ctx, grads)
+        return _returned(
+            ctx, ctx.op_backward(grad_key_proj, grad_value_proj, *ctx.saved_tensors, ctx.allow_tf32, _wanted(ctx))
+        )
 
 
 class _ProjectedAttention(Function):
+    inputs = 3
+
     @staticmethod
-    def forward(ctx: Any, op: Callable[..., Any], backward: Callable[..., Any], *args: Any) -> Any:
-        tensors, ctx.scalars = args[:-3], args[-3:]
-        ctx.op_backward = backward
-        ctx.save_for_backward(*tensors)
-        return _below_autograd(op, *args)
+    def forward(ctx: Any, ops: Ops, rest: tuple[Any, ...], *inputs: Tensor) -> Any:
+        op, ctx.op_backward = ops
+        ctx.numbers = rest[-3:]
+        ctx.save_for_backward(*inputs, *rest[:-3])
+        return _below_autograd(op, *inputs, *rest)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        grads = ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.scalars, _wanted(ctx, 3))
-        return _returned(ctx, grads)
+        return _returned(ctx, ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.numbers, _wanted(ctx)))
+
+
+def _differentiably(function: Any, ops: Ops, *args: Any) -> Any:
+    return function.apply(ops, args[function.inputs :], *args[: function.inputs])
 
 
 _REMEDY = (
@@ -148,7 +157,7 @@ def _operations(overload: str) -> tuple[Operations, Operations]:
     def make(name: str, function: type[Function]) -> tuple[Callable[..., Any], Callable[..., Any]]:
         op, op_backward = (getattr(getattr(_ops, n), overload) for n in (name, f"{name}_backward"))
         backward, _ = _register(op_backward, partial(_Gradient.apply, op_backward))  # type: ignore[attr-defined]
-        return _register(op, partial(function.apply, op, backward))  # type: ignore[attr-defined]
+        return _register(op, partial(_differentiably, function, (op, backward)))
 
     functions = {"attention": _Attention, "project": _Project, "projected_attention": _ProjectedAttention}
     made = [make(name, function) for name, function in functions.items()]

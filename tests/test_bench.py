@@ -164,3 +164,9 @@ def test_host(tmp_path, capsys):
         torch.set_num_threads(threads)
     assert capsys.readouterr().out.count("ours") == len(host.PROBLEMS) * len(host.MODES)
     assert len(json.loads(where.read_text())["results"]) == 2 * len(host.PROBLEMS) * len(host.MODES)
+
+
+def test_a_build_that_is_not_there_is_refused_every_time():
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="abacus"):
+            machine.use_capability("abacus")
