@@ -157,6 +157,11 @@ def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p,
 # What the CPU kernels will use, and the measured peak of one thread: native only, no tensors, so no fakes.
 LIBRARY.define("cpu_capability() -> str")
 LIBRARY.define("cpu_peak_gflops(str dtype) -> float")
+# How many tasks each phase of an operation has on so many threads.
+LIBRARY.define(
+    "cpu_plan(int batch, int heads, int length, int proj_dim, int head_dim, bool shared, bool backward, int threads)"
+    " -> int[]"
+)
 # The architectures of the CUDA kernels in the library, e.g. "80,90"; empty without any.
 LIBRARY.define("cuda_architectures() -> str")
 

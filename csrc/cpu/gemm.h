@@ -215,28 +215,33 @@ LINFORMER_INLINE void copy_columns(uint32_t* target, int64_t ld, const T* source
   }
 }
 
-// B from a matrix whose rows are the summed dimension.
+// B from a matrix whose rows are the summed dimension; `steps` is the height of a panel, of which these rows may be a
+// part.
 template <class Math, class T>
-void pack_panels(typename Math::Word* target, const T* source, int64_t stride, int64_t rows, int64_t columns,
-                 RowMask mask = {}) {
-  const int64_t steps = (rows + Math::kValues - 1) / Math::kValues;
+void pack_panels(typename Math::Word* target, int64_t steps, const T* source, int64_t stride, int64_t rows,
+                 int64_t columns, RowMask mask = {}) {
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     copy_columns(target + j * steps, kTileColumns, source + j, stride, rows, smaller(kTileColumns, columns - j),
                  kTileColumns, mask);
   }
 }
 
-// B from A's words by rows: column j of B is row j of A. Done once a head, so plain loops do.
+// Columns `first` to `first + rows` of B from A's words by rows: column first + j of B is row j of A. The columns from
+// `columns` on, the last of B, to the end of their panel become zero. Done once a head, so plain loops do.
 template <class Word>
-void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t rows, int64_t steps) {
-  for (int64_t j0 = 0; j0 < rows; j0 += kTileColumns) {
-    const int64_t columns = smaller(kTileColumns, rows - j0);
-    Word* panel = target + j0 * steps;
-    zero_words(panel, columns < kTileColumns ? steps * kTileColumns : 0);
-    const Word* source = a + j0 * lda;
+void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t first, int64_t rows, int64_t columns,
+                            int64_t steps) {
+  const int64_t end = first + rows == columns ? round_up(columns, kTileColumns) : first + rows;
+  for (int64_t j = first; j < end;) {
+    Word* panel = target + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
+    const int64_t count = smaller(kTileColumns - j % kTileColumns, end - j);
+    const Word* source = a + (j - first) * lda;
+    const int64_t filled = smaller(count, columns - j);
     for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t j = 0; j < columns; ++j) panel[s * kTileColumns + j] = source[j * lda + s];
+      for (int64_t i = 0; i < filled; ++i) panel[s * kTileColumns + i] = source[i * lda + s];
+      for (int64_t i = filled; i < count; ++i) panel[s * kTileColumns + i] = 0;
     }
+    j += count;
   }
 }
 
@@ -365,8 +370,9 @@ void multiply_rows(const typename Math::Word* a, int64_t lda, const T* source, i
       const int64_t row = s * Math::kValues;
       Operand<typename Math::Word> b = {panel, kTileColumns};
       if (!in_place) {
-        pack_panels<Math>(panel, source + row * stride + j, stride, smaller(kStepsAtOnce * Math::kValues, summed - row),
-                          smaller(kTileColumns, columns - j), mask.from(row));
+        pack_panels<Math>(panel, count, source + row * stride + j, stride,
+                          smaller(kStepsAtOnce * Math::kValues, summed - row), smaller(kTileColumns, columns - j),
+                          mask.from(row));
       } else if constexpr (kSame<T, typename Math::Word>) {
         b = {source + row * stride + j, stride};
       }

@@ -127,15 +127,25 @@ LINFORMER_INLINE std::byte* partial_of(const Plan& plan, int64_t bh, int64_t spl
   return plan.workspace + plan.partials + (bh * splits + split) * Partial(plan, nullptr).bytes;
 }
 
-// Adds the partials of a (b, kv head) into the first, in the order of the splits.
-Partial sum_of_partials(const Plan& plan, int64_t bh, int64_t splits) {
-  const Partial total(plan, partial_of(plan, bh, 0, splits));
-  const int64_t count = Partial(plan, nullptr).bytes / 4;    // key and value lie together
+// fp32 rows of K', V' or their gradients.
+struct Sum {
+  const float* rows;
+  int64_t stride;
+};
+
+// The part's sum over all splits, in their order, left in the first partial.
+Sum sum_of_partials(const Plan& plan, const FinishPart& part, int64_t splits) {
+  const int64_t stride = part.value ? plan.padded_dv : plan.padded_d;
+  const auto rows_of_split = [&](int64_t split) {
+    const Partial partial(plan, partial_of(plan, part.bh, split, splits));
+    return (part.value ? partial.value : partial.key) + part.first * stride;
+  };
+  float* total = rows_of_split(0);
   for (int64_t s = 1; s < splits; ++s) {
-    const float* part = Partial(plan, partial_of(plan, bh, s, splits)).key;
-    for (int64_t i = 0; i < count; i += kWidth) store(total.key + i, load(total.key + i) + load(part + i));
+    const float* more = rows_of_split(s);
+    for (int64_t i = 0; i < part.rows * stride; i += kWidth) store(total + i, load(total + i) + load(more + i));
   }
-  return total;
+  return {total, stride};
 }
 
 template <class T>
@@ -189,22 +199,35 @@ struct Tasks {
     }
   }
 
+  // Some rows of a K x `columns` matrix as B: its rows the summed dimension (panel), and its columns (panel_t).
+  template <class Source>
+  static void pack(const Plan& plan, const FinishPart& part, const Source* source, int64_t stride, int64_t columns,
+                   Word* panel, Word* panel_t, std::byte* memory) {
+    const FinishScratch<Word> scratch(plan, memory);
+    const int64_t k = plan.problem.proj_dim;
+    if (panel) {
+      pack_panels<Math>(panel + words(part.first) * kTileColumns, words(k), source, stride, part.rows, columns);
+    }
+    if (panel_t) {
+      copy_rows<Math>(scratch.rows, scratch.ld, source, stride, part.rows, columns);
+      pack_panels_transposed(panel_t, scratch.rows, scratch.ld, part.first, part.rows, k, words(columns));
+    }
+  }
+
   static void finish_project(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
-    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
-    T* key = row_of<T>(p.key_proj, b, h, 0);
-    T* value = row_of<T>(p.value_proj, b, h, 0);
+    const FinishPart part(plan, task);
+    const Rows& target = part.value ? p.value_proj : p.key_proj;
+    const int64_t width = part.value ? p.value_dim : p.head_dim;
+    T* rows = row_of<T>(target, part.b, part.h, part.first);
     if (plan.stages & kProject) {
-      const Partial total = sum_of_partials(plan, task, plan.splits);
-      store_rows(key, p.key_proj.row_stride, total.key, plan.padded_d, p.proj_dim, p.head_dim);
-      store_rows(value, p.value_proj.row_stride, total.value, plan.padded_dv, p.proj_dim, p.value_dim);
+      const Sum total = sum_of_partials(plan, part, plan.splits);
+      store_rows(rows, target.row_stride, total.rows, total.stride, part.rows, width);
     }
     if (plan.stages & kAttend) {
-      const FinishScratch<Word> scratch(plan, memory);
-      const Panels<Word> panels = panels_of(plan, task);
-      copy_rows<Math>(scratch.rows, scratch.ld, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
-      pack_panels_transposed(panels.key_t, scratch.rows, scratch.ld, p.proj_dim, words(p.head_dim));
-      pack_panels<Math>(panels.value, value, p.value_proj.row_stride, p.proj_dim, p.value_dim);
+      const Panels<Word> panels = panels_of(plan, part.bh);
+      pack(plan, part, rows, target.row_stride, width, part.value ? panels.value : nullptr,
+           part.value ? nullptr : panels.key_t, memory);
     }
   }
 
@@ -240,16 +263,12 @@ struct Tasks {
 
   static void prepare_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
-    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
-    const FinishScratch<Word> scratch(plan, memory);
-    const Panels<Word> panels = panels_of(plan, task);
-    const T* key = row_of<const T>(p.key_proj, b, h, 0);
-    copy_rows<Math>(scratch.rows, scratch.ld, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
-    pack_panels_transposed(panels.key_t, scratch.rows, scratch.ld, p.proj_dim, words(p.head_dim));
-    pack_panels<Math>(panels.key, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
-    copy_rows<Math>(scratch.rows, scratch.ld, row_of<const T>(p.value_proj, b, h, 0), p.value_proj.row_stride,
-                    p.proj_dim, p.value_dim);
-    pack_panels_transposed(panels.value_t, scratch.rows, scratch.ld, p.proj_dim, words(p.value_dim));
+    const FinishPart part(plan, task);
+    const Panels<Word> panels = panels_of(plan, part.bh);
+    const Rows& source = part.value ? p.value_proj : p.key_proj;
+    pack(plan, part, row_of<const T>(source, part.b, part.h, part.first), source.row_stride,
+         part.value ? p.value_dim : p.head_dim, part.value ? nullptr : panels.key,
+         part.value ? panels.value_t : panels.key_t, memory);
   }
 
   // A product whose result is rows of a tensor: written there at once if the tensor is fp32 and all columns are wanted.
@@ -395,43 +414,23 @@ struct Tasks {
     }
   }
 
-  // One of dK' and dV': written out where the caller wants it, packed where project_backward follows.
-  template <class Source>
-  static void finish_gradient(const Plan& plan, const Source* source, int64_t stride, int64_t columns, T* target,
-                              int64_t target_stride, Word* panel, Word* panel_t, const FinishScratch<Word>& scratch) {
-    const int64_t k = plan.problem.proj_dim;
-    if constexpr (kSame<Source, float>) {
-      if (target) store_rows(target, target_stride, source, stride, k, columns);
-    }
-    if (panel) {
-      pack_panels<Math>(panel, source, stride, k, columns);
-      copy_rows<Math>(scratch.rows, scratch.ld, source, stride, k, columns);
-      pack_panels_transposed(panel_t, scratch.rows, scratch.ld, k, words(columns));
-    }
-  }
-
+  // dK' and dV': written out where the caller wants them, packed where project_backward follows.
   static void finish_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
-    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
-    const FinishScratch<Word> scratch(plan, memory);
-    const Panels<Word> panels = panels_of(plan, task);
-    if (plan.stages & kAttendBackward) {
-      const Partial total = sum_of_partials(plan, task, plan.backward_splits);
-      if (plan.need_grad_key_proj) {
-        finish_gradient(plan, total.key, plan.padded_d, p.head_dim,
-                        p.grad_key_proj.data ? row_of<T>(p.grad_key_proj, b, h, 0) : nullptr,
-                        p.grad_key_proj.row_stride, panels.grad_key, panels.grad_key_t, scratch);
-      }
-      if (plan.need_grad_value_proj) {
-        finish_gradient(plan, total.value, plan.padded_dv, p.value_dim,
-                        p.grad_value_proj.data ? row_of<T>(p.grad_value_proj, b, h, 0) : nullptr,
-                        p.grad_value_proj.row_stride, panels.grad_value, panels.grad_value_t, scratch);
-      }
-    } else {
-      finish_gradient<T>(plan, row_of<const T>(p.grad_key_proj, b, h, 0), p.grad_key_proj.row_stride, p.head_dim,
-                         nullptr, 0, panels.grad_key, panels.grad_key_t, scratch);
-      finish_gradient<T>(plan, row_of<const T>(p.grad_value_proj, b, h, 0), p.grad_value_proj.row_stride, p.value_dim,
-                         nullptr, 0, panels.grad_value, panels.grad_value_t, scratch);
+    const FinishPart part(plan, task);
+    const Rows& tensor = part.value ? p.grad_value_proj : p.grad_key_proj;
+    const int64_t width = part.value ? p.value_dim : p.head_dim;
+    T* rows = tensor.data ? row_of<T>(tensor, part.b, part.h, part.first) : nullptr;
+    const bool follows = plan.stages & kProjectBackward;
+    const Panels<Word> panels = panels_of(plan, part.bh);
+    Word* panel = part.value ? panels.grad_value : panels.grad_key;
+    Word* panel_t = part.value ? panels.grad_value_t : panels.grad_key_t;
+    if (!(plan.stages & kAttendBackward)) {
+      pack(plan, part, rows, tensor.row_stride, width, panel, panel_t, memory);
+    } else if (part.value ? plan.need_grad_value_proj : plan.need_grad_key_proj) {
+      const Sum total = sum_of_partials(plan, part, plan.backward_splits);
+      if (rows) store_rows(rows, tensor.row_stride, total.rows, total.stride, part.rows, width);
+      if (follows) pack(plan, part, total.rows, total.stride, width, panel, panel_t, memory);
     }
   }
 
