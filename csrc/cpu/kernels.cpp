@@ -244,7 +244,7 @@ struct Tasks {
       T* out = row_of<T>(p.out, b, h, p.query_row(b, m0));
       const Operand<Word> q =
           rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
-      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, plan.padded_k, words(p.head_dim), scratch.scores,
+      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, p.proj_dim, words(p.head_dim), scratch.scores,
                             scratch.ld_scores, false,
                             Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
                                      smaller(plan.query_tile, p.query_length(b) - m0 - rows), p.head_dim));
@@ -255,7 +255,7 @@ struct Tasks {
                                            return scratch.keep;
                                          });
       multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
-                            plan.padded_dv, words(p.proj_dim), scratch.out, plan.padded_dv, false,
+                            p.value_dim, words(p.proj_dim), scratch.out, plan.padded_dv, false,
                             Prefetch(out, p.out.row_stride, rows, p.value_dim));
       store_rows(out, p.out.row_stride, scratch.out, plan.padded_dv, rows, p.value_dim, scratch.inverse_sum);
     }
@@ -271,17 +271,17 @@ struct Tasks {
          part.value ? panels.value_t : panels.key_t, memory);
   }
 
-  // A product whose result is rows of a tensor: written there at once if the tensor is fp32 and all columns are wanted.
+  // A product whose result is rows of a tensor: written there at once if the tensor is fp32 and of whole vectors.
   template <bool kByColumns>
   static void multiply_out(const Word* a, int64_t lda, const Word* b, int64_t rows, int64_t padded, int64_t summed,
                            float* scratch, T* target, int64_t stride, int64_t columns, RowMask mask, Prefetch next) {
     if constexpr (kSame<T, float>) {
-      if (padded == columns && mask.keep == nullptr) {
-        multiply<Math, kByColumns>(a, lda, b, rows, padded, words(summed), target, stride, false, next);
+      if (columns % kWidth == 0 && mask.keep == nullptr) {
+        multiply<Math, kByColumns>(a, lda, b, rows, columns, words(summed), target, stride, false, next);
         return;
       }
     }
-    multiply<Math, kByColumns>(a, lda, b, rows, padded, words(summed), scratch, padded, false, next);
+    multiply<Math, kByColumns>(a, lda, b, rows, columns, words(summed), scratch, padded, false, next);
     store_rows(target, stride, scratch, padded, rows, columns, nullptr, mask);
   }
 
@@ -376,13 +376,13 @@ struct Tasks {
       const T* grad_out = row_of<const T>(p.grad_out, b, h, p.query_row(b, m0));
       const Operand<Word> q =
           rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
-      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, plan.padded_k, words(p.head_dim), scratch.scores,
+      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, p.proj_dim, words(p.head_dim), scratch.scores,
                             scratch.ld_scores, false, Prefetch(grad_out, p.grad_out.row_stride, rows, p.value_dim));
       if (need_scores_gradient) {
         const Operand<Word> g = rows_operand<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out,
                                                    p.grad_out.row_stride, rows, p.value_dim);
-        multiply<Math, false>(g.words, g.ld, panels.value_t, rows, plan.padded_k, words(p.value_dim),
-                              scratch.grad_scores, scratch.ld_scores, false,
+        multiply<Math, false>(g.words, g.ld, panels.value_t, rows, p.proj_dim, words(p.value_dim), scratch.grad_scores,
+                              scratch.ld_scores, false,
                               Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
                                        smaller(plan.backward_tile, length - m0 - rows), p.head_dim));
       } else {
@@ -464,7 +464,7 @@ struct Tasks {
         const Operand<Word> source =
             rows_operand<Math>(scratch.rows, scratch.ld_rows, row_of<const T>(rows, b, h, p.key_row(b, n0)),
                                rows.row_stride, n, width, mask);
-        multiply<Math, false>(source.words, source.ld, panel_t, n, plan.padded_k, words(width), scratch.grad_proj_t,
+        multiply<Math, false>(source.words, source.ld, panel_t, n, p.proj_dim, words(width), scratch.grad_proj_t,
                               plan.padded_k, true, Prefetch(target, grad_rows.row_stride, target ? n : 0, width));
       }
       if (target) {
