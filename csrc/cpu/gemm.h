@@ -229,29 +229,39 @@ void pack_panels(typename Math::Word* target, int64_t steps, const T* source, in
   }
 }
 
-// Columns `first` to `first + rows` of B from A's words by rows: column first + j of B is row j of A. The columns from
-// `columns` on, the last of B, to the end of their vector become zero. Done once a head, so plain loops do.
+// Columns `first` to `first + rows` of B, `first` a multiple of kWidth, from A's words by rows: column first + j of B
+// is row j of A. The last vector is filled up with zeros. Whole vectors are read: rows have room.
 template <class Word>
-void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t first, int64_t rows, int64_t columns,
-                            int64_t steps) {
-  const int64_t end = first + rows == columns ? round_up(columns, kWidth) : first + rows;
-  for (int64_t j = first; j < end;) {
+void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t first, int64_t rows, int64_t steps) {
+  for (int64_t i = 0; i < rows; i += kWidth) {
+    const int64_t j = first + i;
     Word* panel = target + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
-    const int64_t count = smaller(kTileColumns - j % kTileColumns, end - j);
-    const Word* source = a + (j - first) * lda;
-    const int64_t filled = smaller(count, columns - j);
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t i = 0; i < filled; ++i) panel[s * kTileColumns + i] = source[i * lda + s];
-      for (int64_t i = filled; i < count; ++i) panel[s * kTileColumns + i] = 0;
+    for (int64_t s = 0; s < steps; s += kWidth) {
+      VecF square[kWidth];
+      for (int r = 0; r < kWidth; ++r) square[r] = i + r < rows ? load_raw<VecF>(a + (i + r) * lda + s) : VecF{};
+      transpose(square);
+      for (int64_t r = 0; r < smaller(kWidth, steps - s); ++r) store_raw(panel + (s + r) * kTileColumns, square[r]);
     }
-    j += count;
   }
 }
+
+// Where a product goes: c = sums + A B, or A B alone where sums is null. They may be the same.
+struct Target {
+  float* c;
+  int64_t ldc;
+  const float* sums = nullptr;
+  int64_t ld_sums = 0;
+  bool stream = false;    // past the caches, into whole aligned lines
+
+  LINFORMER_INLINE Target at(int64_t row, int64_t column) const {
+    return {c + row * ldc + column, ldc, sums ? sums + row * ld_sums + column : nullptr, ld_sums, stream};
+  }
+};
 
 // One register tile. noinline: the compiler allocates registers for this loop alone.
 template <class Math, bool kByColumns, int kRows, int kColumns>
 __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
-                                             int64_t ldb, int64_t steps, float* c, int64_t ldc, bool accumulate) {
+                                             int64_t ldb, int64_t steps, const Target& target) {
   VecF sum[kRows][kColumns];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -281,37 +291,42 @@ __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64
     for (int i = 0; i < kBases; ++i) base[i] += kByColumns ? lda : 1;
     b += ldb;
   }
-  // Two loops, so that the sums stay in registers: with the choice inside, they were spilled.
-  if (accumulate) {
+  // Several loops, so that the sums stay in registers: with the choice inside, they were spilled.
+  float* c = target.c;
+  if (target.sums) {
+    const float* sums = target.sums;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) {
-        float* p = c + i * ldc + v * kWidth;
-        store(p, load(p) + sum[i][v]);
-      }
+      for (int v = 0; v < kColumns; ++v) sum[i][v] += load(sums + i * target.ld_sums + v * kWidth);
+    }
+  }
+  if (target.stream) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) stream(c + i * target.ldc + v * kWidth, sum[i][v]);
     }
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) store(c + i * ldc + v * kWidth, sum[i][v]);
+      for (int v = 0; v < kColumns; ++v) store(c + i * target.ldc + v * kWidth, sum[i][v]);
     }
   }
 }
 
 template <class Math, bool kByColumns, int kRows = kTileRows, int kColumns = kVectors>
 LINFORMER_INLINE void multiply_tile_of(int64_t rows, int64_t vectors, const typename Math::Word* a, int64_t lda,
-                                       const typename Math::Word* b, int64_t ldb, int64_t steps, float* c, int64_t ldc,
-                                       bool accumulate) {
+                                       const typename Math::Word* b, int64_t ldb, int64_t steps, const Target& target) {
   if (vectors == kColumns && rows == kRows) {
-    multiply_tile<Math, kByColumns, kRows, kColumns>(a, lda, b, ldb, steps, c, ldc, accumulate);
+    multiply_tile<Math, kByColumns, kRows, kColumns>(a, lda, b, ldb, steps, target);
   } else if (vectors != kColumns) {
     if constexpr (kColumns > 1) {
-      multiply_tile_of<Math, kByColumns, kRows, kColumns - 1>(rows, vectors, a, lda, b, ldb, steps, c, ldc, accumulate);
+      multiply_tile_of<Math, kByColumns, kRows, kColumns - 1>(rows, vectors, a, lda, b, ldb, steps, target);
     }
   } else if constexpr (kRows > 1) {
-    multiply_tile_of<Math, kByColumns, kRows - 1, kColumns>(rows, vectors, a, lda, b, ldb, steps, c, ldc, accumulate);
+    multiply_tile_of<Math, kByColumns, kRows - 1, kColumns>(rows, vectors, a, lda, b, ldb, steps, target);
   }
 }
 
@@ -320,19 +335,19 @@ LINFORMER_INLINE void multiply_tile_of(int64_t rows, int64_t vectors, const type
 // 5 % of the speed.
 constexpr int64_t kStepsAtOnce = 64;
 
-// C (+)= A B for `columns` of one panel and at most kStepsAtOnce steps; fetches `fetched` rows of `next` a tile.
+// A B for `columns` of one panel and at most kStepsAtOnce steps; fetches `fetched` rows of `next` a tile.
 template <class Math, bool kByColumns>
 LINFORMER_INLINE void multiply_panel(const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
-                                     int64_t ldb, int64_t rows, int64_t columns, int64_t steps, float* c, int64_t ldc,
-                                     bool accumulate, Prefetch& next, int64_t fetched) {
+                                     int64_t ldb, int64_t rows, int64_t columns, int64_t steps, const Target& target,
+                                     Prefetch& next, int64_t fetched) {
   const int64_t vectors = (columns + kWidth - 1) / kWidth;
   // Tiles of nearly equal height: 128 rows are 22 tiles of 5 or 6, rather than 21 of 6 and a slow one of 2.
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t height = tiles ? rows / tiles : 0, taller = tiles ? rows % tiles : 0;
   for (int64_t t = 0, i = 0; t < tiles; ++t) {
     const int64_t count = height + (t < taller);
-    multiply_tile_of<Math, kByColumns>(count, vectors, a + (kByColumns ? i : i * lda), lda, b, ldb, steps, c + i * ldc,
-                                       ldc, accumulate);
+    multiply_tile_of<Math, kByColumns>(count, vectors, a + (kByColumns ? i : i * lda), lda, b, ldb, steps,
+                                       target.at(i, 0));
     i += count;
     next.fetch(fetched);
   }
@@ -345,21 +360,32 @@ LINFORMER_INLINE int64_t fetched_a_tile(const Prefetch& next, int64_t rows, int6
   return tiles ? next.rows / tiles + 1 : 0;
 }
 
-// C (+)= A B with A of `rows` x `steps` words and B of `columns`.
+// A B with A of `rows` x `steps` words and B of `columns`. What the target adds and the sums of all steps but the last
+// ones are kept in `sums`, which may be the target itself.
 template <class Math, bool kByColumns>
 void multiply(const typename Math::Word* a, int64_t lda, const typename Math::Word* b, int64_t rows, int64_t columns,
-              int64_t steps, float* c, int64_t ldc, bool accumulate, Prefetch next = {}) {
+              int64_t steps, const Target& target, float* sums, int64_t ld_sums, Prefetch next = {}) {
   const int64_t fetched = fetched_a_tile(next, rows, columns, steps);
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     int64_t s = 0;
     do {
+      const bool last = s + kStepsAtOnce >= steps, add = s > 0 || target.sums;
+      const Target part = {last ? target.c : sums, last ? target.ldc : ld_sums, add ? sums : nullptr, ld_sums,
+                           last && target.stream};
       multiply_panel<Math, kByColumns>(a + (kByColumns ? s * lda : s), lda, b + j * steps + s * kTileColumns,
                                        kTileColumns, rows, smaller(kTileColumns, columns - j),
-                                       smaller(kStepsAtOnce, steps - s), c + j, ldc, accumulate || s > 0, next,
-                                       fetched);
+                                       smaller(kStepsAtOnce, steps - s), part.at(0, j), next, fetched);
       s += kStepsAtOnce;
     } while (s < steps);
   }
+}
+
+// C (+)= A B.
+template <class Math, bool kByColumns>
+void multiply(const typename Math::Word* a, int64_t lda, const typename Math::Word* b, int64_t rows, int64_t columns,
+              int64_t steps, float* c, int64_t ldc, bool accumulate, Prefetch next = {}) {
+  multiply<Math, kByColumns>(a, lda, b, rows, columns, steps, Target{c, ldc, accumulate ? c : nullptr, ldc}, c, ldc,
+                             next);
 }
 
 // C (+)= A B where B's rows are those of `source`: read where they lie if they are words already and near each other,
@@ -385,8 +411,8 @@ void multiply_rows(const typename Math::Word* a, int64_t lda, const T* source, i
         b = {source + row * stride + j, stride};
       }
       multiply_panel<Math, kByColumns>(a + (kByColumns ? s * lda : s), lda, b.words, b.ld, rows,
-                                       smaller(kTileColumns, columns - j), count, c + j, ldc, accumulate || s > 0, next,
-                                       fetched);
+                                       smaller(kTileColumns, columns - j), count,
+                                       Target{c, ldc, accumulate || s > 0 ? c : nullptr, ldc}.at(0, j), next, fetched);
       s += kStepsAtOnce;
     } while (s < steps);
   }

@@ -25,11 +25,19 @@ LINFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t row) 
   return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + row * rows.row_stride;
 }
 
+// Whether rows of a result are streamed past the caches: where all results are too large to be still there when they
+// are read, and where rows are whole lines.
+template <class T>
+bool streams(const Plan& plan, const T* target, int64_t stride, int64_t columns) {
+  return plan.stream && reinterpret_cast<uintptr_t>(target) % 64 == 0 && stride * sizeof(T) % 64 == 0 &&
+         columns * sizeof(T) % 64 == 0;
+}
+
 // fp32 rows out to the tensor; row i is multiplied by factor[i] where there are factors, and is zero where it is
 // masked.
 template <class T>
 void store_rows(T* target, int64_t stride, const float* source, int64_t ld, int64_t rows, int64_t columns,
-                const float* factor = nullptr, RowMask mask = {}) {
+                const float* factor = nullptr, RowMask mask = {}, bool streamed = false) {
   for (int64_t i = 0; i < rows; ++i) {
     T* out = target + i * stride;
     const float* in = source + i * ld;
@@ -39,6 +47,10 @@ void store_rows(T* target, int64_t stride, const float* source, int64_t ld, int6
     }
     const VecF scale = splat(factor ? factor[i] : 1.0f);
     int64_t j = 0;
+    if (streamed) {
+      for (; j < columns; j += kWidth) stream(out + j, load(in + j) * scale);
+      continue;
+    }
     for (; j + kWidth <= columns; j += kWidth) store(out + j, load(in + j) * scale);
     if (j < columns) store_part(out + j, load_part(in + j, columns - j) * scale, columns - j);
   }
@@ -210,7 +222,7 @@ struct Tasks {
     }
     if (panel_t) {
       copy_rows<Math>(scratch.rows, scratch.ld, source, stride, part.rows, columns);
-      pack_panels_transposed(panel_t, scratch.rows, scratch.ld, part.first, part.rows, k, words(columns));
+      pack_panels_transposed(panel_t, scratch.rows, scratch.ld, part.first, part.rows, words(columns));
     }
   }
 
@@ -242,6 +254,7 @@ struct Tasks {
       const int64_t rows = smaller(plan.query_tile, end - m0);
       const T* query = row_of<const T>(p.query, b, h, p.query_row(b, m0));
       T* out = row_of<T>(p.out, b, h, p.query_row(b, m0));
+      const bool streamed = streams(plan, out, p.out.row_stride, p.value_dim);
       const Operand<Word> q =
           rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
       multiply<Math, false>(q.words, q.ld, panels.key_t, rows, p.proj_dim, words(p.head_dim), scratch.scores,
@@ -256,9 +269,11 @@ struct Tasks {
                                          });
       multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
                             p.value_dim, words(p.proj_dim), scratch.out, plan.padded_dv, false,
-                            Prefetch(out, p.out.row_stride, rows, p.value_dim));
-      store_rows(out, p.out.row_stride, scratch.out, plan.padded_dv, rows, p.value_dim, scratch.inverse_sum);
+                            Prefetch(out, p.out.row_stride, streamed ? 0 : rows, p.value_dim));
+      store_rows(out, p.out.row_stride, scratch.out, plan.padded_dv, rows, p.value_dim, scratch.inverse_sum, {},
+                 streamed);
     }
+    end_streams();
   }
 
   static void prepare_backward(const Plan& plan, int64_t task, std::byte* memory) {
@@ -274,15 +289,17 @@ struct Tasks {
   // A product whose result is rows of a tensor: written there at once if the tensor is fp32 and of whole vectors.
   template <bool kByColumns>
   static void multiply_out(const Word* a, int64_t lda, const Word* b, int64_t rows, int64_t padded, int64_t summed,
-                           float* scratch, T* target, int64_t stride, int64_t columns, RowMask mask, Prefetch next) {
+                           float* scratch, T* target, int64_t stride, int64_t columns, RowMask mask, bool streamed,
+                           Prefetch next) {
     if constexpr (kSame<T, float>) {
       if (columns % kWidth == 0 && mask.keep == nullptr) {
-        multiply<Math, kByColumns>(a, lda, b, rows, columns, words(summed), target, stride, false, next);
+        multiply<Math, kByColumns>(a, lda, b, rows, columns, words(summed),
+                                   Target{target, stride, nullptr, 0, streamed}, scratch, padded, next);
         return;
       }
     }
     multiply<Math, kByColumns>(a, lda, b, rows, columns, words(summed), scratch, padded, false, next);
-    store_rows(target, stride, scratch, padded, rows, columns, nullptr, mask);
+    store_rows(target, stride, scratch, padded, rows, columns, nullptr, mask, streamed);
   }
 
   // From exponentials e and dP of a row: what softmax and dropout make of them a vector at a time.
@@ -317,8 +334,7 @@ struct Tasks {
                                  const KeepRow& keep_row) {
     const int64_t ld = scratch.ld_scores;
     if constexpr (Math::kValues == 2) {
-      static_assert(kTileRows % 2 == 0, "a tile has room for the row that makes a pair");
-      if (rows % 2) {
+      if (rows % 2) {    // there is room for the row that makes a pair: backward_tile is even
         zero_words(scratch.scores + rows * ld, round_up(k, kWidth));
         zero_words(scratch.grad_scores + rows * ld, round_up(k, kWidth));
         scratch.inverse_sum[rows] = 0.0f;
@@ -378,9 +394,9 @@ struct Tasks {
           rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
       multiply<Math, false>(q.words, q.ld, panels.key_t, rows, p.proj_dim, words(p.head_dim), scratch.scores,
                             scratch.ld_scores, false, Prefetch(grad_out, p.grad_out.row_stride, rows, p.value_dim));
+      const Operand<Word> g =
+          rows_operand<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out, p.grad_out.row_stride, rows, p.value_dim);
       if (need_scores_gradient) {
-        const Operand<Word> g = rows_operand<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out,
-                                                   p.grad_out.row_stride, rows, p.value_dim);
         multiply<Math, false>(g.words, g.ld, panels.value_t, rows, p.proj_dim, words(p.value_dim), scratch.grad_scores,
                               scratch.ld_scores, false,
                               Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
@@ -396,22 +412,34 @@ struct Tasks {
         dropout_factors(p, b, h, m0 + i, factor);
         return factor;
       });
+      // fp32 rows that serve as A serve as B too; pairs along the other dimension are made of the tensor.
+      const auto add_product = [&](const Word* a, const Operand<Word>& words_by_rows, const T* source, int64_t stride,
+                                   int64_t width, float* sum, int64_t padded) {
+        const auto add = [&](const auto* rows_of_b, int64_t ld) {
+          multiply_rows<Math, true>(a, scratch.ld_scores, rows_of_b, ld, rows, width, RowMask(), scratch.panel,
+                                    p.proj_dim, sum, padded, t != first);
+        };
+        if constexpr (Math::kValues == 1) {
+          add(words_by_rows.words, words_by_rows.ld);
+        } else {
+          add(source, stride);
+        }
+      };
       if (plan.need_grad_value_proj) {
-        multiply_rows<Math, true>(scratch.scores_columns, scratch.ld_scores, grad_out, p.grad_out.row_stride, rows,
-                                  p.value_dim, RowMask(), scratch.panel, p.proj_dim, partial.value, plan.padded_dv,
-                                  t != first);
+        add_product(scratch.scores_columns, g, grad_out, p.grad_out.row_stride, p.value_dim, partial.value,
+                    plan.padded_dv);
       }
       if (plan.need_grad_key_proj) {
-        multiply_rows<Math, true>(scratch.grad_scores_columns, scratch.ld_scores, query, p.query.row_stride, rows,
-                                  p.head_dim, RowMask(), scratch.panel, p.proj_dim, partial.key, plan.padded_d,
-                                  t != first);
+        add_product(scratch.grad_scores_columns, q, query, p.query.row_stride, p.head_dim, partial.key, plan.padded_d);
       }
       if (p.grad_query.data) {
+        T* target = row_of<T>(p.grad_query, b, h, p.query_row(b, m0));
         multiply_out<false>(scratch.grad_scores_rows, scratch.ld_rows, panels.key, rows, plan.padded_d, p.proj_dim,
-                            scratch.grad_query, row_of<T>(p.grad_query, b, h, p.query_row(b, m0)),
-                            p.grad_query.row_stride, p.head_dim, RowMask(), Prefetch());
+                            scratch.grad_query, target, p.grad_query.row_stride, p.head_dim, RowMask(),
+                            streams(plan, target, p.grad_query.row_stride, p.head_dim), Prefetch());
       }
     }
+    end_streams();
   }
 
   // dK' and dV': written out where the caller wants them, packed where project_backward follows.
@@ -460,16 +488,18 @@ struct Tasks {
                                    int64_t width, int64_t padded, int64_t b, int64_t h, int64_t n, Prefetch next) {
       const RowMask mask = mask_of(p, b, n0);
       T* target = grad_rows.data ? row_of<T>(grad_rows, b, h, p.key_row(b, n0)) : nullptr;
+      const bool streamed = streams(plan, target, grad_rows.row_stride, width);
       if (grad_proj.data) {
         const Operand<Word> source =
             rows_operand<Math>(scratch.rows, scratch.ld_rows, row_of<const T>(rows, b, h, p.key_row(b, n0)),
                                rows.row_stride, n, width, mask);
         multiply<Math, false>(source.words, source.ld, panel_t, n, p.proj_dim, words(width), scratch.grad_proj_t,
-                              plan.padded_k, true, Prefetch(target, grad_rows.row_stride, target ? n : 0, width));
+                              plan.padded_k, true,
+                              Prefetch(target, grad_rows.row_stride, target && !streamed ? n : 0, width));
       }
       if (target) {
         multiply_out<true>(scratch.proj, scratch.ld_proj, panel, n, padded, p.proj_dim, scratch.grad_rows, target,
-                           grad_rows.row_stride, width, mask, grad_proj.data ? next : Prefetch());
+                           grad_rows.row_stride, width, mask, streamed, grad_proj.data ? next : Prefetch());
       }
     };
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -491,6 +521,7 @@ struct Tasks {
       }
     }
     if (grad_proj.data) store_transposed(grad_proj, head0, n0, columns, scratch.grad_proj_t, plan);
+    end_streams();
   }
 
   // dE^T of some columns, out as columns of dE, square by square.
@@ -498,16 +529,24 @@ struct Tasks {
                                const Plan& plan) {
     constexpr int64_t kSide = 16;
     T* target = row_of<T>(grad_proj, 0, head, 0) + n0;
+    const bool streamed = streams(plan, target, grad_proj.row_stride, kSide);
     float square[kSide * kSide];
     for (int64_t k = 0; k < plan.problem.proj_dim; k += kSide) {
       const int64_t rows = smaller(kSide, plan.problem.proj_dim - k);
       for (int64_t j = 0; j < columns; j += kSide) {
         const int64_t count = smaller(kSide, columns - j);
-        for (int64_t i = 0; i < count; ++i) {
-          const float* row = source + (j + i) * plan.padded_k + k;
-          for (int64_t r = 0; r < rows; ++r) square[r * kSide + i] = row[r];
+        for (int64_t r = 0; r < rows; r += kWidth) {
+          for (int64_t i = 0; i < count; i += kWidth) {
+            VecF block[kWidth];
+            for (int q = 0; q < kWidth; ++q) {
+              block[q] = i + q < count ? load(source + (j + i + q) * plan.padded_k + k + r) : VecF{};
+            }
+            transpose(block);
+            for (int q = 0; q < kWidth; ++q) store(square + (r + q) * kSide + i, block[q]);
+          }
         }
-        store_rows(target + k * grad_proj.row_stride + j, grad_proj.row_stride, square, kSide, rows, count);
+        store_rows(target + k * grad_proj.row_stride + j, grad_proj.row_stride, square, kSide, rows, count, nullptr, {},
+                   streamed && count == kSide);
       }
     }
   }

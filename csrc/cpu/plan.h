@@ -54,6 +54,7 @@ struct Plan {
   int64_t backward_tile = 0;     // as query_tile, in kAttendBackwardTask
   int64_t backward_splits = 1;
   int64_t backward_chunk = 0;         // rows of the sequence in kProjectBackwardTask
+  bool stream = false;                // results are too large to stay in the caches
   bool need_grad_key_proj = false;    // dK' or dV' is wanted by somebody
   bool need_grad_value_proj = false;
 
