@@ -484,6 +484,23 @@ std::string cpu_use_capability(std::string name) {
   return cpu_capability();
 }
 
+// Tasks of each phase, in their order.
+std::vector<int64_t> cpu_plan(int64_t batch, int64_t heads, int64_t length, int64_t proj_dim, int64_t head_dim,
+                              bool shared_kv, bool backward, int64_t threads) {
+  Problem p;
+  p.batch = batch;
+  p.heads = p.heads_kv = heads;
+  p.len_q = p.len_k = p.seq_len_max = length;
+  p.proj_dim = proj_dim;
+  p.head_dim = p.value_dim = head_dim;
+  p.shared_kv = shared_kv;
+  const cpu::Plan plan = cpu::make_plan(p, backward ? kAttendBackward | kProjectBackward : kProject | kAttend,
+                                        cpu::kernel_table().shape, static_cast<int>(threads));
+  std::vector<int64_t> tasks;
+  for (int i = 0; i < plan.phase_count; ++i) tasks.push_back(plan.phases[i].tasks);
+  return tasks;
+}
+
 std::string cuda_architectures() {
 #ifdef LINFORMER_WITH_CUDA
   return LINFORMER_CUDA_ARCHS;
@@ -525,6 +542,7 @@ extern "C" __attribute__((visibility("default"))) void linformer_emulate(linform
 STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
   m.impl("cpu_use_capability", TORCH_BOX(&linformer::cpu_use_capability));
+  m.impl("cpu_plan", TORCH_BOX(&linformer::cpu_plan));
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
   m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));

@@ -160,6 +160,11 @@ LIBRARY.define("cpu_capability() -> str")
 LIBRARY.define("cpu_use_capability(str name) -> str")
 LIBRARY.define("cpu_peak_gflops(str dtype) -> float")
 LIBRARY.define("cpu_probe_gflops() -> float")
+# How many tasks each phase of an operation has on so many threads.
+LIBRARY.define(
+    "cpu_plan(int batch, int heads, int length, int proj_dim, int head_dim, bool shared, bool backward, int threads)"
+    " -> int[]"
+)
 # The architectures of the CUDA kernels in the library, e.g. "80,90"; empty without any.
 LIBRARY.define("cuda_architectures() -> str")
 

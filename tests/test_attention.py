@@ -53,7 +53,12 @@ PACKED = [
     Case(lengths=(12, 40), layout="offset", grad="scalar", alias="kv"),
     Case(lengths=(30, 70), layout="strided", grad="strided", d=17, d_v=9),
 ]
-CHOSEN = WIDTHS + LENGTHS + PROJECTED + EMPTY + SHARINGS + MASKS + LAYOUTS + ALIASES + SCALES + PACKED
+# Results that the CPU kernels stream past the caches, and so large that bf16 is streamed too.
+LARGE = [
+    Case(batch=4, heads=8, kv_heads=8, n=3200, n_q=3200, k=16, d=32, layout="bnhd", mask="random"),
+    Case(batch=4, heads=8, kv_heads=8, n=3200, n_q=3200, k=16, d=32, layout="bnhd", grad="bnhd", sharing="per-head"),
+]
+CHOSEN = WIDTHS + LENGTHS + PROJECTED + EMPTY + SHARINGS + MASKS + LAYOUTS + ALIASES + SCALES + PACKED + LARGE
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16", "fp16"))

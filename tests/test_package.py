@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -172,6 +173,19 @@ def test_instruction_set(level, seed):
     environment = {"LINFORMER_CPU_CAPABILITY": level, "MALLOC_PERTURB_": "1"}
     done = python("-c", INSTRUCTION_SETS, str(seed), cwd=ROOT / "tests", **environment)
     assert succeeded(done).strip() == level
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("proj_dim", [128, 256])
+def test_plan_fills_many_cores(proj_dim, shared, backward):
+    """One sequence of 4,096 with 8 heads on 64 threads: in no phase do equal tasks leave a fifth of the threads' time
+    idle. The phases between the large ones had 8 tasks, one a head, and the projection 16."""
+    threads = 64
+    phases = torch.ops.linformer_kernels.cpu_plan(1, 8, 4096, proj_dim, 64, shared, backward, threads)
+    assert len(phases) == (4 if backward else 3)
+    for tasks in phases:
+        assert tasks / threads > 0.8 * math.ceil(tasks / threads), phases
 
 
 @pytest.mark.parametrize("example", ["quickstart", "varlen", "cross_attention_cached"])

@@ -123,7 +123,7 @@ def test_two_runs_are_bitwise_equal(case, device, native):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="threads are the CPU kernels' affair")
-@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("threads", [1, 3, 64])
 @pytest.mark.parametrize("case", REPEATED, ids=str)
 def test_any_number_of_threads(case, threads, device, native):
     before = torch.get_num_threads()

@@ -5,8 +5,9 @@
 // (PairedBf16).
 //   A  "rows":     word (i, s) at a[i * lda + s]       the summed dimension is adjacent
 //      "columns":  word (i, s) at a[s * lda + i]       the rows are adjacent
-//   B  panels:     word (s, j) at b[(panel * steps + s) * kTileColumns + j], or a panel at a time at b[s * ldb + j]
-//   C              value (i, j) at c[i * ldc + j], columns padded to whole panels
+//   B  panels:     word (s, j) at b[(panel * steps + s) * kTileColumns + j], or a panel at a time at b[s * ldb + j];
+//                  columns padded to whole vectors
+//   C              value (i, j) at c[i * ldc + j], the same
 // A register tile of kTileRows x kTileColumns is kept for all steps: per step kVectors loads of B, kTileRows broadcasts
 // of A and kTileRows * kVectors multiply-adds. Panels run in the outer loop so that one panel stays in L1 while A
 // streams past it: a word of A is then read once for kTileColumns multiply-adds.
@@ -17,7 +18,9 @@
 namespace linformer::cpu {
 namespace {
 
-constexpr int kVectors = 2;
+// On AVX-512 a step of 6 x 4 vectors has 10 loads, one of 12 x 2 has 14: forward + backward in fp32 takes 2 % less
+// time, and 6 to 9 % less while the core is shared (N = 1024 and 4096, K = 128 and 256, Xeon with AMX).
+constexpr int kVectors = LINFORMER_CPU_TILE_VECTORS;
 constexpr int kTileColumns = kVectors * kWidth;
 constexpr int kTileRows = LINFORMER_CPU_TILE_ROWS;
 
@@ -215,40 +218,55 @@ LINFORMER_INLINE void copy_columns(uint32_t* target, int64_t ld, const T* source
   }
 }
 
-// B from a matrix whose rows are the summed dimension.
+// B from a matrix whose rows are the summed dimension; `steps` is the height of a panel, of which these rows may be a
+// part.
 template <class Math, class T>
-void pack_panels(typename Math::Word* target, const T* source, int64_t stride, int64_t rows, int64_t columns,
-                 RowMask mask = {}) {
-  const int64_t steps = (rows + Math::kValues - 1) / Math::kValues;
+void pack_panels(typename Math::Word* target, int64_t steps, const T* source, int64_t stride, int64_t rows,
+                 int64_t columns, RowMask mask = {}) {
   for (int64_t j = 0; j < columns; j += kTileColumns) {
-    copy_columns(target + j * steps, kTileColumns, source + j, stride, rows, smaller(kTileColumns, columns - j),
-                 kTileColumns, mask);
+    const int64_t count = smaller(kTileColumns, columns - j);
+    copy_columns(target + j * steps, kTileColumns, source + j, stride, rows, count, round_up(count, kWidth), mask);
   }
 }
 
-// B from A's words by rows: column j of B is row j of A. Done once a head, so plain loops do.
+// Columns `first` to `first + rows` of B, `first` a multiple of kWidth, from A's words by rows: column first + j of B
+// is row j of A. The last vector is filled up with zeros. Whole vectors are read: rows have room.
 template <class Word>
-void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t rows, int64_t steps) {
-  for (int64_t j0 = 0; j0 < rows; j0 += kTileColumns) {
-    const int64_t columns = smaller(kTileColumns, rows - j0);
-    Word* panel = target + j0 * steps;
-    zero_words(panel, columns < kTileColumns ? steps * kTileColumns : 0);
-    const Word* source = a + j0 * lda;
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t j = 0; j < columns; ++j) panel[s * kTileColumns + j] = source[j * lda + s];
+void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t first, int64_t rows, int64_t steps) {
+  for (int64_t i = 0; i < rows; i += kWidth) {
+    const int64_t j = first + i;
+    Word* panel = target + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
+    for (int64_t s = 0; s < steps; s += kWidth) {
+      VecF square[kWidth];
+      for (int r = 0; r < kWidth; ++r) square[r] = i + r < rows ? load_raw<VecF>(a + (i + r) * lda + s) : VecF{};
+      transpose(square);
+      for (int64_t r = 0; r < smaller(kWidth, steps - s); ++r) store_raw(panel + (s + r) * kTileColumns, square[r]);
     }
   }
 }
 
+// Where a product goes: c = sums + A B, or A B alone where sums is null. They may be the same.
+struct Target {
+  float* c;
+  int64_t ldc;
+  const float* sums = nullptr;
+  int64_t ld_sums = 0;
+  bool stream = false;    // past the caches, into whole aligned lines
+
+  LINFORMER_INLINE Target at(int64_t row, int64_t column) const {
+    return {c + row * ldc + column, ldc, sums ? sums + row * ld_sums + column : nullptr, ld_sums, stream};
+  }
+};
+
 // One register tile. noinline: the compiler allocates registers for this loop alone.
-template <class Math, bool kByColumns, int kRows>
+template <class Math, bool kByColumns, int kRows, int kColumns>
 __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
-                                             int64_t ldb, int64_t steps, float* c, int64_t ldc, bool accumulate) {
-  VecF sum[kRows][kVectors];
+                                             int64_t ldb, int64_t steps, const Target& target) {
+  VecF sum[kRows][kColumns];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = VecF{};
+    for (int v = 0; v < kColumns; ++v) sum[i][v] = VecF{};
   }
   // By rows, a pointer to every third: each reaches two more by an index. The compiler is kept from seeing how they
   // hang together, or it makes an index of every row, and has no register left for the last ones.
@@ -260,46 +278,55 @@ __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64
     if (!kByColumns) __asm__("" : "+r"(base[i]));
   }
   for (int64_t s = 0; s < steps; ++s) {
-    VecF column[kVectors];
+    VecF column[kColumns];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = load_raw<VecF>(b + v * kWidth);
+    for (int v = 0; v < kColumns; ++v) column[v] = load_raw<VecF>(b + v * kWidth);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const typename Math::Word word = kByColumns ? base[0][i] : base[i / 3][i % 3 * lda];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = Math::multiply_add(sum[i][v], word, column[v]);
+      for (int v = 0; v < kColumns; ++v) sum[i][v] = Math::multiply_add(sum[i][v], word, column[v]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kBases; ++i) base[i] += kByColumns ? lda : 1;
     b += ldb;
   }
-  // Two loops, so that the sums stay in registers: with the choice inside, they were spilled.
-  if (accumulate) {
+  // Several loops, so that the sums stay in registers: with the choice inside, they were spilled.
+  float* c = target.c;
+  if (target.sums) {
+    const float* sums = target.sums;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* p = c + i * ldc + v * kWidth;
-        store(p, load(p) + sum[i][v]);
-      }
+      for (int v = 0; v < kColumns; ++v) sum[i][v] += load(sums + i * target.ld_sums + v * kWidth);
+    }
+  }
+  if (target.stream) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) stream(c + i * target.ldc + v * kWidth, sum[i][v]);
     }
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kWidth, sum[i][v]);
+      for (int v = 0; v < kColumns; ++v) store(c + i * target.ldc + v * kWidth, sum[i][v]);
     }
   }
 }
 
-template <class Math, bool kByColumns, int kRows = kTileRows>
-LINFORMER_INLINE void multiply_tile_of(int64_t rows, const typename Math::Word* a, int64_t lda,
-                                       const typename Math::Word* b, int64_t ldb, int64_t steps, float* c, int64_t ldc,
-                                       bool accumulate) {
-  if (rows == kRows) {
-    multiply_tile<Math, kByColumns, kRows>(a, lda, b, ldb, steps, c, ldc, accumulate);
+template <class Math, bool kByColumns, int kRows = kTileRows, int kColumns = kVectors>
+LINFORMER_INLINE void multiply_tile_of(int64_t rows, int64_t vectors, const typename Math::Word* a, int64_t lda,
+                                       const typename Math::Word* b, int64_t ldb, int64_t steps, const Target& target) {
+  if (vectors == kColumns && rows == kRows) {
+    multiply_tile<Math, kByColumns, kRows, kColumns>(a, lda, b, ldb, steps, target);
+  } else if (vectors != kColumns) {
+    if constexpr (kColumns > 1) {
+      multiply_tile_of<Math, kByColumns, kRows, kColumns - 1>(rows, vectors, a, lda, b, ldb, steps, target);
+    }
   } else if constexpr (kRows > 1) {
-    multiply_tile_of<Math, kByColumns, kRows - 1>(rows, a, lda, b, ldb, steps, c, ldc, accumulate);
+    multiply_tile_of<Math, kByColumns, kRows - 1, kColumns>(rows, vectors, a, lda, b, ldb, steps, target);
   }
 }
 
@@ -308,18 +335,19 @@ LINFORMER_INLINE void multiply_tile_of(int64_t rows, const typename Math::Word* 
 // 5 % of the speed.
 constexpr int64_t kStepsAtOnce = 64;
 
-// C (+)= A B for the columns of one panel and at most kStepsAtOnce steps; fetches `fetched` rows of `next` a tile.
+// A B for `columns` of one panel and at most kStepsAtOnce steps; fetches `fetched` rows of `next` a tile.
 template <class Math, bool kByColumns>
 LINFORMER_INLINE void multiply_panel(const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
-                                     int64_t ldb, int64_t rows, int64_t steps, float* c, int64_t ldc, bool accumulate,
+                                     int64_t ldb, int64_t rows, int64_t columns, int64_t steps, const Target& target,
                                      Prefetch& next, int64_t fetched) {
+  const int64_t vectors = (columns + kWidth - 1) / kWidth;
   // Tiles of nearly equal height: 128 rows are 22 tiles of 5 or 6, rather than 21 of 6 and a slow one of 2.
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t height = tiles ? rows / tiles : 0, taller = tiles ? rows % tiles : 0;
   for (int64_t t = 0, i = 0; t < tiles; ++t) {
     const int64_t count = height + (t < taller);
-    multiply_tile_of<Math, kByColumns>(count, a + (kByColumns ? i : i * lda), lda, b, ldb, steps, c + i * ldc, ldc,
-                                       accumulate);
+    multiply_tile_of<Math, kByColumns>(count, vectors, a + (kByColumns ? i : i * lda), lda, b, ldb, steps,
+                                       target.at(i, 0));
     i += count;
     next.fetch(fetched);
   }
@@ -332,20 +360,32 @@ LINFORMER_INLINE int64_t fetched_a_tile(const Prefetch& next, int64_t rows, int6
   return tiles ? next.rows / tiles + 1 : 0;
 }
 
-// C (+)= A B with A of `rows` x `steps` words and B of `columns` (whole panels).
+// A B with A of `rows` x `steps` words and B of `columns`. What the target adds and the sums of all steps but the last
+// ones are kept in `sums`, which may be the target itself.
 template <class Math, bool kByColumns>
 void multiply(const typename Math::Word* a, int64_t lda, const typename Math::Word* b, int64_t rows, int64_t columns,
-              int64_t steps, float* c, int64_t ldc, bool accumulate, Prefetch next = {}) {
+              int64_t steps, const Target& target, float* sums, int64_t ld_sums, Prefetch next = {}) {
   const int64_t fetched = fetched_a_tile(next, rows, columns, steps);
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     int64_t s = 0;
     do {
+      const bool last = s + kStepsAtOnce >= steps, add = s > 0 || target.sums;
+      const Target part = {last ? target.c : sums, last ? target.ldc : ld_sums, add ? sums : nullptr, ld_sums,
+                           last && target.stream};
       multiply_panel<Math, kByColumns>(a + (kByColumns ? s * lda : s), lda, b + j * steps + s * kTileColumns,
-                                       kTileColumns, rows, smaller(kStepsAtOnce, steps - s), c + j, ldc,
-                                       accumulate || s > 0, next, fetched);
+                                       kTileColumns, rows, smaller(kTileColumns, columns - j),
+                                       smaller(kStepsAtOnce, steps - s), part.at(0, j), next, fetched);
       s += kStepsAtOnce;
     } while (s < steps);
   }
+}
+
+// C (+)= A B.
+template <class Math, bool kByColumns>
+void multiply(const typename Math::Word* a, int64_t lda, const typename Math::Word* b, int64_t rows, int64_t columns,
+              int64_t steps, float* c, int64_t ldc, bool accumulate, Prefetch next = {}) {
+  multiply<Math, kByColumns>(a, lda, b, rows, columns, steps, Target{c, ldc, accumulate ? c : nullptr, ldc}, c, ldc,
+                             next);
 }
 
 // C (+)= A B where B's rows are those of `source`: read where they lie if they are words already and near each other,
@@ -356,8 +396,7 @@ void multiply_rows(const typename Math::Word* a, int64_t lda, const T* source, i
                    bool accumulate, Prefetch next = {}) {
   const int64_t steps = (summed + Math::kValues - 1) / Math::kValues;
   const int64_t fetched = fetched_a_tile(next, rows, columns, steps);
-  const bool in_place =
-      kSame<T, typename Math::Word> && mask.keep == nullptr && columns % kTileColumns == 0 && stride <= 128;
+  const bool in_place = kSame<T, typename Math::Word> && mask.keep == nullptr && columns % kWidth == 0 && stride <= 128;
   for (int64_t j = 0; j < columns; j += kTileColumns) {
     int64_t s = 0;
     do {
@@ -365,13 +404,15 @@ void multiply_rows(const typename Math::Word* a, int64_t lda, const T* source, i
       const int64_t row = s * Math::kValues;
       Operand<typename Math::Word> b = {panel, kTileColumns};
       if (!in_place) {
-        pack_panels<Math>(panel, source + row * stride + j, stride, smaller(kStepsAtOnce * Math::kValues, summed - row),
-                          smaller(kTileColumns, columns - j), mask.from(row));
+        pack_panels<Math>(panel, count, source + row * stride + j, stride,
+                          smaller(kStepsAtOnce * Math::kValues, summed - row), smaller(kTileColumns, columns - j),
+                          mask.from(row));
       } else if constexpr (kSame<T, typename Math::Word>) {
         b = {source + row * stride + j, stride};
       }
-      multiply_panel<Math, kByColumns>(a + (kByColumns ? s * lda : s), lda, b.words, b.ld, rows, count, c + j, ldc,
-                                       accumulate || s > 0, next, fetched);
+      multiply_panel<Math, kByColumns>(a + (kByColumns ? s * lda : s), lda, b.words, b.ld, rows,
+                                       smaller(kTileColumns, columns - j), count,
+                                       Target{c, ldc, accumulate || s > 0 ? c : nullptr, ldc}.at(0, j), next, fetched);
       s += kStepsAtOnce;
     } while (s < steps);
   }

@@ -25,11 +25,19 @@ LINFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t row) 
   return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + row * rows.row_stride;
 }
 
+// Whether rows of a result are streamed past the caches: where all results are too large to be still there when they
+// are read, and where rows are whole lines.
+template <class T>
+bool streams(const Plan& plan, const T* target, int64_t stride, int64_t columns) {
+  return plan.stream && reinterpret_cast<uintptr_t>(target) % 64 == 0 && stride * sizeof(T) % 64 == 0 &&
+         columns * sizeof(T) % 64 == 0;
+}
+
 // fp32 rows out to the tensor; row i is multiplied by factor[i] where there are factors, and is zero where it is
 // masked.
 template <class T>
 void store_rows(T* target, int64_t stride, const float* source, int64_t ld, int64_t rows, int64_t columns,
-                const float* factor = nullptr, RowMask mask = {}) {
+                const float* factor = nullptr, RowMask mask = {}, bool streamed = false) {
   for (int64_t i = 0; i < rows; ++i) {
     T* out = target + i * stride;
     const float* in = source + i * ld;
@@ -39,6 +47,10 @@ void store_rows(T* target, int64_t stride, const float* source, int64_t ld, int6
     }
     const VecF scale = splat(factor ? factor[i] : 1.0f);
     int64_t j = 0;
+    if (streamed) {
+      for (; j < columns; j += kWidth) stream(out + j, load(in + j) * scale);
+      continue;
+    }
     for (; j + kWidth <= columns; j += kWidth) store(out + j, load(in + j) * scale);
     if (j < columns) store_part(out + j, load_part(in + j, columns - j) * scale, columns - j);
   }
@@ -127,15 +139,25 @@ LINFORMER_INLINE std::byte* partial_of(const Plan& plan, int64_t bh, int64_t spl
   return plan.workspace + plan.partials + (bh * splits + split) * Partial(plan, nullptr).bytes;
 }
 
-// Adds the partials of a (b, kv head) into the first, in the order of the splits.
-Partial sum_of_partials(const Plan& plan, int64_t bh, int64_t splits) {
-  const Partial total(plan, partial_of(plan, bh, 0, splits));
-  const int64_t count = Partial(plan, nullptr).bytes / 4;    // key and value lie together
+// fp32 rows of K', V' or their gradients.
+struct Sum {
+  const float* rows;
+  int64_t stride;
+};
+
+// The part's sum over all splits, in their order, left in the first partial.
+Sum sum_of_partials(const Plan& plan, const FinishPart& part, int64_t splits) {
+  const int64_t stride = part.value ? plan.padded_dv : plan.padded_d;
+  const auto rows_of_split = [&](int64_t split) {
+    const Partial partial(plan, partial_of(plan, part.bh, split, splits));
+    return (part.value ? partial.value : partial.key) + part.first * stride;
+  };
+  float* total = rows_of_split(0);
   for (int64_t s = 1; s < splits; ++s) {
-    const float* part = Partial(plan, partial_of(plan, bh, s, splits)).key;
-    for (int64_t i = 0; i < count; i += kWidth) store(total.key + i, load(total.key + i) + load(part + i));
+    const float* more = rows_of_split(s);
+    for (int64_t i = 0; i < part.rows * stride; i += kWidth) store(total + i, load(total + i) + load(more + i));
   }
-  return total;
+  return {total, stride};
 }
 
 template <class T>
@@ -189,22 +211,35 @@ struct Tasks {
     }
   }
 
+  // Some rows of a K x `columns` matrix as B: its rows the summed dimension (panel), and its columns (panel_t).
+  template <class Source>
+  static void pack(const Plan& plan, const FinishPart& part, const Source* source, int64_t stride, int64_t columns,
+                   Word* panel, Word* panel_t, std::byte* memory) {
+    const FinishScratch<Word> scratch(plan, memory);
+    const int64_t k = plan.problem.proj_dim;
+    if (panel) {
+      pack_panels<Math>(panel + words(part.first) * kTileColumns, words(k), source, stride, part.rows, columns);
+    }
+    if (panel_t) {
+      copy_rows<Math>(scratch.rows, scratch.ld, source, stride, part.rows, columns);
+      pack_panels_transposed(panel_t, scratch.rows, scratch.ld, part.first, part.rows, words(columns));
+    }
+  }
+
   static void finish_project(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
-    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
-    T* key = row_of<T>(p.key_proj, b, h, 0);
-    T* value = row_of<T>(p.value_proj, b, h, 0);
+    const FinishPart part(plan, task);
+    const Rows& target = part.value ? p.value_proj : p.key_proj;
+    const int64_t width = part.value ? p.value_dim : p.head_dim;
+    T* rows = row_of<T>(target, part.b, part.h, part.first);
     if (plan.stages & kProject) {
-      const Partial total = sum_of_partials(plan, task, plan.splits);
-      store_rows(key, p.key_proj.row_stride, total.key, plan.padded_d, p.proj_dim, p.head_dim);
-      store_rows(value, p.value_proj.row_stride, total.value, plan.padded_dv, p.proj_dim, p.value_dim);
+      const Sum total = sum_of_partials(plan, part, plan.splits);
+      store_rows(rows, target.row_stride, total.rows, total.stride, part.rows, width);
     }
     if (plan.stages & kAttend) {
-      const FinishScratch<Word> scratch(plan, memory);
-      const Panels<Word> panels = panels_of(plan, task);
-      copy_rows<Math>(scratch.rows, scratch.ld, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
-      pack_panels_transposed(panels.key_t, scratch.rows, scratch.ld, p.proj_dim, words(p.head_dim));
-      pack_panels<Math>(panels.value, value, p.value_proj.row_stride, p.proj_dim, p.value_dim);
+      const Panels<Word> panels = panels_of(plan, part.bh);
+      pack(plan, part, rows, target.row_stride, width, part.value ? panels.value : nullptr,
+           part.value ? nullptr : panels.key_t, memory);
     }
   }
 
@@ -219,9 +254,10 @@ struct Tasks {
       const int64_t rows = smaller(plan.query_tile, end - m0);
       const T* query = row_of<const T>(p.query, b, h, p.query_row(b, m0));
       T* out = row_of<T>(p.out, b, h, p.query_row(b, m0));
+      const bool streamed = streams(plan, out, p.out.row_stride, p.value_dim);
       const Operand<Word> q =
           rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
-      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, plan.padded_k, words(p.head_dim), scratch.scores,
+      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, p.proj_dim, words(p.head_dim), scratch.scores,
                             scratch.ld_scores, false,
                             Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
                                      smaller(plan.query_tile, p.query_length(b) - m0 - rows), p.head_dim));
@@ -232,38 +268,38 @@ struct Tasks {
                                            return scratch.keep;
                                          });
       multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
-                            plan.padded_dv, words(p.proj_dim), scratch.out, plan.padded_dv, false,
-                            Prefetch(out, p.out.row_stride, rows, p.value_dim));
-      store_rows(out, p.out.row_stride, scratch.out, plan.padded_dv, rows, p.value_dim, scratch.inverse_sum);
+                            p.value_dim, words(p.proj_dim), scratch.out, plan.padded_dv, false,
+                            Prefetch(out, p.out.row_stride, streamed ? 0 : rows, p.value_dim));
+      store_rows(out, p.out.row_stride, scratch.out, plan.padded_dv, rows, p.value_dim, scratch.inverse_sum, {},
+                 streamed);
     }
+    end_streams();
   }
 
   static void prepare_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
-    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
-    const FinishScratch<Word> scratch(plan, memory);
-    const Panels<Word> panels = panels_of(plan, task);
-    const T* key = row_of<const T>(p.key_proj, b, h, 0);
-    copy_rows<Math>(scratch.rows, scratch.ld, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
-    pack_panels_transposed(panels.key_t, scratch.rows, scratch.ld, p.proj_dim, words(p.head_dim));
-    pack_panels<Math>(panels.key, key, p.key_proj.row_stride, p.proj_dim, p.head_dim);
-    copy_rows<Math>(scratch.rows, scratch.ld, row_of<const T>(p.value_proj, b, h, 0), p.value_proj.row_stride,
-                    p.proj_dim, p.value_dim);
-    pack_panels_transposed(panels.value_t, scratch.rows, scratch.ld, p.proj_dim, words(p.value_dim));
+    const FinishPart part(plan, task);
+    const Panels<Word> panels = panels_of(plan, part.bh);
+    const Rows& source = part.value ? p.value_proj : p.key_proj;
+    pack(plan, part, row_of<const T>(source, part.b, part.h, part.first), source.row_stride,
+         part.value ? p.value_dim : p.head_dim, part.value ? nullptr : panels.key,
+         part.value ? panels.value_t : panels.key_t, memory);
   }
 
-  // A product whose result is rows of a tensor: written there at once if the tensor is fp32 and all columns are wanted.
+  // A product whose result is rows of a tensor: written there at once if the tensor is fp32 and of whole vectors.
   template <bool kByColumns>
   static void multiply_out(const Word* a, int64_t lda, const Word* b, int64_t rows, int64_t padded, int64_t summed,
-                           float* scratch, T* target, int64_t stride, int64_t columns, RowMask mask, Prefetch next) {
+                           float* scratch, T* target, int64_t stride, int64_t columns, RowMask mask, bool streamed,
+                           Prefetch next) {
     if constexpr (kSame<T, float>) {
-      if (padded == columns && mask.keep == nullptr) {
-        multiply<Math, kByColumns>(a, lda, b, rows, padded, words(summed), target, stride, false, next);
+      if (columns % kWidth == 0 && mask.keep == nullptr) {
+        multiply<Math, kByColumns>(a, lda, b, rows, columns, words(summed),
+                                   Target{target, stride, nullptr, 0, streamed}, scratch, padded, next);
         return;
       }
     }
-    multiply<Math, kByColumns>(a, lda, b, rows, padded, words(summed), scratch, padded, false, next);
-    store_rows(target, stride, scratch, padded, rows, columns, nullptr, mask);
+    multiply<Math, kByColumns>(a, lda, b, rows, columns, words(summed), scratch, padded, false, next);
+    store_rows(target, stride, scratch, padded, rows, columns, nullptr, mask, streamed);
   }
 
   // From exponentials e and dP of a row: what softmax and dropout make of them a vector at a time.
@@ -298,8 +334,7 @@ struct Tasks {
                                  const KeepRow& keep_row) {
     const int64_t ld = scratch.ld_scores;
     if constexpr (Math::kValues == 2) {
-      static_assert(kTileRows % 2 == 0, "a tile has room for the row that makes a pair");
-      if (rows % 2) {
+      if (rows % 2) {    // there is room for the row that makes a pair: backward_tile is even
         zero_words(scratch.scores + rows * ld, round_up(k, kWidth));
         zero_words(scratch.grad_scores + rows * ld, round_up(k, kWidth));
         scratch.inverse_sum[rows] = 0.0f;
@@ -357,13 +392,13 @@ struct Tasks {
       const T* grad_out = row_of<const T>(p.grad_out, b, h, p.query_row(b, m0));
       const Operand<Word> q =
           rows_operand<Math>(scratch.query, scratch.ld_query, query, p.query.row_stride, rows, p.head_dim);
-      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, plan.padded_k, words(p.head_dim), scratch.scores,
+      multiply<Math, false>(q.words, q.ld, panels.key_t, rows, p.proj_dim, words(p.head_dim), scratch.scores,
                             scratch.ld_scores, false, Prefetch(grad_out, p.grad_out.row_stride, rows, p.value_dim));
+      const Operand<Word> g =
+          rows_operand<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out, p.grad_out.row_stride, rows, p.value_dim);
       if (need_scores_gradient) {
-        const Operand<Word> g = rows_operand<Math>(scratch.grad_out, scratch.ld_grad_out, grad_out,
-                                                   p.grad_out.row_stride, rows, p.value_dim);
-        multiply<Math, false>(g.words, g.ld, panels.value_t, rows, plan.padded_k, words(p.value_dim),
-                              scratch.grad_scores, scratch.ld_scores, false,
+        multiply<Math, false>(g.words, g.ld, panels.value_t, rows, p.proj_dim, words(p.value_dim), scratch.grad_scores,
+                              scratch.ld_scores, false,
                               Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
                                        smaller(plan.backward_tile, length - m0 - rows), p.head_dim));
       } else {
@@ -377,61 +412,53 @@ struct Tasks {
         dropout_factors(p, b, h, m0 + i, factor);
         return factor;
       });
+      // fp32 rows that serve as A serve as B too; pairs along the other dimension are made of the tensor.
+      const auto add_product = [&](const Word* a, const Operand<Word>& words_by_rows, const T* source, int64_t stride,
+                                   int64_t width, float* sum, int64_t padded) {
+        const auto add = [&](const auto* rows_of_b, int64_t ld) {
+          multiply_rows<Math, true>(a, scratch.ld_scores, rows_of_b, ld, rows, width, RowMask(), scratch.panel,
+                                    p.proj_dim, sum, padded, t != first);
+        };
+        if constexpr (Math::kValues == 1) {
+          add(words_by_rows.words, words_by_rows.ld);
+        } else {
+          add(source, stride);
+        }
+      };
       if (plan.need_grad_value_proj) {
-        multiply_rows<Math, true>(scratch.scores_columns, scratch.ld_scores, grad_out, p.grad_out.row_stride, rows,
-                                  p.value_dim, RowMask(), scratch.panel, p.proj_dim, partial.value, plan.padded_dv,
-                                  t != first);
+        add_product(scratch.scores_columns, g, grad_out, p.grad_out.row_stride, p.value_dim, partial.value,
+                    plan.padded_dv);
       }
       if (plan.need_grad_key_proj) {
-        multiply_rows<Math, true>(scratch.grad_scores_columns, scratch.ld_scores, query, p.query.row_stride, rows,
-                                  p.head_dim, RowMask(), scratch.panel, p.proj_dim, partial.key, plan.padded_d,
-                                  t != first);
+        add_product(scratch.grad_scores_columns, q, query, p.query.row_stride, p.head_dim, partial.key, plan.padded_d);
       }
       if (p.grad_query.data) {
+        T* target = row_of<T>(p.grad_query, b, h, p.query_row(b, m0));
         multiply_out<false>(scratch.grad_scores_rows, scratch.ld_rows, panels.key, rows, plan.padded_d, p.proj_dim,
-                            scratch.grad_query, row_of<T>(p.grad_query, b, h, p.query_row(b, m0)),
-                            p.grad_query.row_stride, p.head_dim, RowMask(), Prefetch());
+                            scratch.grad_query, target, p.grad_query.row_stride, p.head_dim, RowMask(),
+                            streams(plan, target, p.grad_query.row_stride, p.head_dim), Prefetch());
       }
     }
+    end_streams();
   }
 
-  // One of dK' and dV': written out where the caller wants it, packed where project_backward follows.
-  template <class Source>
-  static void finish_gradient(const Plan& plan, const Source* source, int64_t stride, int64_t columns, T* target,
-                              int64_t target_stride, Word* panel, Word* panel_t, const FinishScratch<Word>& scratch) {
-    const int64_t k = plan.problem.proj_dim;
-    if constexpr (kSame<Source, float>) {
-      if (target) store_rows(target, target_stride, source, stride, k, columns);
-    }
-    if (panel) {
-      pack_panels<Math>(panel, source, stride, k, columns);
-      copy_rows<Math>(scratch.rows, scratch.ld, source, stride, k, columns);
-      pack_panels_transposed(panel_t, scratch.rows, scratch.ld, k, words(columns));
-    }
-  }
-
+  // dK' and dV': written out where the caller wants them, packed where project_backward follows.
   static void finish_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
-    const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
-    const FinishScratch<Word> scratch(plan, memory);
-    const Panels<Word> panels = panels_of(plan, task);
-    if (plan.stages & kAttendBackward) {
-      const Partial total = sum_of_partials(plan, task, plan.backward_splits);
-      if (plan.need_grad_key_proj) {
-        finish_gradient(plan, total.key, plan.padded_d, p.head_dim,
-                        p.grad_key_proj.data ? row_of<T>(p.grad_key_proj, b, h, 0) : nullptr,
-                        p.grad_key_proj.row_stride, panels.grad_key, panels.grad_key_t, scratch);
-      }
-      if (plan.need_grad_value_proj) {
-        finish_gradient(plan, total.value, plan.padded_dv, p.value_dim,
-                        p.grad_value_proj.data ? row_of<T>(p.grad_value_proj, b, h, 0) : nullptr,
-                        p.grad_value_proj.row_stride, panels.grad_value, panels.grad_value_t, scratch);
-      }
-    } else {
-      finish_gradient<T>(plan, row_of<const T>(p.grad_key_proj, b, h, 0), p.grad_key_proj.row_stride, p.head_dim,
-                         nullptr, 0, panels.grad_key, panels.grad_key_t, scratch);
-      finish_gradient<T>(plan, row_of<const T>(p.grad_value_proj, b, h, 0), p.grad_value_proj.row_stride, p.value_dim,
-                         nullptr, 0, panels.grad_value, panels.grad_value_t, scratch);
+    const FinishPart part(plan, task);
+    const Rows& tensor = part.value ? p.grad_value_proj : p.grad_key_proj;
+    const int64_t width = part.value ? p.value_dim : p.head_dim;
+    T* rows = tensor.data ? row_of<T>(tensor, part.b, part.h, part.first) : nullptr;
+    const bool follows = plan.stages & kProjectBackward;
+    const Panels<Word> panels = panels_of(plan, part.bh);
+    Word* panel = part.value ? panels.grad_value : panels.grad_key;
+    Word* panel_t = part.value ? panels.grad_value_t : panels.grad_key_t;
+    if (!(plan.stages & kAttendBackward)) {
+      pack(plan, part, rows, tensor.row_stride, width, panel, panel_t, memory);
+    } else if (part.value ? plan.need_grad_value_proj : plan.need_grad_key_proj) {
+      const Sum total = sum_of_partials(plan, part, plan.backward_splits);
+      if (rows) store_rows(rows, tensor.row_stride, total.rows, total.stride, part.rows, width);
+      if (follows) pack(plan, part, total.rows, total.stride, width, panel, panel_t, memory);
     }
   }
 
@@ -461,16 +488,18 @@ struct Tasks {
                                    int64_t width, int64_t padded, int64_t b, int64_t h, int64_t n, Prefetch next) {
       const RowMask mask = mask_of(p, b, n0);
       T* target = grad_rows.data ? row_of<T>(grad_rows, b, h, p.key_row(b, n0)) : nullptr;
+      const bool streamed = streams(plan, target, grad_rows.row_stride, width);
       if (grad_proj.data) {
         const Operand<Word> source =
             rows_operand<Math>(scratch.rows, scratch.ld_rows, row_of<const T>(rows, b, h, p.key_row(b, n0)),
                                rows.row_stride, n, width, mask);
-        multiply<Math, false>(source.words, source.ld, panel_t, n, plan.padded_k, words(width), scratch.grad_proj_t,
-                              plan.padded_k, true, Prefetch(target, grad_rows.row_stride, target ? n : 0, width));
+        multiply<Math, false>(source.words, source.ld, panel_t, n, p.proj_dim, words(width), scratch.grad_proj_t,
+                              plan.padded_k, true,
+                              Prefetch(target, grad_rows.row_stride, target && !streamed ? n : 0, width));
       }
       if (target) {
         multiply_out<true>(scratch.proj, scratch.ld_proj, panel, n, padded, p.proj_dim, scratch.grad_rows, target,
-                           grad_rows.row_stride, width, mask, grad_proj.data ? next : Prefetch());
+                           grad_rows.row_stride, width, mask, streamed, grad_proj.data ? next : Prefetch());
       }
     };
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -492,6 +521,7 @@ struct Tasks {
       }
     }
     if (grad_proj.data) store_transposed(grad_proj, head0, n0, columns, scratch.grad_proj_t, plan);
+    end_streams();
   }
 
   // dE^T of some columns, out as columns of dE, square by square.
@@ -499,16 +529,24 @@ struct Tasks {
                                const Plan& plan) {
     constexpr int64_t kSide = 16;
     T* target = row_of<T>(grad_proj, 0, head, 0) + n0;
+    const bool streamed = streams(plan, target, grad_proj.row_stride, kSide);
     float square[kSide * kSide];
     for (int64_t k = 0; k < plan.problem.proj_dim; k += kSide) {
       const int64_t rows = smaller(kSide, plan.problem.proj_dim - k);
       for (int64_t j = 0; j < columns; j += kSide) {
         const int64_t count = smaller(kSide, columns - j);
-        for (int64_t i = 0; i < count; ++i) {
-          const float* row = source + (j + i) * plan.padded_k + k;
-          for (int64_t r = 0; r < rows; ++r) square[r * kSide + i] = row[r];
+        for (int64_t r = 0; r < rows; r += kWidth) {
+          for (int64_t i = 0; i < count; i += kWidth) {
+            VecF block[kWidth];
+            for (int q = 0; q < kWidth; ++q) {
+              block[q] = i + q < count ? load(source + (j + i + q) * plan.padded_k + k + r) : VecF{};
+            }
+            transpose(block);
+            for (int q = 0; q < kWidth; ++q) store(square + (r + q) * kSide + i, block[q]);
+          }
         }
-        store_rows(target + k * grad_proj.row_stride + j, grad_proj.row_stride, square, kSide, rows, count);
+        store_rows(target + k * grad_proj.row_stride + j, grad_proj.row_stride, square, kSide, rows, count, nullptr, {},
+                   streamed && count == kSide);
       }
     }
   }

@@ -81,7 +81,7 @@ struct ProjectScratch {
   }
 };
 
-// Both finishing tasks and the one that prepares the backward: a K x D (or D_v) matrix as words by rows.
+// Both finishing tasks and the one that prepares the backward: a FinishPart as words by rows.
 template <class Word>
 struct FinishScratch {
   Word* rows;
@@ -90,7 +90,7 @@ struct FinishScratch {
     const Problem& p = plan.problem;
     Carver carver(base);
     ld = padded_row(plan.words(p.head_dim > p.value_dim ? p.head_dim : p.value_dim));
-    rows = carver.take<Word>(p.proj_dim * ld);
+    rows = carver.take<Word>(plan.finish_rows * ld);
     bytes = carver.used();
   }
 };

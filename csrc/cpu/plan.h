@@ -22,11 +22,11 @@ struct Shape {
 
 enum TaskKind {
   kProjectTask,            // (b, head group, split): partial K' and V' of some chunks of the sequence
-  kFinishProjectTask,      // (b, kv head): sum of the partials, K' and V' written, panels for kAttendTask
+  kFinishProjectTask,      // a FinishPart: sum of the partials, K' or V' written, panels for kAttendTask
   kAttendTask,             // (b, head, query block): out
-  kPrepareBackwardTask,    // (b, kv head): panels of K' and V' for kAttendBackwardTask
+  kPrepareBackwardTask,    // a FinishPart: panels of K' or V' for kAttendBackwardTask
   kAttendBackwardTask,     // (b, kv head, split): dQ, partial dK' and dV'
-  kFinishBackwardTask,     // (b, kv head): sum of the partials, dK' and dV' written, panels for kProjectBackwardTask
+  kFinishBackwardTask,     // a FinishPart: sum of the partials, dK' or dV' written, panels for kProjectBackwardTask
   kProjectBackwardTask,    // (which of E and F, head, chunk): dK or dV of the chunk, dE or dF of its columns
   kTaskKinds
 };
@@ -48,11 +48,13 @@ struct Plan {
   int64_t chunk = 0;             // rows of the sequence projected at a time
   int64_t splits = 1;            // independent parts of a sequence in kProjectTask
   int64_t heads_in_group = 1;    // heads that share one copy of a chunk of E
+  int64_t finish_rows = 0;       // rows of K' or V' in a FinishPart, a multiple of 16
   int64_t query_tile = 0;        // query rows whose scores are in cache together
   int64_t query_block = 0;       // query rows of a kAttendTask
   int64_t backward_tile = 0;     // as query_tile, in kAttendBackwardTask
   int64_t backward_splits = 1;
   int64_t backward_chunk = 0;         // rows of the sequence in kProjectBackwardTask
+  bool stream = false;                // results are too large to stay in the caches
   bool need_grad_key_proj = false;    // dK' or dV' is wanted by somebody
   bool need_grad_value_proj = false;
 
@@ -75,6 +77,24 @@ struct Plan {
     return ((all ? problem.seq_len_max : problem.len_k) + backward_chunk - 1) / backward_chunk;
   }
   int64_t group_count() const { return (problem.heads_kv + heads_in_group - 1) / heads_in_group; }
+  int64_t finish_parts() const { return (problem.proj_dim + finish_rows - 1) / finish_rows; }
+};
+
+// What a task of the phases between the large ones serves: some rows of K' or of V' of one (b, kv head).
+struct FinishPart {
+  int64_t b, h, bh;
+  bool value;             // V' and not K'
+  int64_t first, rows;    // of K
+  FinishPart(const Plan& plan, int64_t task) {
+    const int64_t parts = plan.finish_parts();
+    bh = task / parts / 2;
+    b = bh / plan.problem.heads_kv;
+    h = bh % plan.problem.heads_kv;
+    value = task / parts % 2 != 0;
+    first = task % parts * plan.finish_rows;
+    const int64_t left = plan.problem.proj_dim - first;
+    rows = left < plan.finish_rows ? left : plan.finish_rows;
+  }
 };
 
 // Threads worth waking: a problem of microseconds is done sooner than a second thread is there.

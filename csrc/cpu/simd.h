@@ -114,6 +114,36 @@ LINFORMER_INLINE void store(BFloat16* target, VecF value) {
 }
 LINFORMER_INLINE void store(Half* target, VecF value) { store_raw(target, float_to_half(value)); }
 
+// Past the caches, for what nobody reads soon: no line is read in order to be written. Aligned to the vector; whole
+// lines are to be written one after the other, and end_streams() comes before another thread may read.
+template <class T>
+LINFORMER_INLINE void stream(T* target, VecF value) {
+#if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_ps(reinterpret_cast<float*>(target), (__m512)value);
+  } else {
+    alignas(32) T rounded[kWidth];
+    store(rounded, value);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(target), load_raw<__m256i>(rounded));
+  }
+#elif defined(__AVX2__) && LINFORMER_CPU_WIDTH == 8
+  if constexpr (sizeof(T) == 4) {
+    _mm256_stream_ps(reinterpret_cast<float*>(target), (__m256)value);
+  } else {
+    alignas(16) T rounded[kWidth];
+    store(rounded, value);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target), load_raw<__m128i>(rounded));
+  }
+#else
+  store(target, value);
+#endif
+}
+LINFORMER_INLINE void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` < kWidth values; the other lanes are zero.
 template <class T>
 LINFORMER_INLINE VecF load_part(const T* source, int64_t count) {
@@ -164,6 +194,66 @@ LINFORMER_INLINE float max_of_lanes(VecF value) {
     for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
   }
   return lane[0];
+#endif
+}
+
+// Rows to columns: lane j of row i becomes lane i of row j.
+LINFORMER_INLINE void transpose(VecF (&row)[kWidth]) {
+#if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
+  __m512 half[16], quarter[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    half[i] = _mm512_unpacklo_ps((__m512)row[i], (__m512)row[i + 1]);
+    half[i + 1] = _mm512_unpackhi_ps((__m512)row[i], (__m512)row[i + 1]);
+  }
+  // Vector i + c of these holds columns c, 4 + c, 8 + c and 12 + c of the rows i to i + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      const __m512d a = (__m512d)half[i + c], b = (__m512d)half[i + c + 2];
+      quarter[i + 2 * c] = (__m512)_mm512_unpacklo_pd(a, b);
+      quarter[i + 2 * c + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(quarter[c], quarter[4 + c], 0x88);
+    const __m512 even1 = _mm512_shuffle_f32x4(quarter[8 + c], quarter[12 + c], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(quarter[c], quarter[4 + c], 0xdd);
+    const __m512 odd1 = _mm512_shuffle_f32x4(quarter[8 + c], quarter[12 + c], 0xdd);
+    row[c] = (VecF)_mm512_shuffle_f32x4(even0, even1, 0x88);
+    row[4 + c] = (VecF)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    row[8 + c] = (VecF)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+    row[12 + c] = (VecF)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+#elif defined(__AVX2__) && LINFORMER_CPU_WIDTH == 8
+  __m256 half[8], quarter[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    half[i] = _mm256_unpacklo_ps((__m256)row[i], (__m256)row[i + 1]);
+    half[i + 1] = _mm256_unpackhi_ps((__m256)row[i], (__m256)row[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+    for (int c = 0; c < 2; ++c) {
+      const __m256d a = (__m256d)half[i + c], b = (__m256d)half[i + c + 2];
+      quarter[i + 2 * c] = (__m256)_mm256_unpacklo_pd(a, b);
+      quarter[i + 2 * c + 1] = (__m256)_mm256_unpackhi_pd(a, b);
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    row[c] = (VecF)_mm256_permute2f128_ps(quarter[c], quarter[4 + c], 0x20);
+    row[4 + c] = (VecF)_mm256_permute2f128_ps(quarter[c], quarter[4 + c], 0x31);
+  }
+#else
+  float columns[kWidth][kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    for (int j = 0; j < kWidth; ++j) columns[j][i] = row[i][j];
+  }
+  for (int i = 0; i < kWidth; ++i) row[i] = load(columns[i]);
 #endif
 }
 
