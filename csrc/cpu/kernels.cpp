@@ -9,21 +9,10 @@
 //   project_backward dK = E^T dK'; dE += dK' K^T, held as its transpose so that key is read as it lies
 #include "kernels.h"
 
-#include <time.h>
-
-#include "../philox.h"
-#include "gemm.h"
-#include "layout.h"
+#include "common.h"
 
 namespace linformer::cpu {
 namespace {
-
-constexpr float kLog2E = 0x1.715476p0f;
-
-template <class T>
-LINFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t row) {
-  return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + row * rows.row_stride;
-}
 
 // fp32 rows out to the tensor; row i is multiplied by factor[i] where there are factors, and is zero where it is
 // masked.
@@ -91,19 +80,6 @@ LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_
   return sum_of_lanes(sum);
 }
 
-// The row's dropout factors, 0 or 1 / (1 - p), zero up to the next whole vector.
-void dropout_factors(const Problem& p, int64_t b, int64_t head, int64_t row, float* factor) {
-  const uint32_t threshold = dropout_threshold(p.dropout_p);
-  const float kept = static_cast<float>(1.0 / (1.0 - p.dropout_p));
-  for (int64_t k = 0; k < p.proj_dim; k += 4) {
-    const Philox4 random =
-        philox(static_cast<uint32_t>(k / 4), static_cast<uint32_t>(row), static_cast<uint32_t>(b * p.heads + head),
-               static_cast<uint32_t>(p.rng_state[1]), static_cast<uint64_t>(p.rng_state[0]));
-    for (int64_t i = 0; i < smaller(4, p.proj_dim - k); ++i) factor[k + i] = random.word[i] >= threshold ? kept : 0.0f;
-  }
-  for (int64_t k = p.proj_dim; k % kWidth; ++k) factor[k] = 0.0f;
-}
-
 // Rows of scores to exponentials of type Out, unnormalised, in place; inverse_sum gets what makes them probabilities.
 // All maxima come first, so that no row waits for the end of its own reduction. keep_row(i) is null or row i's dropout
 // factors.
@@ -116,26 +92,6 @@ void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scal
     float* row = scores + i * ld;
     inverse_sum[i] = 1.0f / exponentials_of_row(row, reinterpret_cast<Out*>(row), k, c, inverse_sum[i], keep_row(i));
   }
-}
-
-LINFORMER_INLINE RowMask mask_of(const Problem& p, int64_t b, int64_t row) {
-  if (p.mask == nullptr) return {};
-  return {p.mask + b * p.mask_batch_stride + row * p.mask_row_stride, p.mask_row_stride};
-}
-
-LINFORMER_INLINE std::byte* partial_of(const Plan& plan, int64_t bh, int64_t split, int64_t splits) {
-  return plan.workspace + plan.partials + (bh * splits + split) * Partial(plan, nullptr).bytes;
-}
-
-// Adds the partials of a (b, kv head) into the first, in the order of the splits.
-Partial sum_of_partials(const Plan& plan, int64_t bh, int64_t splits) {
-  const Partial total(plan, partial_of(plan, bh, 0, splits));
-  const int64_t count = Partial(plan, nullptr).bytes / 4;    // key and value lie together
-  for (int64_t s = 1; s < splits; ++s) {
-    const float* part = Partial(plan, partial_of(plan, bh, s, splits)).key;
-    for (int64_t i = 0; i < count; i += kWidth) store(total.key + i, load(total.key + i) + load(part + i));
-  }
-  return total;
 }
 
 template <class T>
@@ -228,7 +184,7 @@ struct Tasks {
       exponentials<typename Math::Value>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale,
                                          scratch.inverse_sum, [&](int64_t i) -> const float* {
                                            if (p.dropout_p == 0) return nullptr;
-                                           dropout_factors(p, b, h, m0 + i, scratch.keep);
+                                           dropout_factors(p, b, h, m0 + i, scratch.keep, 0, p.proj_dim, plan.padded_k);
                                            return scratch.keep;
                                          });
       multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
@@ -374,7 +330,7 @@ struct Tasks {
       differentiate_rows(scratch, rows, p.proj_dim, p.scale, [&](int64_t i) -> const float* {
         if (p.dropout_p == 0) return nullptr;
         float* factor = scratch.keep + i % 2 * plan.padded_k;
-        dropout_factors(p, b, h, m0 + i, factor);
+        dropout_factors(p, b, h, m0 + i, factor, 0, p.proj_dim, plan.padded_k);
         return factor;
       });
       if (plan.need_grad_value_proj) {
@@ -560,9 +516,10 @@ double peak_gflops(bool bf16) {
 extern const KernelTable LINFORMER_CPU_TABLE;
 const KernelTable LINFORMER_CPU_TABLE = {
     LINFORMER_CPU_NAME,
-    {kTileRows, kTileColumns, LINFORMER_CPU_PAIRED},
+    {kTileRows, kTileColumns, LINFORMER_CPU_PAIRED, false},
     {LINFORMER_TASKS(float), LINFORMER_TASKS(Half), LINFORMER_TASKS(BFloat16)},
     peak_gflops,
+    nullptr,
 };
 
 }    // namespace linformer::cpu

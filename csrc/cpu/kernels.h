@@ -14,9 +14,13 @@ struct KernelTable {
   Shape shape;
   TaskFunction tasks[3][kTaskKinds];    // by DType
   double (*peak_gflops)(bool bf16);     // fastest multiply-add rate of one thread, operands in registers
+  const KernelTable* without_tiles;     // where tiles are not worth it, or made a NaN of an infinity; else null
 };
 
 // The table for this machine, or for the instruction set named by LINFORMER_CPU_CAPABILITY.
 const KernelTable& kernel_table();
+
+// The table for a problem: that one, or the one without tiles where they would be slower.
+const KernelTable& kernel_table_for(const Problem& problem);
 
 }    // namespace linformer::cpu

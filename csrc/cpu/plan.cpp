@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 
 #include "kernels.h"
@@ -36,6 +37,15 @@ int64_t splits_of(int64_t wanted, int64_t rows, int64_t block) {
   return std::clamp(std::max(wanted, accurate), int64_t{1}, std::max<int64_t>(ceil_div(rows, block), 1));
 }
 
+int64_t tile_scratch_bytes(const Plan& plan) {
+  int64_t bytes = TileFinishScratch(plan, nullptr).bytes;
+  if (plan.stages & kProject) bytes = std::max(bytes, TileProjectScratch(plan, nullptr).bytes);
+  if (plan.stages & kAttend) bytes = std::max(bytes, TileAttendScratch(plan, nullptr).bytes);
+  if (plan.stages & kAttendBackward) bytes = std::max(bytes, TileAttendBackwardScratch(plan, nullptr).bytes);
+  if (plan.stages & kProjectBackward) bytes = std::max(bytes, TileProjectBackwardScratch(plan, nullptr).bytes);
+  return bytes;
+}
+
 template <class Word>
 int64_t scratch_bytes(const Plan& plan) {
   int64_t bytes = FinishScratch<Word>(plan, nullptr).bytes;
@@ -56,12 +66,37 @@ int threads_for(const Problem& problem, int threads) {
   return static_cast<int>(std::clamp(operations / kOperationsPerThread, 1.0, static_cast<double>(threads)));
 }
 
-Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int threads) {
+namespace {
+
+// Values of a matrix of tiles that is made once and read many times, from L2: 256 KB for each term.
+constexpr int64_t kTileBlockValues = 131072;
+
+int64_t env(const char* name, int64_t value) { const char* text = std::getenv(name); return text ? std::atoll(text) : value; }
+
+void size_tiles(Plan& plan, int64_t wanted) {
+  const Problem& p = plan.problem;
+  const int64_t values = kTileBlockValues * 2 / (plan.terms + 1);
+  plan.chunk = std::clamp(round_to(values / plan.padded_k, 32), int64_t{64}, env("LF_CHUNK", 512));
+  plan.k_block = std::min(plan.padded_k, env("LF_KB", 128));
+  plan.query_tile = plan.k_block < plan.padded_k ? env("LF_QT", 256) : 64;
+  const int64_t query_tiles = p.batch * p.heads * ceil_div(p.len_q, plan.query_tile);
+  plan.query_block = plan.query_tile * std::clamp(query_tiles / (4 * wanted), int64_t{1}, int64_t{8});
+  plan.backward_tile = std::clamp(round_to(values / plan.padded_k, 32), int64_t{32}, env("LF_BT", 256));
+  plan.backward_chunk = std::clamp(round_to(values / plan.padded_k, 32), int64_t{32}, env("LF_BC", 128));
+  plan.stream = env("LF_STREAM", 1);
+}
+
+}    // namespace
+
+Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table, int threads) {
   const Problem& p = problem;
+  const Shape& shape = table.shape;
   Plan plan;
   plan.problem = problem;
+  plan.table = &table;
   plan.shape = shape;
   plan.stages = stages;
+  if (shape.tiles) plan.terms = p.dtype == DType::kFloat32 ? 3 : p.dtype == DType::kFloat16 ? 2 : 1;
   plan.words_per_value = shape.paired_bf16 && p.dtype == DType::kBFloat16 ? 2 : 1;
   plan.padded_k = round_to(p.proj_dim, shape.tile_columns);
   plan.padded_d = round_to(p.head_dim, shape.tile_columns);
@@ -73,19 +108,19 @@ Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int 
   plan.chunk = rows_of_block(kBlockValues, p.proj_dim, 64, 256, 16);
   plan.heads_in_group = p.per_head_proj ? 1 : std::min<int64_t>(8, std::max<int64_t>(p.heads_kv, 1));
   const int64_t groups = std::max<int64_t>(p.batch * plan.group_count(), 1);
-  plan.splits = splits_of(ceil_div(wanted, groups), p.len_k, plan.chunk);
-
   plan.query_tile = rows_of_block(kBlockValues / 2, p.proj_dim, shape.tile_rows, 192, shape.tile_rows);
   const int64_t query_tiles = p.batch * p.heads * ceil_div(p.len_q, plan.query_tile);
   plan.query_block = plan.query_tile * std::clamp(query_tiles / (4 * wanted), int64_t{1}, int64_t{8});
 
   plan.backward_tile = rows_of_block(kBlockValues / 2, p.proj_dim, shape.tile_rows, 192, shape.tile_rows);
-  plan.backward_splits = splits_of(ceil_div(wanted, std::max<int64_t>(pairs, 1)), p.len_q, plan.backward_tile);
-
   const int64_t parts = (p.shared_kv ? 1 : 2) * (p.per_head_proj ? p.heads_kv : 1);
   const int64_t even_share = ceil_div(p.len_k, ceil_div(wanted, std::max<int64_t>(parts, 1)));
   plan.backward_chunk = std::min(round_to(std::max<int64_t>(even_share, 32), shape.tile_rows),
                                  rows_of_block(kBlockValues, p.proj_dim, 64, 256, shape.tile_rows));
+  if (shape.tiles) size_tiles(plan, wanted);
+
+  plan.splits = splits_of(ceil_div(wanted, groups), p.len_k, plan.chunk);
+  plan.backward_splits = splits_of(ceil_div(wanted, std::max<int64_t>(pairs, 1)), p.len_q, plan.backward_tile);
 
   plan.need_grad_key_proj = p.needs_grad_key_proj();
   plan.need_grad_value_proj = p.needs_grad_value_proj();
@@ -109,17 +144,19 @@ Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int 
     plan.workspace_bytes += round_to(bytes, 64);
     return at;
   };
+  if (shape.tiles) plan.not_a_number = reserve(64);
   plan.partials = reserve(pairs * partials * Partial(plan, nullptr).bytes);
-  plan.panels_stride = Panels<float>(plan, nullptr).bytes;
+  plan.panels_stride = shape.tiles ? TilePanels(plan, nullptr).bytes : Panels<float>(plan, nullptr).bytes;
   plan.panels = reserve(pairs * plan.panels_stride);
-  plan.scratch_stride = scratch_bytes<float>(plan);
+  plan.scratch_stride = shape.tiles ? tile_scratch_bytes(plan) : scratch_bytes<float>(plan);
   plan.scratch = reserve(threads * plan.scratch_stride);
   return plan;
 }
 
-void run_plan(const Plan& plan, int threads, const ParallelFor& parallel) {
-  const KernelTable& table = kernel_table();
-  const TaskFunction* tasks = table.tasks[static_cast<int>(plan.problem.dtype)];
+bool run_plan(const Plan& plan, int threads, const ParallelFor& parallel) {
+  const TaskFunction* tasks = plan.table->tasks[static_cast<int>(plan.problem.dtype)];
+  const auto* not_a_number = reinterpret_cast<const int32_t*>(plan.workspace + plan.not_a_number);
+  if (plan.terms) *reinterpret_cast<int32_t*>(plan.workspace + plan.not_a_number) = 0;
   int64_t total = 0;
   for (int i = 0; i < plan.phase_count; ++i) total += plan.phases[i].tasks;
 
@@ -143,6 +180,7 @@ void run_plan(const Plan& plan, int threads, const ParallelFor& parallel) {
       done.fetch_add(1, std::memory_order_release);
     }
   });
+  return plan.terms == 0 || *not_a_number == 0;
 }
 
 }    // namespace linformer::cpu
