@@ -213,12 +213,12 @@ struct TilePanels {
 };
 
 struct TileProjectScratch {
-  std::byte *proj, *panel;    // a chunk of E; a chunk of a head's key or value
+  std::byte *proj, *panel;    // a chunk of E; 32 columns of a chunk of key or value
   int64_t bytes;
   TileProjectScratch(const Plan& plan, std::byte* base) {
     TileCarver carver(plan, base);
     proj = carver.operand(plan.padded_k, plan.chunk);
-    panel = carver.operand(plan.chunk, plan.widest());
+    panel = carver.operand(plan.chunk, 32);
     bytes = carver.used();
   }
 };

@@ -20,27 +20,32 @@ namespace {
 static_assert(kWidth == kSide, "a row of fp32 of a tile is a vector");
 
 // 2^x for x <= 127 to the accuracy of T. With the whole part taken by floor the last instruction adds it by itself.
-// Relative error of degree 3 7.5e-5, of degree 4 2.6e-6 (a Lawson iteration on [0, 1)).
+// Relative error of degree 3 7.5e-5, of degree 4 2.6e-6, of degree 5 7.5e-8 (a Lawson iteration on [0, 1)).
 template <class T>
 LINFORMER_INLINE VecF exp2_for(VecF x) {
 #if defined(__AVX512F__)
-  if constexpr (!kSame<T, float>) {
-    const VecF f = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    VecF p;
-    if constexpr (kSame<T, BFloat16>) {
-      p = splat(0x1.3f96a4p-4f) * f + splat(0x1.cefc4cp-3f);
-      p = p * f + splat(0x1.64444cp-1f);
-      p = p * f + splat(0x1.fff632p-1f);
-    } else {
-      p = splat(0x1.bb7cd4p-7f) * f + splat(0x1.aa13f0p-5f);
-      p = p * f + splat(0x1.ee798ap-3f);
-      p = p * f + splat(0x1.62d166p-1f);
-      p = p * f + splat(0x1.00002cp+0f);
-    }
-    return (VecF)_mm512_scalef_ps((__m512)p, (__m512)x);
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  VecF p;
+  if constexpr (kSame<T, BFloat16>) {
+    p = splat(0x1.3f96a4p-4f) * f + splat(0x1.cefc4cp-3f);
+    p = p * f + splat(0x1.64444cp-1f);
+    p = p * f + splat(0x1.fff632p-1f);
+  } else if constexpr (kSame<T, Half>) {
+    p = splat(0x1.bb7cd4p-7f) * f + splat(0x1.aa13f0p-5f);
+    p = p * f + splat(0x1.ee798ap-3f);
+    p = p * f + splat(0x1.62d166p-1f);
+    p = p * f + splat(0x1.00002cp+0f);
+  } else {
+    p = splat(0x1.ec320ap-10f) * f + splat(0x1.26900cp-7f);
+    p = p * f + splat(0x1.c95446p-5f);
+    p = p * f + splat(0x1.ebd5a8p-3f);
+    p = p * f + splat(0x1.62e4f6p-1f);
+    p = p * f + splat(0x1.fffffep-1f);
   }
-#endif
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
   return exp2_nonpositive(x);
+#endif
 }
 
 LINFORMER_INLINE bool any_lane(VecI lanes) {
@@ -130,6 +135,7 @@ struct TileTasks {
     LINFORMER_INLINE void rows(int64_t first, int64_t count, const TileMatrix& tiles, VecF factor, RowMask mask = {}) {
       float scale[kSide];
       store(scale, factor);
+      if (kTermCount > 1) keep_awake();
       for (int64_t r = 0; r < count; ++r) {
         T* to = target + (first + r) * stride;
         const bool kept = mask.kept(first + r);
@@ -203,15 +209,19 @@ struct TileTasks {
           pack_rows<kTermCount>(proj_tiles, row_of<const T>(proj, 0, head0, 0) + n0, proj.row_stride, p.proj_dim, n,
                                 plan.padded_k, count * kPair);
         }
+        // A pair of columns of tiles is packed into L1 just before E streams past it.
         const TileMatrix panel = {scratch.panel, kStep, count * kStep};    // (step, column)
         for (int64_t h = head0; h < head1; ++h) {
           const Partial partial(plan, partial_of(plan, b * p.heads_kv + h, split, plan.splits));
           const T* source = row_of<const T>(rows, b, h, p.key_row(b, n0));
-          pack_pairs<kTermCount>(panel, source, rows.row_stride, n, width, count * kPair, padded, mask);
+          const TileMatrix sums = result(partial.*sum, padded / kSide);
           Prefetch next = h + 1 < head1 ? Prefetch(source + rows.head_stride, rows.row_stride, n, width) : after;
           const int64_t fetched = next.rows * 4 / (row_tiles * (padded / kSide)) + 1;
-          multiply_tiles(count, proj_tiles, panel, result(partial.*sum, padded / kSide), row_tiles, padded / kSide,
-                         n0 != first, [&] { next.fetch(fetched); });
+          for (int64_t j = 0; j < padded; j += kPair) {
+            pack_pairs<kTermCount>(panel, source + j, rows.row_stride, n, width - j, count * kPair, kPair, mask);
+            multiply_tiles(count, proj_tiles, panel, {sums.at(0, j / kSide), sums.row, sums.column}, row_tiles, 2,
+                           n0 != first, [&] { next.fetch(fetched); });
+          }
         }
       };
       const Prefetch value(row_of<const T>(p.value, b, head0, p.key_row(b, n0)), p.value.row_stride, n, p.value_dim);
@@ -237,6 +247,7 @@ struct TileTasks {
 
   static void finish_project(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
+    const Tiles tiles;
     const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
     T* key = row_of<T>(p.key_proj, b, h, 0);
     T* value = row_of<T>(p.value_proj, b, h, 0);
@@ -455,21 +466,19 @@ struct TileTasks {
   }
 
   // Scores to exponentials, as the first operand of the next product, in place; returns the sums of the rows, before
-  // dropout. The difference comes before the product, see exponentials_of_row in kernels.cpp.
+  // dropout.
   static LINFORMER_INLINE VecF exponentials(std::byte* scores, int64_t columns, const float* reference, float c,
                                             const float* keep, int64_t keep_stride) {
     VecF sums[kSide];
     const int64_t whole = columns / kPair;
     const VecI low_lanes = first_lanes(columns % kPair), high_lanes = first_lanes(columns % kPair - kSide);
-    const auto row = [&](int64_t r, auto with_keep) {
-      constexpr bool kKeep = decltype(with_keep)::kIndex != 0;
-      const VecF top = splat(reference[r]);
+    const auto row = [&](int64_t r, auto with_keep, auto power) {
       VecF low_sum = {}, high_sum = {};
       std::byte* at = scores + r * 64;
       const auto put = [&](int64_t j, VecF low, VecF high) {
         low_sum += low;
         high_sum += high;
-        if constexpr (kKeep) {
+        if constexpr (decltype(with_keep)::kIndex != 0) {
           low *= load(keep + r * keep_stride + j * kPair);
           high *= load(keep + r * keep_stride + j * kPair + kSide);
         }
@@ -477,26 +486,58 @@ struct TileTasks {
         at += kScores;
       };
       for (int64_t j = 0; j < whole; ++j) {
-        put(j, exp2_for<T>((tile_row(at, 0) - top) * c), exp2_for<T>((tile_row(at + kTileBytes, 0) - top) * c));
+        put(j, exp2_for<T>(power(tile_row(at, 0))), exp2_for<T>(power(tile_row(at + kTileBytes, 0))));
       }
       if (columns % kPair) {
-        const VecF low = exp2_for<T>((tile_row(at, 0) - top) * c);
-        const VecF high = exp2_for<T>((tile_row(at + kTileBytes, 0) - top) * c);
+        const VecF low = exp2_for<T>(power(tile_row(at, 0))), high = exp2_for<T>(power(tile_row(at + kTileBytes, 0)));
         put(whole, select(low_lanes, low, VecF{}), select(high_lanes, high, VecF{}));
       }
       sums[r] = low_sum + high_sum;
     };
-    if (keep) {
-      for (int64_t r = 0; r < kSide; ++r) row(r, Index<1>());
-    } else {
-#pragma GCC unroll 2
-      for (int64_t r = 0; r < kSide; ++r) row(r, Index<0>());
-    }
+    each_row(reference, c, keep != nullptr, columns, row);
     return sum_rows(sums);
+  }
+
+  // Rows that take 100 to 200 ns, see keep_awake; a power of 2.
+  static LINFORMER_INLINE int64_t rows_between(int64_t columns) {
+    constexpr int64_t kValues = kTermCount == 1 ? 1024 : 512;
+    int64_t rows = kSide;
+    while (rows > 1 && rows * columns > kValues) rows /= 2;
+    return rows;
+  }
+
+  // row(r, with dropout or not, the function from a score to its power of 2) for 16 rows. The function is score * c -
+  // top * c, one multiply-add, while top * c is at most 2^24: its rounding is a factor that all of the row have in common,
+  // of 2^1/2 at most. Of scores of 2^31 and more it would exceed the range of exponents: there the difference comes first.
+  template <class Row>
+  static LINFORMER_INLINE void each_row(const float* top, float c, bool with_keep, int64_t columns, const Row& row) {
+    const int64_t between = rows_between(columns);
+    const VecF by = splat(c), limit = splat(0x1p24f), power = load(top) * by;
+    const bool fused = !any_lane((VecI)(power > limit) | (VecI)(power < -limit));
+    const auto rows = [&](auto keep) {
+      if (fused) {
+        for (int64_t r = 0; r < kSide; ++r) {
+          const VecF offset = splat(-top[r] * c);
+          if (r % between == between - 1) keep_awake();
+          row(r, keep, [=](VecF score) { return score * by + offset; });
+        }
+      } else {
+        for (int64_t r = 0; r < kSide; ++r) {
+          const VecF most = splat(top[r]);
+          row(r, keep, [=](VecF score) { return (score - most) * by; });
+        }
+      }
+    };
+    if (with_keep) {
+      rows(Index<1>());
+    } else {
+      rows(Index<0>());
+    }
   }
 
   static void prepare_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
+    const Tiles tiles;
     const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
     const TileFinishScratch scratch(plan, memory);
     const TilePanels panels = panels_of(plan, task);
@@ -518,6 +559,7 @@ struct TileTasks {
       pack_pairs<kTermCount>(words, source + i * stride, stride, smaller(kPair, rows - i), columns, kPair,
                              padded_columns);
       for (int64_t j = 0; j < padded_columns / kSide; ++j) {
+        if (j % 2 == 0) keep_awake();
         for (int64_t term = 0; term < kTermCount; ++term) {
           transpose_tile(words.at(0, j) + term * kTileBytes, 64, target.at(j, i / kPair) + term * kTileBytes, 64);
         }
@@ -536,35 +578,39 @@ struct TileTasks {
     float top[kSide], inverse[kSide], delta[kSide];
     store(top, lanes_max(splat(kLowest), largest(scores, columns)));
     VecF sums[kSide], dots[kSide];
-    for (int64_t r = 0; r < kSide; ++r) {
-      const VecF most = splat(top[r]);
-      VecF sum = {}, dot = {};
+    const auto row = [&](int64_t r, auto with_keep, auto power) {
+      VecF low_sum = {}, high_sum = {}, low_dot = {}, high_dot = {};
       for (int64_t j = 0; j < pairs; ++j) {
         std::byte* at = scores + j * kScores + r * 64;
         const std::byte* grad = grad_scores + j * 2 * kTileBytes + r * 64;
-        VecF low = exp2_for<T>((tile_row(at, 0) - most) * c), high = exp2_for<T>((tile_row(at + kTileBytes, 0) - most) * c);
+        VecF low = exp2_for<T>(power(tile_row(at, 0))), high = exp2_for<T>(power(tile_row(at + kTileBytes, 0)));
         if (j + 1 == pairs) {
           low = select(low_lanes, low, VecF{});
           high = select(high_lanes, high, VecF{});
         }
         store_raw(at, low);
         store_raw(at + kTileBytes, high);
-        sum += low + high;
-        if (keep) {
+        low_sum += low;
+        high_sum += high;
+        if constexpr (decltype(with_keep)::kIndex != 0) {
           const float* factor = keep + r * keep_stride + j * kPair;
           low *= load(factor);
           high *= load(factor + kSide);
         }
-        dot += low * tile_row(grad, 0) + high * tile_row(grad + kTileBytes, 0);
+        low_dot += low * tile_row(grad, 0);
+        high_dot += high * tile_row(grad + kTileBytes, 0);
       }
-      sums[r] = sum;
-      dots[r] = dot;
-    }
+      sums[r] = low_sum + high_sum;
+      dots[r] = low_dot + high_dot;
+    };
+    each_row(top, c, keep != nullptr, columns, row);
     const VecF by = splat(1.0f) / sum_rows(sums);
     store(inverse, by);
     store(delta, sum_rows(dots) * by);
     const int64_t word = m % kPair / 2 * 64;
+    const int64_t between = rows_between(columns);
     for (int64_t r = 0; r < kSide; r += 2) {
+      if (r % between == 0) keep_awake();
       const VecF by0 = splat(inverse[r]), by1 = splat(inverse[r + 1]);
       const VecF delta0 = splat(delta[r]), delta1 = splat(delta[r + 1]);
       for (int64_t j = 0; j < pairs; ++j) {
@@ -749,6 +795,7 @@ struct TileTasks {
 
   static void finish_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
+    const Tiles tiles;
     const int64_t b = task / p.heads_kv, h = task % p.heads_kv;
     const TileFinishScratch scratch(plan, memory);
     const TilePanels panels = panels_of(plan, task);
@@ -899,6 +946,7 @@ struct TileTasks {
         const TileMatrix words = {square, 0, kStep};
         pack_pairs<kTermCount>(words, source + i * stride + j, stride, smaller(kPair, rows - i), columns - j, kPair,
                                kPair);
+        keep_awake();
         for (int64_t u = 0; u < 2; ++u) {
           for (int64_t term = 0; term < kTermCount; ++term) {
             transpose_tile(words.at(0, u) + term * kTileBytes, 64,
@@ -913,6 +961,7 @@ struct TileTasks {
   static void write_transposed(Out& out, const TileMatrix& sums, int64_t k, int64_t columns, std::byte* scratch) {
     for (int64_t i = 0; i < k; i += kSide) {
       for (int64_t j = 0; j < columns; j += kPair) {
+        keep_awake();
         transpose_tile(sums.at(j / kSide, i / kSide), 64, scratch, 64);
         transpose_tile(sums.at(j / kSide + 1, i / kSide), 64, scratch + kTileBytes, 64);
         for (int64_t r = 0; r < smaller(kSide, k - i); ++r) {
