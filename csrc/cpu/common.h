@@ -1,4 +1,5 @@
-// What the tasks of every kernel build need besides their products: where rows lie, dropout, sums of partials, the peak.
+// What the tasks of every kernel build need besides their products: where rows lie, dropout, sums of partials, the
+// peak.
 #pragma once
 
 #include <time.h>

@@ -75,6 +75,19 @@ const KernelTable& choose() {
   return *found[0];
 }
 
+// Where tiles are faster than vectors of the same machine: by time of both, N = 64 to 1,024, D = 8 to 80, K = 4 to 192.
+// A tile is 32 x 16 and padded with zeros, and each term has to be made.
+bool tiles_pay(const Problem& p) {
+  if (p.dtype == DType::kBFloat16) return p.proj_dim >= 16;
+  if (p.proj_dim < 64) return false;
+  if (p.dtype == DType::kFloat16) return true;
+  const auto padded = [](int64_t size) { return static_cast<double>((size + 31) / 32 * 32); };
+  const int64_t width = p.head_dim + p.value_dim;
+  const double used =
+      static_cast<double>(p.proj_dim * width) / (padded(p.proj_dim) * (padded(p.head_dim) + padded(p.value_dim)));
+  return used >= 0.75 && width >= 64 && p.len_q + p.len_k >= 512;
+}
+
 }    // namespace
 
 const KernelTable& kernel_table() {
@@ -82,6 +95,9 @@ const KernelTable& kernel_table() {
   return table;
 }
 
-const KernelTable& kernel_table_for(const Problem&) { return kernel_table(); }
+const KernelTable& kernel_table_for(const Problem& problem) {
+  const KernelTable& table = kernel_table();
+  return table.without_tiles && !tiles_pay(problem) ? *table.without_tiles : table;
+}
 
 }    // namespace linformer::cpu

@@ -187,7 +187,7 @@ class TileCarver {
 };
 
 struct TilePanels {
-  std::byte *key_t = nullptr, *value = nullptr;                // as in Panels
+  std::byte *key_t = nullptr, *value = nullptr;    // as in Panels
   std::byte *key = nullptr, *value_t = nullptr;
   std::byte *grad_key = nullptr, *grad_key_t = nullptr;
   std::byte *grad_value = nullptr, *grad_value_t = nullptr;

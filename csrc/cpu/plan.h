@@ -69,7 +69,7 @@ struct Plan {
   // Memory, in bytes from the start of the workspace.
   int64_t not_a_number = 0;    // of tiles: an int32 that is set when a result holds a NaN
   int64_t partials = 0;        // fp32 (b, kv head, split, K, padded D + padded D_v)
-  int64_t panels = 0;      // words, one set of panels a (b, kv head)
+  int64_t panels = 0;          // words, one set of panels a (b, kv head)
   int64_t panels_stride = 0;
   int64_t scratch = 0;    // one piece a thread
   int64_t scratch_stride = 0;

@@ -1,5 +1,5 @@
-// Products of AMX tiles, and the packing that makes tiles of rows. Compiled with the instructions (LINFORMER_CPU_AMX 1),
-// and with the same algorithm in portable code, so that every machine can test it.
+// Products of AMX tiles, and the packing that makes tiles of rows. Compiled with the instructions (LINFORMER_CPU_AMX
+// 1), and with the same algorithm in portable code, so that every machine can test it.
 //
 // A tile is 16 rows of 64 bytes, 1 KB. One instruction adds the product of two tiles to a third:
 //   A   16 rows of 32 bf16, which are summed over
@@ -10,8 +10,8 @@
 //   bf16  1 term,  1 product
 //   fp16  2 terms, 3 products      error of a product of K = 512 relative to its size 2.8e-6
 //   fp32  3 terms, 6 products      1.9e-7; FMA in order 4.1e-7
-// The terms of a tile lie one after another. Where a value is infinite, the other terms make NaN of it: what then holds a
-// NaN is computed again without tiles, see kernels.h. Every matrix is padded with zeros to whole pairs of tiles, 32.
+// The terms of a tile lie one after another. Where a value is infinite, the other terms make NaN of it: what then holds
+// a NaN is computed again without tiles, see kernels.h. Every matrix is padded with zeros to whole pairs of tiles, 32.
 //
 // The instruction takes subnormal bf16 for zero and gives zero for subnormal fp32, whatever the thread's mode says.
 #pragma once
@@ -241,7 +241,6 @@ LINFORMER_INLINE void multiply_row(int64_t steps, const std::byte* a, int64_t a_
   }
 }
 
-
 LINFORMER_INLINE VecF upper(VecF value) { return (VecF)((VecU)value & 0xffff0000u); }
 
 // The terms of 32 values of a row of A.
@@ -250,9 +249,8 @@ LINFORMER_INLINE void store_row_terms(std::byte* target, VecF low, VecF high) {
   for (int term = 0; term < kTermCount - 1; ++term) {
     const VecF low_part = upper(low), high_part = upper(high);
 #if defined(__AVX512BW__)
-    alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                        23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                        45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     store_raw(target, _mm512_permutex2var_epi16((__m512i)low_part, _mm512_load_si512(kUpper), (__m512i)high_part));
 #else
     store_raw(target, __builtin_convertvector((VecU)low_part >> 16, VecH));
@@ -313,11 +311,11 @@ struct Values {
   }
 };
 
-// Rows of A from the first padded_columns columns of rows of a tensor, with zeros where there are no more and where a row
-// is masked.
+// Rows of A from the first padded_columns columns of rows of a tensor, with zeros where there are no more and where a
+// row is masked.
 template <int kTermCount, class S>
-void pack_rows(TileMatrix target, const S* source, int64_t stride, int64_t rows, int64_t columns,
-               int64_t padded_rows, int64_t padded_columns, RowMask mask = {}) {
+void pack_rows(TileMatrix target, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t padded_rows,
+               int64_t padded_columns, RowMask mask = {}) {
   columns = smaller(columns, padded_columns);
   Prefetch ahead(source + 2 * stride, stride, rows - 2, columns);
   const auto put = [](std::byte* tile, const S* values) {
@@ -345,8 +343,8 @@ void pack_rows(TileMatrix target, const S* source, int64_t stride, int64_t rows,
 
 // B from rows of a tensor that are the summed dimension: tile (step, column).
 template <int kTermCount, class S>
-void pack_pairs(TileMatrix target, const S* source, int64_t stride, int64_t rows, int64_t columns,
-                int64_t padded_rows, int64_t padded_columns, RowMask mask = {}) {
+void pack_pairs(TileMatrix target, const S* source, int64_t stride, int64_t rows, int64_t columns, int64_t padded_rows,
+                int64_t padded_columns, RowMask mask = {}) {
   columns = smaller(columns, padded_columns);
   const auto put = [&](std::byte* left, const S* a, const S* b) {
     std::byte* right = left + target.column;
@@ -444,9 +442,8 @@ LINFORMER_INLINE VecF reduce_rows(const VecF* row, const Combine& combine) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {    // rows i, i + 4, i + 8, i + 12, four lanes each
-    x[i] = combine(
-        __builtin_shufflevector(w[i], w[i + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
-        __builtin_shufflevector(w[i], w[i + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+    x[i] = combine(__builtin_shufflevector(w[i], w[i + 4], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+                   __builtin_shufflevector(w[i], w[i + 4], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
   }
   const auto two = [&](VecF a, VecF b) {
     return combine(__builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29),

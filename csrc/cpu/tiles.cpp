@@ -1,15 +1,15 @@
-// The tasks of the CPU plan on AMX tiles. CMake compiles this file twice: with the instructions, and in portable code for
-// tests. The tasks are those of kernels.cpp, with results of products as tiles of 16 x 16 fp32 and:
+// The tasks of the CPU plan on AMX tiles. CMake compiles this file twice: with the instructions, and in portable code
+// for tests. The tasks are those of kernels.cpp, with results of products as tiles of 16 x 16 fp32 and:
 //   attend           16 queries at a time and K in blocks, so that scores, K'^T and V' of a block are in L1. Exponents
-//                    refer to the largest score of the first block; only one 2^40 above it makes what is there be scaled.
-//                    P takes the place of the scores, as the first operand of the product with V'.
-//   attend_backward  16 queries and all of K: P, then dS, in the place of the scores. dV'^T += dO^T P and dK'^T += Q^T dS
+//                    refer to the largest score of the first block; only one 2^40 above it makes what is there be
+//                    scaled. P takes the place of the scores, as the first operand of the product with V'.
+//   attend_backward  16 queries and all of K: P, then dS, in the place of the scores. dV'^T += dO^T P and dK'^T += Q^T
+//   dS
 //                    once a tile of queries: transposed, because P and dS are then B, whose words are made of two rows.
 //   project_backward dE^T is summed over the heads in registers.
-#include "tile.h"
-
 #include "common.h"
 #include "kernels.h"
+#include "tile.h"
 
 namespace linformer::cpu {
 
@@ -68,8 +68,9 @@ LINFORMER_INLINE VecI first_lanes(int64_t count) {
 template <class T>
 struct TileTasks {
   static constexpr int kTermCount = kTerms<T>;
-  static constexpr int64_t kStep = kTermCount * kTileBytes;                    // one operand tile, with its terms
-  static constexpr int64_t kScores = kTermCount > 2 ? kStep : 2 * kTileBytes;    // scores of 16 x 32, and P in their place
+  static constexpr int64_t kStep = kTermCount * kTileBytes;    // one operand tile, with its terms
+  static constexpr int64_t kScores =
+      kTermCount > 2 ? kStep : 2 * kTileBytes;    // scores of 16 x 32, and P in their place
 
   // Operands and results of `columns` tiles a row.
   static LINFORMER_INLINE TileMatrix operand(std::byte* tiles, int64_t columns) {
@@ -110,7 +111,8 @@ struct TileTasks {
         if constexpr (kSame<T, BFloat16>) {
           both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
         } else {
-          both = _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)float_to_half(low)), (__m256i)float_to_half(high), 1);
+          both =
+              _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)float_to_half(low)), (__m256i)float_to_half(high), 1);
         }
         if (stream) {
           _mm512_stream_si512(reinterpret_cast<__m512i*>(to), both);
@@ -358,7 +360,8 @@ struct TileTasks {
       const VecI low = first_lanes(columns % kPair), high = first_lanes(columns % kPair - kSide);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kSide; ++r) {
-        most[r] = lanes_max(select(low, tile_row(pair, r), lowest), select(high, tile_row(pair + kTileBytes, r), lowest));
+        most[r] =
+            lanes_max(select(low, tile_row(pair, r), lowest), select(high, tile_row(pair + kTileBytes, r), lowest));
       }
     } else {
 #pragma GCC unroll 16
@@ -429,8 +432,8 @@ struct TileTasks {
               dropout_factors(p, b, h, m0 + m + r, scratch.keep + r * plan.k_block, k0, columns, pairs * kPair);
             }
           }
-          const VecF part = exponentials(scratch.scores, columns, reference, c, p.dropout_p > 0 ? scratch.keep : nullptr,
-                                         plan.k_block);
+          const VecF part = exponentials(scratch.scores, columns, reference, c,
+                                         p.dropout_p > 0 ? scratch.keep : nullptr, plan.k_block);
           store(sum, first ? part : load(sum) + part);
 
           const TileMatrix rows_of_v = {values.at(k0 / kPair, 0), values.row, values.column};
@@ -507,8 +510,9 @@ struct TileTasks {
   }
 
   // row(r, with dropout or not, the function from a score to its power of 2) for 16 rows. The function is score * c -
-  // top * c, one multiply-add, while top * c is at most 2^24: its rounding is a factor that all of the row have in common,
-  // of 2^1/2 at most. Of scores of 2^31 and more it would exceed the range of exponents: there the difference comes first.
+  // top * c, one multiply-add, while top * c is at most 2^24: its rounding is a factor that all of the row have in
+  // common, of 2^1/2 at most. Of scores of 2^31 and more it would exceed the range of exponents: there the difference
+  // comes first.
   template <class Row>
   static LINFORMER_INLINE void each_row(const float* top, float c, bool with_keep, int64_t columns, const Row& row) {
     const int64_t between = rows_between(columns);
@@ -696,15 +700,15 @@ struct TileTasks {
               p.head_dim, plan.stream);
       for (int64_t m = 0; m < rows; m += kSide) {
         const int64_t n = smaller(kSide, rows - m);
-        const RowsOfA q(scratch.query, query + m * p.query.row_stride, p.query.row_stride, n, p.head_dim, plan.padded_d);
+        const RowsOfA q(scratch.query, query + m * p.query.row_stride, p.query.row_stride, n, p.head_dim,
+                        plan.padded_d);
         multiply_scores(q, keys_t, k_tiles, key_steps, scratch.scores);
         if (need_scores_gradient) {
           const RowsOfA g(scratch.grad_out, grad_out + m * p.grad_out.row_stride, p.grad_out.row_stride, n, p.value_dim,
                           plan.padded_dv);
-          multiply_columns(k_tiles, value_steps, g.tiles, g.step, g.stride, values_t, FromZero(),
-                           [&](int64_t j, auto number) {
-                             store_tiles(number, scratch.grad_scores + j * kTileBytes, kTileBytes);
-                           });
+          multiply_columns(
+              k_tiles, value_steps, g.tiles, g.step, g.stride, values_t, FromZero(),
+              [&](int64_t j, auto number) { store_tiles(number, scratch.grad_scores + j * kTileBytes, kTileBytes); });
         } else {
           std::memset(scratch.grad_scores, 0, static_cast<size_t>(k_tiles * kTileBytes));
         }
@@ -716,10 +720,9 @@ struct TileTasks {
         }
         differentiate(scratch.scores, scratch.grad_scores, p.proj_dim, c, keep, plan.padded_k, p_pairs, ds_pairs, m);
         if (p.grad_query.data) {
-          multiply_columns(plan.padded_d / kSide, plan.padded_k / kPair, scratch.scores, kScores, 64, keys, FromZero(),
-                           [&](int64_t j, auto number) {
-                             store_tiles(number, scratch.out + j * kTileBytes, kTileBytes);
-                           });
+          multiply_columns(
+              plan.padded_d / kSide, plan.padded_k / kPair, scratch.scores, kScores, 64, keys, FromZero(),
+              [&](int64_t j, auto number) { store_tiles(number, scratch.out + j * kTileBytes, kTileBytes); });
           out.rows(m, n, {scratch.out, 0, kTileBytes}, splat(p.scale));
         }
       }
@@ -775,8 +778,8 @@ struct TileTasks {
     }
     if (panel) {
       pack_pairs<kTermCount>(operand(panel, padded / kSide), source, stride, k, columns, plan.padded_k, padded);
-      pack_columns<kTermCount>(TileMatrix{panel_t, kStep, count * kStep}, operand(scratch.row, count), source, stride, k,
-                               columns, plan.padded_k, padded);
+      pack_columns<kTermCount>(TileMatrix{panel_t, kStep, count * kStep}, operand(scratch.row, count), source, stride,
+                               k, columns, plan.padded_k, padded);
     }
   }
 
@@ -1009,9 +1012,9 @@ double peak_gflops(bool bf16) {
   return best;
 }
 
-#define LINFORMER_TASKS(T)                                                                                  \
-  {TileTasks<T>::project,         TileTasks<T>::finish_project,  TileTasks<T>::attend,                      \
-   TileTasks<T>::prepare_backward, TileTasks<T>::attend_backward, TileTasks<T>::finish_backward,            \
+#define LINFORMER_TASKS(T)                                                                       \
+  {TileTasks<T>::project,          TileTasks<T>::finish_project,  TileTasks<T>::attend,          \
+   TileTasks<T>::prepare_backward, TileTasks<T>::attend_backward, TileTasks<T>::finish_backward, \
    TileTasks<T>::project_backward}
 
 }    // namespace
