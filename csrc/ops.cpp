@@ -332,13 +332,17 @@ void run(const Problem& problem, unsigned stages, const Tensor& like) {
   if (on_gpu(like)) return run_cuda(problem, stages, like);
 #endif
   const int threads = cpu::threads_for(problem, static_cast<int>(torch::stable::get_num_threads()));
-  cpu::Plan plan = cpu::make_plan(problem, stages, cpu::kernel_table().shape, threads);
-  const Tensor workspace = workspace_of(plan.workspace_bytes, 64, like, &plan.workspace);
-  cpu::run_plan(plan, threads, [](int64_t count, const std::function<void(int64_t)>& body) {
-    torch::stable::parallel_for(0, count, 1, [&body](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(i);
+  const auto run_on = [&](const cpu::KernelTable& table) {
+    cpu::Plan plan = cpu::make_plan(problem, stages, table, threads);
+    const Tensor workspace = workspace_of(plan.workspace_bytes, 64, like, &plan.workspace);
+    return cpu::run_plan(plan, threads, [](int64_t count, const std::function<void(int64_t)>& body) {
+      torch::stable::parallel_for(0, count, 1, [&body](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
+      });
     });
-  });
+  };
+  const cpu::KernelTable& table = cpu::kernel_table_for(problem);
+  if (!run_on(table)) run_on(*table.without_tiles);
 }
 
 bool needed(int64_t needs, int bit) { return (needs >> bit & 1) != 0; }
@@ -495,7 +499,7 @@ std::vector<int64_t> cpu_plan(int64_t batch, int64_t heads, int64_t length, int6
   p.head_dim = p.value_dim = head_dim;
   p.shared_kv = shared_kv;
   const cpu::Plan plan = cpu::make_plan(p, backward ? kAttendBackward | kProjectBackward : kProject | kAttend,
-                                        cpu::kernel_table().shape, static_cast<int>(threads));
+                                        cpu::kernel_table_for(p), static_cast<int>(threads));
   std::vector<int64_t> tasks;
   for (int i = 0; i < plan.phase_count; ++i) tasks.push_back(plan.phases[i].tasks);
   return tasks;

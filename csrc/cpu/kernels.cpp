@@ -9,21 +9,10 @@
 //   project_backward dK = E^T dK'; dE += dK' K^T, held as its transpose so that key is read as it lies
 #include "kernels.h"
 
-#include <time.h>
-
-#include "../philox.h"
-#include "gemm.h"
-#include "layout.h"
+#include "common.h"
 
 namespace linformer::cpu {
 namespace {
-
-constexpr float kLog2E = 0x1.715476p0f;
-
-template <class T>
-LINFORMER_INLINE T* row_of(const Rows& rows, int64_t b, int64_t h, int64_t row) {
-  return static_cast<T*>(rows.data) + b * rows.batch_stride + h * rows.head_stride + row * rows.row_stride;
-}
 
 // Whether rows of a result are streamed past the caches: where all results are too large to be still there when they
 // are read, and where rows are whole lines.
@@ -103,19 +92,6 @@ LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_
   return sum_of_lanes(sum);
 }
 
-// The row's dropout factors, 0 or 1 / (1 - p), zero up to the next whole vector.
-void dropout_factors(const Problem& p, int64_t b, int64_t head, int64_t row, float* factor) {
-  const uint32_t threshold = dropout_threshold(p.dropout_p);
-  const float kept = static_cast<float>(1.0 / (1.0 - p.dropout_p));
-  for (int64_t k = 0; k < p.proj_dim; k += 4) {
-    const Philox4 random =
-        philox(static_cast<uint32_t>(k / 4), static_cast<uint32_t>(row), static_cast<uint32_t>(b * p.heads + head),
-               static_cast<uint32_t>(p.rng_state[1]), static_cast<uint64_t>(p.rng_state[0]));
-    for (int64_t i = 0; i < smaller(4, p.proj_dim - k); ++i) factor[k + i] = random.word[i] >= threshold ? kept : 0.0f;
-  }
-  for (int64_t k = p.proj_dim; k % kWidth; ++k) factor[k] = 0.0f;
-}
-
 // Rows of scores to exponentials of type Out, unnormalised, in place; inverse_sum gets what makes them probabilities.
 // All maxima come first, so that no row waits for the end of its own reduction. keep_row(i) is null or row i's dropout
 // factors.
@@ -128,36 +104,6 @@ void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scal
     float* row = scores + i * ld;
     inverse_sum[i] = 1.0f / exponentials_of_row(row, reinterpret_cast<Out*>(row), k, c, inverse_sum[i], keep_row(i));
   }
-}
-
-LINFORMER_INLINE RowMask mask_of(const Problem& p, int64_t b, int64_t row) {
-  if (p.mask == nullptr) return {};
-  return {p.mask + b * p.mask_batch_stride + row * p.mask_row_stride, p.mask_row_stride};
-}
-
-LINFORMER_INLINE std::byte* partial_of(const Plan& plan, int64_t bh, int64_t split, int64_t splits) {
-  return plan.workspace + plan.partials + (bh * splits + split) * Partial(plan, nullptr).bytes;
-}
-
-// fp32 rows of K', V' or their gradients.
-struct Sum {
-  const float* rows;
-  int64_t stride;
-};
-
-// The part's sum over all splits, in their order, left in the first partial.
-Sum sum_of_partials(const Plan& plan, const FinishPart& part, int64_t splits) {
-  const int64_t stride = part.value ? plan.padded_dv : plan.padded_d;
-  const auto rows_of_split = [&](int64_t split) {
-    const Partial partial(plan, partial_of(plan, part.bh, split, splits));
-    return (part.value ? partial.value : partial.key) + part.first * stride;
-  };
-  float* total = rows_of_split(0);
-  for (int64_t s = 1; s < splits; ++s) {
-    const float* more = rows_of_split(s);
-    for (int64_t i = 0; i < part.rows * stride; i += kWidth) store(total + i, load(total + i) + load(more + i));
-  }
-  return {total, stride};
 }
 
 template <class T>
@@ -264,7 +210,7 @@ struct Tasks {
       exponentials<typename Math::Value>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale,
                                          scratch.inverse_sum, [&](int64_t i) -> const float* {
                                            if (p.dropout_p == 0) return nullptr;
-                                           dropout_factors(p, b, h, m0 + i, scratch.keep);
+                                           dropout_factors(p, b, h, m0 + i, scratch.keep, 0, p.proj_dim, plan.padded_k);
                                            return scratch.keep;
                                          });
       multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
@@ -409,7 +355,7 @@ struct Tasks {
       differentiate_rows(scratch, rows, p.proj_dim, p.scale, [&](int64_t i) -> const float* {
         if (p.dropout_p == 0) return nullptr;
         float* factor = scratch.keep + i % 2 * plan.padded_k;
-        dropout_factors(p, b, h, m0 + i, factor);
+        dropout_factors(p, b, h, m0 + i, factor, 0, p.proj_dim, plan.padded_k);
         return factor;
       });
       // fp32 rows that serve as A serve as B too; pairs along the other dimension are made of the tensor.
@@ -603,10 +549,11 @@ double probe_gflops() { return multiply_add_gflops(false, 9000); }
 extern const KernelTable LINFORMER_CPU_TABLE;
 const KernelTable LINFORMER_CPU_TABLE = {
     LINFORMER_CPU_NAME,
-    {kTileRows, kTileColumns, LINFORMER_CPU_PAIRED},
+    {kTileRows, kTileColumns, LINFORMER_CPU_PAIRED, false},
     {LINFORMER_TASKS(float), LINFORMER_TASKS(Half), LINFORMER_TASKS(BFloat16)},
     peak_gflops,
     probe_gflops,
+    nullptr,
 };
 
 }    // namespace linformer::cpu

@@ -34,8 +34,9 @@ struct Partial {
   int64_t bytes;
   Partial(const Plan& plan, std::byte* base) {
     Carver carver(base);
-    key = carver.take<float>(plan.problem.proj_dim * plan.padded_d);
-    value = carver.take<float>(plan.problem.proj_dim * plan.padded_dv);
+    const int64_t rows = plan.terms ? plan.padded_k : plan.problem.proj_dim;    // tiles are whole
+    key = carver.take<float>(rows * plan.padded_d);
+    value = carver.take<float>(rows * plan.padded_dv);
     bytes = carver.used();
   }
 };
@@ -165,6 +166,126 @@ struct ProjectBackwardScratch {
     grad_rows =
         carver.take<float>(plan.backward_chunk * (plan.padded_d > plan.padded_dv ? plan.padded_d : plan.padded_dv));
     grad_proj_t = carver.take<float>(plan.backward_chunk * plan.padded_k);
+    bytes = carver.used();
+  }
+};
+
+// The same for the build of AMX tiles. A tile is 1 KB: 16 rows of 32 bf16 or of 16 fp32. Operands have plan.terms tiles
+// in the place of one, results one of fp32.
+class TileCarver {
+ public:
+  TileCarver(const Plan& plan, std::byte* base) : carver_(base), terms_(plan.terms) {}
+  std::byte* operand(int64_t rows, int64_t columns) { return take((rows + 15) / 16 * ((columns + 31) / 32) * terms_); }
+  std::byte* result(int64_t rows, int64_t columns) { return take((rows + 15) / 16 * ((columns + 15) / 16)); }
+  std::byte* take(int64_t tiles) { return carver_.take<std::byte>(tiles * 1024); }
+  float* floats(int64_t count) { return carver_.take<float>(count); }
+  int64_t used() const { return carver_.used(); }
+
+ private:
+  Carver carver_;
+  int64_t terms_;
+};
+
+struct TilePanels {
+  std::byte *key_t = nullptr, *value = nullptr;    // as in Panels
+  std::byte *key = nullptr, *value_t = nullptr;
+  std::byte *grad_key = nullptr, *grad_key_t = nullptr;
+  std::byte *grad_value = nullptr, *grad_value_t = nullptr;
+  int64_t bytes;
+  TilePanels(const Plan& plan, std::byte* base) {
+    TileCarver carver(plan, base);
+    const auto key_panel = [&] { return carver.operand(plan.padded_k, plan.padded_d); };
+    const auto value_panel = [&] { return carver.operand(plan.padded_k, plan.padded_dv); };
+    if (plan.stages & (kAttend | kAttendBackward)) key_t = key_panel();
+    if (plan.stages & kAttend) value = value_panel();
+    if (plan.stages & kAttendBackward) {
+      key = key_panel();
+      value_t = value_panel();
+    }
+    if (plan.stages & kProjectBackward) {
+      grad_key = key_panel();
+      grad_key_t = key_panel();
+      grad_value = value_panel();
+      grad_value_t = value_panel();
+    }
+    bytes = carver.used();
+  }
+};
+
+struct TileProjectScratch {
+  std::byte *proj, *panel;    // a chunk of E; 32 columns of a chunk of key or value
+  int64_t bytes;
+  TileProjectScratch(const Plan& plan, std::byte* base) {
+    TileCarver carver(plan, base);
+    proj = carver.operand(plan.padded_k, plan.chunk);
+    panel = carver.operand(plan.chunk, 32);
+    bytes = carver.used();
+  }
+};
+
+struct TileFinishScratch {
+  std::byte* row;    // a row of tiles
+  float* rows;       // dK' or dV', K x D
+  int64_t bytes;
+  TileFinishScratch(const Plan& plan, std::byte* base) {
+    TileCarver carver(plan, base);
+    row = carver.operand(16, plan.widest());
+    rows = carver.floats(plan.stages & kAttendBackward ? plan.padded_k * plan.widest() : 0);
+    bytes = carver.used();
+  }
+};
+
+struct TileAttendScratch {
+  std::byte *query, *scores, *out;    // all of a tile of queries; 16 rows, a block of K; the tile's sums, or 16 rows
+  float *keep, *reference, *sum;      // 16 rows of dropout factors; a number a query
+  int64_t bytes;
+  TileAttendScratch(const Plan& plan, std::byte* base) {
+    TileCarver carver(plan, base);
+    query = carver.operand(plan.query_tile, plan.padded_d);
+    scores = carver.take(plan.k_block / 32 * (plan.terms > 2 ? plan.terms : 2));
+    out = carver.result(plan.query_tile, plan.padded_dv);
+    keep = carver.floats(16 * plan.k_block);
+    reference = carver.floats(plan.query_tile);
+    sum = carver.floats(plan.query_tile);
+    bytes = carver.used();
+  }
+};
+
+struct TileAttendBackwardScratch {
+  std::byte *query, *grad_out;        // 16 rows
+  std::byte *query_t, *grad_out_t;    // a tile of queries
+  std::byte *scores, *grad_scores;    // 16 rows
+  std::byte *p_pairs, *ds_pairs;      // a tile of queries: P and dS as B
+  std::byte *out, *square;            // 16 rows of dQ; a pair of tiles before it is transposed
+  float* keep;
+  int64_t bytes;
+  TileAttendBackwardScratch(const Plan& plan, std::byte* base) {
+    TileCarver carver(plan, base);
+    query = carver.operand(16, plan.padded_d);
+    grad_out = carver.operand(16, plan.padded_dv);
+    query_t = carver.operand(plan.padded_d, plan.backward_tile);
+    grad_out_t = carver.operand(plan.padded_dv, plan.backward_tile);
+    scores = carver.take(plan.padded_k / 32 * (plan.terms > 2 ? plan.terms : 2));
+    grad_scores = carver.result(16, plan.padded_k);
+    p_pairs = carver.operand(plan.padded_k, plan.backward_tile);
+    ds_pairs = carver.operand(plan.padded_k, plan.backward_tile);
+    out = carver.result(16, plan.padded_d);
+    square = carver.operand(32, plan.widest());
+    keep = carver.floats(16 * plan.padded_k);
+    bytes = carver.used();
+  }
+};
+
+struct TileProjectBackwardScratch {
+  std::byte *proj_t, *rows;        // E^T of a chunk; key or value of a chunk, of the heads of a group
+  std::byte *grad_proj_t, *out;    // dE^T of a chunk; dK of 32 rows
+  int64_t bytes;
+  TileProjectBackwardScratch(const Plan& plan, std::byte* base) {
+    TileCarver carver(plan, base);
+    proj_t = carver.operand(plan.backward_chunk, plan.padded_k);
+    rows = carver.operand(plan.backward_chunk * plan.heads_in_group, plan.widest());
+    grad_proj_t = carver.result(plan.backward_chunk, plan.padded_k);
+    out = carver.result(32, plan.widest() > 64 ? plan.widest() : 64);
     bytes = carver.used();
   }
 };

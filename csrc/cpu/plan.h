@@ -18,6 +18,7 @@ struct Shape {
   int64_t tile_rows = 0;       // rows of the register tile
   int64_t tile_columns = 0;    // columns of the register tile, the width of a packed panel
   bool paired_bf16 = false;    // bf16 problems keep bf16 operands, two to a word
+  bool tiles = false;          // products of AMX tiles: layouts and sizes of their own
 };
 
 enum TaskKind {
@@ -36,11 +37,15 @@ struct Phase {
   int64_t tasks = 0;
 };
 
+struct KernelTable;
+
 struct Plan {
   Problem problem;
-  Shape shape;
+  const KernelTable* table = nullptr;
   unsigned stages = 0;
 
+  Shape shape;
+  int64_t terms = 0;              // of tiles: bf16 numbers that a value is cut into; 0 without tiles
   int64_t words_per_value = 1;    // values in a word
   int64_t padded_k = 0;           // K, D and D_v rounded up to whole panels
   int64_t padded_d = 0;
@@ -51,6 +56,7 @@ struct Plan {
   int64_t finish_rows = 0;       // rows of K' or V' in a FinishPart, a multiple of 16
   int64_t query_tile = 0;        // query rows whose scores are in cache together
   int64_t query_block = 0;       // query rows of a kAttendTask
+  int64_t k_block = 0;           // of tiles: columns of the scores that are in cache together
   int64_t backward_tile = 0;     // as query_tile, in kAttendBackwardTask
   int64_t backward_splits = 1;
   int64_t backward_chunk = 0;         // rows of the sequence in kProjectBackwardTask
@@ -62,14 +68,16 @@ struct Plan {
   int phase_count = 0;
 
   // Memory, in bytes from the start of the workspace.
-  int64_t partials = 0;    // fp32 (b, kv head, split, K, padded D + padded D_v)
-  int64_t panels = 0;      // words, one set of panels a (b, kv head)
+  int64_t not_a_number = 0;    // of tiles: an int32 that is set when a result holds a NaN
+  int64_t partials = 0;        // fp32 (b, kv head, split, K, padded D + padded D_v)
+  int64_t panels = 0;          // words, one set of panels a (b, kv head)
   int64_t panels_stride = 0;
   int64_t scratch = 0;    // one piece a thread
   int64_t scratch_stride = 0;
   int64_t workspace_bytes = 0;
   std::byte* workspace = nullptr;    // set by the caller, aligned to 64 bytes
 
+  int64_t widest() const { return padded_d > padded_dv ? padded_d : padded_dv; }
   int64_t words(int64_t values) const { return (values + words_per_value - 1) / words_per_value; }
   int64_t project_backward_chunks() const {
     // Columns of E beyond the longest sequence have a gradient too: zero.
@@ -100,11 +108,12 @@ struct FinishPart {
 // Threads worth waking: a problem of microseconds is done sooner than a second thread is there.
 int threads_for(const Problem& problem, int threads);
 
-Plan make_plan(const Problem& problem, unsigned stages, const Shape& shape, int threads);
+Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table, int threads);
 
 // parallel(n, body) must call body(i) for every i in [0, n), on as many threads as it likes.
 using ParallelFor = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
-void run_plan(const Plan& plan, int threads, const ParallelFor& parallel);
+// False where tiles made a NaN: the problem is to be planned for plan.table->without_tiles and run again.
+bool run_plan(const Plan& plan, int threads, const ParallelFor& parallel);
 
 }    // namespace linformer::cpu
