@@ -43,10 +43,17 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
-            "kernels": None if not_loaded is not None else torch.ops.linformer_kernels.cpu_capability(),
+            "kernels": None if not_loaded is not None else _cpu_kernels(),
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
     }
+
+
+def _cpu_kernels() -> str:
+    try:
+        return torch.ops.linformer_kernels.cpu_capability()
+    except RuntimeError as error:  # LINFORMER_CPU_CAPABILITY is nonsense
+        return f"none: {error}"
 
 
 def _tuned() -> dict[str, Any]:

@@ -19,4 +19,7 @@ struct KernelTable {
 // The table for this machine, or for the instruction set named by LINFORMER_CPU_CAPABILITY.
 const KernelTable& kernel_table();
 
+// What is wrong with LINFORMER_CPU_CAPABILITY, for a person to read; null if nothing is.
+const char* capability_problem();
+
 }    // namespace linformer::cpu
