@@ -64,7 +64,7 @@ def _op(name: str, signature: str) -> Callable[[Callable[..., Any]], Callable[..
     def define(fake: Callable[..., Any]) -> Callable[..., Any]:
         names = list(inspect.signature(fake).parameters)
 
-        # One tensor on "meta" is enough for torch to call the fake, whose results would be memory that nobody has written.
+        # One tensor on "meta" is enough for torch to call the fake, whose results nobody writes.
         @functools.wraps(fake)
         def on_one_device(*args: Any) -> Any:
             tensors = [(n, arg) for n, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)]

@@ -48,7 +48,8 @@ def row_tile(
     threshold, keep, statistics, ready,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, NEGATIVE: tl.constexpr,
     HEADROOM: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics and dQ of BLOCK_ROWS query rows: the scores of BLOCK_S rows of K' at a time, twice."""
     head = ticket % sizes.heads

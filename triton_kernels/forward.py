@@ -108,8 +108,8 @@ def attend_tile(
     ticket, query, key_proj, value_proj, out, cu_seqlens_q, rng_state, strides, sizes, exponent, threshold, keep,
     ready, units,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT_HEADS: tl.constexpr,
-    WANTED: tl.constexpr, NEGATIVE: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+    WANTED: tl.constexpr, NEGATIVE: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_Q, D_V] of out = softmax(scale Q K'^T) V', computed as 2^(c s - c max) with c = |scale| log2 e."""
     head = ticket % sizes.heads

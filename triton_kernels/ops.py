@@ -141,7 +141,7 @@ class _Call:
     def softmax(self, rng_state: Tensor | None, dropout_p: float, scale: float) -> dict[str, Any]:
         """Scores times `exponent`, negated first where scale is negative, are powers of two.
 
-        Of these 2^HEADROOM, K at least, is taken off: the sums of unnormalised exponentials times values then stay where
+        They are divided by 2^HEADROOM, K at least: the sums of unnormalised exponentials times values then stay where
         those of probabilities would, and overflow for no values for which the formula does not. Not in float16: its
         values cannot overflow a sum in float32, but its small exponentials would lose digits.
         """
