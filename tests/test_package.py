@@ -174,6 +174,36 @@ def test_instruction_set(level, seed):
     assert succeeded(done).strip() == level
 
 
+SETUP = """
+import runpy, sys, sysconfig
+from types import SimpleNamespace
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "torch" else find(name)  # hidden, as in an isolated build
+sysconfig.get_path = lambda scheme: "/nowhere"
+command = SimpleNamespace(bdist_wheel=object, build_ext=object)
+for name in ("setuptools", "setuptools.command", "setuptools.command.bdist_wheel", "setuptools.command.build_ext"):
+    sys.modules[name] = command
+command.Extension, command.setup = (lambda *args, **more: None), (lambda **given: print(given["setup_requires"]))
+runpy.run_path(sys.argv[1])["torch_dir"]
+"""
+
+
+@pytest.mark.parametrize("active", ["PATH", "VIRTUAL_ENV", None])
+def test_an_isolated_build_finds_the_torch_of_the_active_environment(active, tmp_path):
+    """uv hides where packages are installed: it downloaded a second torch of gigabytes for a few headers."""
+    header = tmp_path / "lib/python3.11/site-packages/torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    environment = {"PATH": "/usr/bin", "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
+    if active:
+        environment[active] = f"{tmp_path / 'bin'}:/usr/bin" if active == "PATH" else str(tmp_path)
+    done = python("-c", SETUP, str(tmp_path / "setup.py"), **environment)
+    assert succeeded(done).strip() == ("[]" if active else "['torch>=2.10']")
+
+
 TINY = ("--op=full", "--seq-len=96", "--heads=2", "--proj-dim=8", "--head-dim=16", "--rivals=eager,sdpa_proj")
 
 
