@@ -3,7 +3,7 @@
     python examples/pretrain_mlm.py --data PATH --seq-len 512 --proj-dim 128 --steps 2000 --output runs/wiki
     python examples/pretrain_mlm.py --data PATH --checkpoint runs/converted --output runs/adapted   # goes on from it
     torchrun --nproc-per-node 2 examples/pretrain_mlm.py ...          # on several GPUs, or on several CPU processes
-    python examples/pretrain_mlm.py --output runs/wiki --resume ...   # go on from the last checkpoint of this run
+    python examples/pretrain_mlm.py --output runs/wiki --resume ...   # go on from its last whole checkpoint
 
 PATH is a text file or a folder of them; the default is the text of Python's standard library. A tenth of it is held
 out, and transformers' Trainer does the rest. A new model comes with a tokenizer trained on the text; a checkpoint (see

@@ -723,11 +723,11 @@ SPOILT = {
     **{f"{name} is cut off": (cut(name), f"{name} cannot be read") for name in FILES},
     **{f"{name} is empty": (cut(name, 0), f"{name} cannot be read") for name in FILES},
     "no JSON object": (put("recorded.json", b"[1]"), "recorded.json cannot be read: it holds no JSON object"),
-    "another JSON object": (put("recorded.json", b'{"seconds": "1"}'), "its seconds is '1'"),
+    "another JSON object": (put("recorded.json", b'{"seconds": "1"}'), "recorded.json cannot be read: its sec"),
     "a pickle": (put("optimizer.pt", PICKLE), "optimizer.pt cannot be read"),
     "another step": (put("trainer_state.json", b'{"global_step": 7}'), "trainer_state.json says that it has 7 steps"),
     "a place elsewhere": (
-        put("model.safetensors.index.json", b'{"weight_map": {"x": "../../secret"}}'), "no weight_map of names of files"
+        put("model.safetensors.index.json", b'{"weight_map": {"x": "../../secret"}}'), "model.safetensors.index.json has"
     ),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import matrix
 import pytest
 import torch
 from cases import Case, Inputs, Spy
@@ -202,6 +203,29 @@ def test_an_isolated_build_finds_the_torch_of_the_active_environment(active, tmp
         environment[active] = f"{tmp_path / 'bin'}:/usr/bin" if active == "PATH" else str(tmp_path)
     done = python("-c", SETUP, str(tmp_path / "setup.py"), **environment)
     assert succeeded(done).strip() == ("[]" if active else "['torch>=2.10']")
+
+
+def test_matrix_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
+    tried = []
+
+    def try_version(package, version, tests, index):
+        tried.append(f"{package} {version}")
+        if tried == ["torch 2.10.0", "torch 2.11.0"]:
+            raise KeyboardInterrupt
+        counts = {"outcome": "passed", "counts": {"passed": 7, "skipped": 1}, "version": version, "torch": version}
+        return counts | {"date": "2026-11-29", "tests": tests, "python": "3.11.7"}
+
+    monkeypatch.setattr(matrix, "try_version", try_version)
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--tests", "tests/test_errors.py"])
+    with pytest.raises(KeyboardInterrupt):
+        matrix.main()
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--only", "torch 2.10.0, torch 2.11.0"])
+    assert matrix.main() == 0
+    assert tried == ["torch 2.10.0", "torch 2.11.0", "torch 2.11.0"]
+    said = capsys.readouterr().out
+    assert "| torch 2.10.0 | 2.10.0 | 3.11.7 | `errors` | 7 passed, 1 skipped | 2026-11-29 |" in said
+    assert "| transformers newest | | | | not run | |" in said
 
 
 TINY = ("--op=full", "--seq-len=96", "--heads=2", "--proj-dim=8", "--head-dim=16", "--rivals=eager,sdpa_proj")
