@@ -727,7 +727,7 @@ SPOILT = {
     "a pickle": (put("optimizer.pt", PICKLE), "optimizer.pt cannot be read"),
     "another step": (put("trainer_state.json", b'{"global_step": 7}'), "trainer_state.json says that it has 7 steps"),
     "a place elsewhere": (
-        put("model.safetensors.index.json", b'{"weight_map": {"x": "../../secret"}}'), "model.safetensors.index.json has"
+        put("model.safetensors.index.json", b'{"weight_map": {"x": "../../x"}}'), "model.safetensors.index.json has"
     ),
 }  # fmt: skip
 
