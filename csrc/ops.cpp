@@ -79,8 +79,8 @@ template <class... Parts>
 // Memory from torch. A failure leaves the stable ABI without its text, and with that the word "memory", for which those
 // look who try again with a smaller batch.
 template <class Make>
-Tensor allocate(const char* what, const std::vector<int64_t>& sizes, double bytes_an_element, const Tensor& like,
-                const Make& make) {
+Tensor allocate(const char* what, torch::headeronly::IntHeaderOnlyArrayRef sizes, double bytes_an_element,
+                const Tensor& like, const Make& make) {
   try {
     return make();
   } catch (const std::exception&) {
@@ -98,7 +98,7 @@ Tensor allocate(const char* what, const std::vector<int64_t>& sizes, double byte
   }
 }
 
-Tensor new_empty(const char* what, const Tensor& like, const std::vector<int64_t>& sizes) {
+Tensor new_empty(const char* what, const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   const double bytes = like.scalar_type() == ScalarType::Float ? 4 : 2;
   return allocate(what, sizes, bytes, like, [&] { return torch::stable::new_empty(like, sizes); });
 }
@@ -262,10 +262,12 @@ void check_sizes(const Problem& p) {
   const double work = padded(p.batch, 1) * padded(std::max(p.heads, p.heads_kv), 1) * rows * padded(p.proj_dim, 64) *
                       (padded(p.head_dim, 64) + padded(p.value_dim, 64));
   if (work < 0x1p58 && std::max({p.proj_dim, p.head_dim, p.value_dim}) < int64_t{1} << 36) return;
-  refuse("these sizes are beyond what can be computed: batch ", p.batch, ", ", p.heads, " heads, ", p.heads_kv,
-         " key heads, ", p.len_q, " query rows, ", p.len_k, " key rows, N_max ", p.seq_len_max, ", K ", p.proj_dim,
-         ", D ", p.head_dim, ", D_v ", p.value_dim,
-         "; wanted: sizes whose product is below 2^58. To fix it: look for a tensor that was expanded by mistake.");
+  refuse(
+      "these sizes are beyond what can be computed: batch ", p.batch, ", ", p.heads, " heads, ", p.heads_kv,
+      " key heads, ", p.len_q, " query rows, ", p.len_k, " key rows, N_max ", p.seq_len_max, ", K ", p.proj_dim, ", D ",
+      p.head_dim, ", D_v ", p.value_dim,
+      "; wanted: K, D and D_v below 2^36, and a product of all sizes below 2^58. To fix it: look for a tensor that was "
+      "expanded by mistake.");
 }
 
 // query meets K' and V', which come from set_sequence in the fused operators.
