@@ -128,7 +128,7 @@ for call in calls:
     except RuntimeError as error:
         print(error)
 lk.linformer_attention(x, x, x, proj, backend="reference")  # which has nothing to do with it
-print(info.collect()["cpu"]["kernels"])
+print(info.collect()["backends"]["cpu"]["reason"])
 """
 
 
