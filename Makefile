@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 # Another package index to look for PyTorch in, e.g. PyTorch's own of builds without CUDA, which are far smaller.
-TORCH_INDEX ?=
+export TORCH_INDEX ?=
 PYTEST_ARGS ?=
 TRAIN_ARGS ?= --minutes 2
+MATRIX_ARGS ?=
 # Where nvcc is, the CUDA kernels are built for these; all architectures of a release take minutes more.
 export LINFORMER_CUDA_ARCHS ?= 80;90
 
@@ -14,12 +15,13 @@ SOURCES := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator -type f))
 step = @printf '\n==> %s\n' $(1)
 
-.PHONY: help demo bench test lint clean
+.PHONY: help demo bench test lint matrix clean
 
 help:
 	@echo 'make demo    install into .venv, then a short benchmark and the training example'
 	@echo 'make test    install into .venv, then linters, types and tests: what CI runs'
 	@echo 'make bench   the benchmark over more shapes'
+	@echo 'make matrix  a part of the tests on other versions of torch and transformers: hours, gigabytes, one at a time'
 	@echo 'make clean   remove .venv and everything that was built'
 
 demo: .venv/installed | build
@@ -38,6 +40,10 @@ bench: .venv/installed | build
 test: lint
 	$(call step,'Tests')
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Outside CI. Goes on where it was interrupted; MATRIX_ARGS are options of tests/matrix.py.
+matrix:
+	'$(PYTHON)' tests/matrix.py $(MATRIX_ARGS)
 
 lint: .venv/installed
 	$(call step,'Python: ruff')

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,19 +18,34 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def environments() -> Iterator[Path]:
+    """Where Python packages may be installed: this interpreter's place, then the environments that are active or near.
+
+    pip's isolated build environment hides the installed packages, but not where they lie. uv's hides that too; but an
+    environment that is active is on PATH, and one that uv found by itself is called .venv.
+    """
+    for scheme in ("purelib", "platlib"):
+        yield Path(sysconfig.get_path(scheme))
+    near = [os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX")]
+    near += [
+        str(Path(entry).parent) for entry in os.environ.get("PATH", "").split(os.pathsep) if Path(entry).name == "bin"
+    ]
+    for root in [*filter(None, near), str(ROOT / ".venv")]:
+        yield from sorted(Path(root).glob("lib/python3*/site-packages"), reverse=True)
+
+
 def torch_dir() -> Path | None:
     """Where torch is installed, found without importing it.
 
-    pip's isolated build environment hides the installed packages, but not where they lie: an installed torch is used
-    from there, and only where there is none does that environment get one of its own, gigabytes for a few headers.
+    An installed torch is used from there, and only where there is none does an isolated build environment get one of
+    its own, gigabytes for a few headers. Which it is does not matter: the library serves every torch from 2.10 on.
     """
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0])
-    for scheme in ("purelib", "platlib"):
-        candidate = Path(sysconfig.get_path(scheme)) / "torch"
-        if (candidate / "include").is_dir():
-            return candidate
+    for packages in environments():
+        if (packages / "torch" / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+            return packages / "torch"
     return None
 
 

@@ -9,8 +9,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <exception>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -25,6 +29,9 @@
 
 #include "cuda/launch.h"
 #endif
+
+// What torch said when a call of the stable ABI failed; torch from 2.13 on has it.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace linformer {
 namespace {
@@ -62,26 +69,59 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index());
 }
 
+// An error that a user can meet by no mistake of a caller's: its words alone, without our file and line.
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  text << "linformer_kernels: ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+// Memory from torch. A failure leaves the stable ABI without its text, and with that the word "memory", for which those
+// look who try again with a smaller batch.
+template <class Make>
+Tensor allocate(const char* what, std::initializer_list<int64_t> sizes, double bytes_an_element, const Tensor& like,
+                const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    double bytes = bytes_an_element;
+    for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+    std::ostringstream amount;
+    amount.precision(3);
+    if (bytes >= 1 << 30) amount << " (" << bytes / (1 << 30) << " GiB)";
+    const char* said = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
+    const std::string reason = said && *said ? "torch says: " + std::string(said) : std::string();
+    const char* device = like.is_cuda() ? "GPU" : "CPU";
+    const bool memory = reason.empty() || reason.find("memory") != std::string::npos;
+    refuse(device, memory ? " out of memory. Tried to allocate " : ": torch did not allocate ",
+           static_cast<int64_t>(bytes), " bytes", amount.str(), " for ", what, ". ", reason);
+  }
+}
+
+// torch::stable::new_empty without its search for the operator by name and its boxed arguments, which are half of what
+// the allocation of a small tensor costs.
+Tensor new_empty(const char* what, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return allocate(what, sizes, dtype == ScalarType::Float ? 4 : 2, like, [&] {
+    int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    AtenTensorHandle result = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+        like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &type, nullptr, nullptr, 0, nullptr, &result));
+    return Tensor(result);
+  });
+}
+
+Tensor new_empty(const char* what, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_empty(what, like, sizes, like.scalar_type());
+}
+
 // The address of its first element; a storage that has been freed under its tensor has none.
 void* memory_of(const Tensor& tensor, const char* name) {
   void* memory = tensor.data_ptr();
   STD_TORCH_CHECK(memory != nullptr || tensor.numel() == 0, "linformer_kernels: the memory of ", name,
                   " has been freed");
   return memory;
-}
-
-// torch::stable::new_empty without its search for the operator by name and its boxed arguments, which are half of what
-// the allocation of a small tensor costs.
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
-                                                          &type, nullptr, nullptr, 0, nullptr, &result));
-  return Tensor(result);
-}
-
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return new_empty(like, sizes, like.scalar_type());
 }
 
 // A (B, H, N, D) or packed (total, H, D) tensor.
@@ -121,20 +161,21 @@ View view_of(const Tensor& tensor, const char* name, const Tensor& like, bool pa
 
 // A gradient or result in the layout of `like`: heads adjacent to columns where they are so in `like`. The same rule as
 // _like in linformer_kernels/_ops.py.
-Tensor empty_like(const Tensor& like, int64_t columns) {
-  if (like.dim() == 3) return new_empty(like, {like.size(0), like.size(1), columns});
+Tensor empty_like(const char* what, const Tensor& like, int64_t columns) {
+  if (like.dim() == 3) return new_empty(what, like, {like.size(0), like.size(1), columns});
   const bool heads_inner = like.size(1) > 1 && like.size(2) > 1 && like.stride(1) < like.stride(2);
-  if (!heads_inner) return new_empty(like, {like.size(0), like.size(1), like.size(2), columns});
-  return torch::stable::transpose(new_empty(like, {like.size(0), like.size(2), like.size(1), columns}), 1, 2);
+  if (!heads_inner) return new_empty(what, like, {like.size(0), like.size(1), like.size(2), columns});
+  return torch::stable::transpose(new_empty(what, like, {like.size(0), like.size(2), like.size(1), columns}), 1, 2);
 }
 
 Tensor empty_contiguous(const Tensor& like) {
-  if (like.dim() == 2) return new_empty(like, {like.size(0), like.size(1)});
-  if (like.dim() == 3) return new_empty(like, {like.size(0), like.size(1), like.size(2)});
-  return new_empty(like, {like.size(0), like.size(1), like.size(2), like.size(3)});
+  constexpr const char* kWhat = "a gradient";
+  if (like.dim() == 2) return new_empty(kWhat, like, {like.size(0), like.size(1)});
+  if (like.dim() == 3) return new_empty(kWhat, like, {like.size(0), like.size(1), like.size(2)});
+  return new_empty(kWhat, like, {like.size(0), like.size(1), like.size(2), like.size(3)});
 }
 
-Tensor nothing(const Tensor& like) { return new_empty(like, {0}); }
+Tensor nothing(const Tensor& like) { return new_empty("nothing", like, {0}); }
 
 // On a GPU the values are not read here, which would wait for it: the kernels hold them inside the tensor, and the
 // longest sequence is as long as `total` for all that is known.
@@ -226,6 +267,24 @@ void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tens
   }
 }
 
+// Sizes of which plans can compute with 64 bits. A tensor may be of any size without having memory: expanded.
+//
+// A plan's sums are products of some of these factors, padded to whole tiles, with constants far below 2^12; what a
+// thread has for itself goes with K, D and D_v alone. A call of 2^58 multiply-adds would take days.
+void check_sizes(const Problem& p) {
+  const auto padded = [](int64_t size, double padding) { return static_cast<double>(size) + padding; };
+  const double rows = padded(std::max({p.len_q, p.len_k, p.total_q, p.total_k, p.seq_len_max}), 512);
+  const double work = padded(p.batch, 1) * padded(std::max(p.heads, p.heads_kv), 1) * rows * padded(p.proj_dim, 64) *
+                      (padded(p.head_dim, 64) + padded(p.value_dim, 64));
+  if (work < 0x1p58 && std::max({p.proj_dim, p.head_dim, p.value_dim}) < int64_t{1} << 36) return;
+  refuse(
+      "these sizes are beyond what can be computed: batch ", p.batch, ", ", p.heads, " heads, ", p.heads_kv,
+      " key heads, ", p.len_q, " query rows, ", p.len_k, " key rows, N_max ", p.seq_len_max, ", K ", p.proj_dim, ", D ",
+      p.head_dim, ", D_v ", p.value_dim,
+      "; wanted: K, D and D_v below 2^36, and a product of all sizes below 2^58. To fix it: look for a tensor that was "
+      "expanded by mistake.");
+}
+
 // query meets K' and V', which come from set_sequence in the fused operators.
 void check_query(const Problem& p, const Problem& sequence) {
   STD_TORCH_CHECK(p.batch == sequence.batch && p.head_dim == sequence.head_dim && p.dtype == sequence.dtype,
@@ -257,6 +316,7 @@ void set_projected(Problem& p, const Tensor& key_proj, const Tensor& value_proj)
 }
 
 void set_softmax(Problem& p, const Tensor& query, const OptionalTensor& rng_state, double dropout_p, double scale) {
+  check_sizes(p);
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "linformer_kernels: dropout_p must be in [0, 1)");
   p.scale = static_cast<float>(scale);
   p.dropout_p = dropout_p;
@@ -280,7 +340,7 @@ Rows rows_of(const Tensor& tensor) { return view_of(tensor, "result", tensor, te
 
 // A workspace aligned to `align` bytes; as fp32, so that torch's fill of uninitialised memory poisons it with NaN.
 Tensor workspace_of(int64_t bytes, int64_t align, const Tensor& like, std::byte** start) {
-  Tensor workspace = new_empty(like, {(bytes + align) / 4}, ScalarType::Float);
+  Tensor workspace = new_empty("its workspace", like, {(bytes + align) / 4}, ScalarType::Float);
   const auto address = reinterpret_cast<uintptr_t>(workspace.data_ptr());
   *start = reinterpret_cast<std::byte*>((address + align - 1) / align * align);
   return workspace;
@@ -327,10 +387,15 @@ void run_cuda(const Problem& problem, unsigned stages, const Tensor& like) {
 }
 #endif
 
+void check_capability() {
+  if (const char* problem = cpu::capability_problem()) refuse(problem);
+}
+
 void run(const Problem& problem, unsigned stages, const Tensor& like) {
 #ifdef LINFORMER_WITH_CUDA
   if (on_gpu(like)) return run_cuda(problem, stages, like);
 #endif
+  check_capability();
   const int threads = cpu::threads_for(problem, static_cast<int>(torch::stable::get_num_threads()));
   const auto run_on = [&](const cpu::KernelTable& table) {
     cpu::Plan plan = cpu::make_plan(problem, stages, table, threads);
@@ -350,7 +415,7 @@ bool needed(int64_t needs, int bit) { return (needs >> bit & 1) != 0; }
 // A wanted gradient: its tensor, entered in the problem. An unwanted one: an empty tensor.
 Tensor gradient(bool wanted, const Tensor& like, Rows& rows) {
   if (!wanted) return nothing(like);
-  Tensor result = empty_like(like, like.size(like.dim() - 1));
+  Tensor result = empty_like("a gradient", like, like.size(like.dim() - 1));
   rows = rows_of(result);
   return result;
 }
@@ -375,9 +440,9 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   check_query(p, sequence);
   check_heads(p);
   set_softmax(p, query, rng_state, dropout_p, scale);
-  Tensor out = empty_like(query, p.value_dim);
-  Tensor key_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
-  Tensor value_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
+  Tensor out = empty_like("the result", query, p.value_dim);
+  Tensor key_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
+  Tensor value_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
   p.out = rows_of(out);
   p.key_proj = rows_of(key_proj);
   p.value_proj = rows_of(value_proj);
@@ -414,8 +479,9 @@ std::tuple<Tensor, Tensor> project(Tensor key, Tensor value, Tensor proj_key, Op
   Problem p;
   p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
-  Tensor key_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
-  Tensor value_proj = new_empty(key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
+  check_sizes(p);
+  Tensor key_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
+  Tensor value_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
   p.key_proj = rows_of(key_proj);
   p.value_proj = rows_of(value_proj);
   run(p, kProject, key);
@@ -430,6 +496,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(Tensor grad_key_proj
   Problem p;
   p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
+  check_sizes(p);
   p.grad_key_proj = projected_rows(grad_key_proj, "grad_key_proj", key, p, p.head_dim);
   p.grad_value_proj = projected_rows(grad_value_proj, "grad_value_proj", key, p, p.value_dim);
   Tensor grad_key = gradient(needed(needs, 0), key, p.grad_key);
@@ -449,7 +516,7 @@ Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, Opt
   set_projected(p, key_proj, value_proj);
   check_heads(p);
   set_softmax(p, query, rng_state, dropout_p, scale);
-  Tensor out = empty_like(query, p.value_dim);
+  Tensor out = empty_like("the result", query, p.value_dim);
   p.out = rows_of(out);
   run(p, kAttend, query);
   return out;
@@ -481,7 +548,10 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
   return {grad_query, grad_key_proj, grad_value_proj};
 }
 
-std::string cpu_capability() { return cpu::kernel_table().name; }
+std::string cpu_capability() {
+  check_capability();
+  return cpu::kernel_table().name;
+}
 
 std::string cpu_use_capability(std::string name) {
   cpu::use_capability(name.c_str());
@@ -513,7 +583,10 @@ std::string cuda_architectures() {
 #endif
 }
 
-double cpu_peak_gflops(std::string dtype) { return cpu::kernel_table().peak_gflops(dtype == "bfloat16"); }
+double cpu_peak_gflops(std::string dtype) {
+  check_capability();
+  return cpu::kernel_table().peak_gflops(dtype == "bfloat16");
+}
 
 double cpu_probe_gflops() { return cpu::kernel_table().probe_gflops(); }
 

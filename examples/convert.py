@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import WholeCheckpoints
 from corpus import read_corpus
 from encoder import add_projection
 from pretrain_mlm import Blocks
@@ -40,16 +41,17 @@ from training import (
     longest_sequence,
     refusals,
     run,
+    train,
     trainer_arguments,
 )
-from transformers import AutoConfig, AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel, Trainer, set_seed
+from transformers import AutoConfig, AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel, set_seed
 
 from linformer_kernels.integrations.transformers import linformerize
 
 NOT_RECORDED = ("corpus", "tokenizer", "teacher", "student")
 
 
-class Teaching(Trainer):
+class Teaching(WholeCheckpoints):
     """The loss is one minus the cosine similarity of the student's and the teacher's hidden states."""
 
     def __init__(self, teacher: PreTrainedModel, shortest: int, special: int, **options: Any) -> None:
@@ -173,15 +175,15 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     before, *after = tokenizer("")["input_ids"]  # [CLS] and [SEP], or what the model has for them
     texts = options.corpus.texts()
     with refusals():
-        train, held_out = (Blocks(text, tokenizer, options.seq_len, [before], after) for text in texts)
+        blocks, held_out = (Blocks(text, tokenizer, options.seq_len, [before], after) for text in texts)
     weights = count_weights(student)
     if MAIN_PROCESS:
         print(
-            f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
+            f"Text: {options.corpus.name}, {blocks.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
         )
         print(f"Model: {options.model}, {count_in_words(weights)}")
     record = {
-        "arguments": arguments(options, *NOT_RECORDED), "tokens": train.ids.numel(),
+        "arguments": arguments(options, *NOT_RECORDED), "tokens": blocks.ids.numel(),
         **weights, "machine": machine(),
     }  # fmt: skip
     recorder = Recorder(record, options.record)
@@ -199,14 +201,13 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
             weight_decay=0.0,
             ddp_find_unused_parameters=True,  # a pooler has no gradient
         ),
-        train_dataset=train,
+        train_dataset=blocks,
         eval_dataset=Subset(held_out, range(min(options.evaluation_sequences, len(held_out)))),
         processing_class=tokenizer,
         compute_metrics=means,
         callbacks=[recorder],
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
-    trainer.save_model()
+    train(trainer, options)
     if MAIN_PROCESS:
         first, last = record["held_out"][0], record["held_out"][-1]
         for name, title in (("token_cosine", "each token"), ("sentence_cosine", "mean of a sequence")):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import WholeCheckpoints
 from encoder import SIZES, SPECIAL, add_model, from_checkpoint, from_scratch, in_words, settle_model, train_tokenizer
 from recording import Recorder, arguments, machine
 from tasks import TASKS, Example, Task, read_task
@@ -44,7 +45,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaForSequenceClassification,
-    Trainer,
 )
 
 BYTES = len(SPECIAL) + 256  # a byte-level vocabulary of this size has room for bytes alone
@@ -193,7 +193,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         "labels": list(task.labels), "notes": task.notes, **weights, "machine": machine(),
     }  # fmt: skip
     recorder = Recorder(record, options.record)
-    trainer = Trainer(
+    trainer = WholeCheckpoints(
         model=model,
         args=trainer_arguments(
             options,
@@ -211,7 +211,7 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
         callbacks=[recorder],
     )
     trainer.train()
-    trainer.save_model()
+    trainer.save_whole_model()
     if MAIN_PROCESS:
         last = record["held_out"][-1]
         row = {

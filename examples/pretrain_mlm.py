@@ -3,7 +3,7 @@
     python examples/pretrain_mlm.py --data PATH --seq-len 512 --proj-dim 128 --steps 2000 --output runs/wiki
     python examples/pretrain_mlm.py --data PATH --checkpoint runs/converted --output runs/adapted   # goes on from it
     torchrun --nproc-per-node 2 examples/pretrain_mlm.py ...          # on several GPUs, or on several CPU processes
-    python examples/pretrain_mlm.py --output runs/wiki --resume ...   # go on from the last checkpoint of this run
+    python examples/pretrain_mlm.py --output runs/wiki --resume ...   # go on from its last whole checkpoint
 
 PATH is a text file or a folder of them; the default is the text of Python's standard library. A tenth of it is held
 out, and transformers' Trainer does the rest. A new model comes with a tokenizer trained on the text; a checkpoint (see
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import WholeCheckpoints
 from corpus import read_corpus
 from encoder import SIZES, add_model, chunks, from_checkpoint, from_scratch, in_words, settle_model, train_tokenizer
 from recording import Recorder, arguments, machine
@@ -35,6 +36,7 @@ from training import (
     count_weights,
     refusals,
     run,
+    train,
     trainer_arguments,
 )
 from transformers import (
@@ -43,7 +45,6 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
     RobertaForMaskedLM,
-    Trainer,
     set_seed,
 )
 
@@ -142,20 +143,20 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(command_line)
     set_seed(options.seed)
     with refusals():
-        tokenizer, train, evaluation, collator = read(options)
+        tokenizer, blocks, evaluation, collator = read(options)
         if options.checkpoint:
             model = from_checkpoint(options, AutoModelForMaskedLM)
         else:
             model = from_scratch(options, tokenizer, RobertaForMaskedLM)
     weights = count_weights(model)
     if MAIN_PROCESS:
-        print(f"Text: {options.corpus.name}, {train.ids.numel():,} tokens to train on")
+        print(f"Text: {options.corpus.name}, {blocks.ids.numel():,} tokens to train on")
         print(f"Model: {in_words(options)}, {count_in_words(weights)}")
     record = {
-        "arguments": arguments(options, "corpus"), "tokens": train.ids.numel(), **weights, "machine": machine(),
+        "arguments": arguments(options, "corpus"), "tokens": blocks.ids.numel(), **weights, "machine": machine(),
     }  # fmt: skip
     recorder = Recorder(record, options.record)
-    trainer = Trainer(
+    trainer = WholeCheckpoints(
         model=model,
         args=trainer_arguments(
             options,
@@ -165,13 +166,12 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
             eval_on_start=True,
         ),
         data_collator=collator,
-        train_dataset=train,
+        train_dataset=blocks,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[recorder],
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
-    trainer.save_model()
+    train(trainer, options)
     if MAIN_PROCESS:
         loss = record["held_out"][-1]["loss"]
         print(

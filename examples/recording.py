@@ -55,13 +55,15 @@ class Recorder(TrainerCallback):
             held_out.pop()
         held_out.append(point)
         if self.path is not None and state.is_world_process_zero:
-            self.path.write_text(json.dumps(self.record, indent=1) + "\n")
+            part = self.path.with_name(self.path.name + ".part")  # a run that is killed leaves the record before
+            part.write_text(json.dumps(self.record, indent=1) + "\n")
+            part.replace(self.path)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            kept = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
-            kept |= {name: self.record[name] for name in ("held_out", "arguments")}
-            _kept(args, state).write_text(json.dumps(kept) + "\n")
+    def keep(self, checkpoint: Path) -> None:
+        """Into a checkpoint that is being written."""
+        kept = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        kept |= {name: self.record[name] for name in ("held_out", "arguments")}
+        (checkpoint / KEPT).write_text(json.dumps(kept) + "\n")
 
 
 def _kept(args: Any, state: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import Unreadable, WholeCheckpoints, last_checkpoint, read_record
 from recording import KEPT
 from safetensors import SafetensorError
 from torch import distributed
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 # They count positions from the number of the padding token on.
 POSITIONS_AFTER_PADDING = (
@@ -59,7 +58,12 @@ def add_options(parser: argparse.ArgumentParser, batch: int, lr: float, warmup: 
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint in --output")
+    parser.add_argument(
+        "--incomplete", action="store_true",
+        help="with --resume: also from a checkpoint that lacks the state of optimizer, schedule or random numbers, or "
+        "the record, which begin anew",
+    )  # fmt: skip
 
 
 _POSITIVE = "more than 0", lambda value: 0 < value < math.inf
@@ -87,34 +91,49 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, 
     if not hasattr(options, "resume"):
         return
     found = any(options.output.glob("checkpoint-*"))
-    if options.resume and last_checkpoint(options.output) is None:
-        parser.error(f"--resume: there is no checkpoint in {options.output}")
+    if options.incomplete and not options.resume:
+        parser.error("--incomplete is of --resume")
+    if options.resume:
+        last, said = last_checkpoint(options.output, options.incomplete)
+        if last is None:
+            why = "; ".join(["", *said]) + ("; --incomplete goes on without" if "it has no " in "".join(said) else "")
+            parser.error(f"--resume: there is no checkpoint in {options.output} to go on from{why}")
     if found and not options.resume:  # of two runs' checkpoints the one with most steps would be kept and resumed
         parser.error(f"--output: {options.output} has checkpoints of another run; wanted: --resume, or a new folder")
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    return Path(last) if last and Path(last, "trainer_state.json").is_file() else None
-
-
 def check_resumed(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: dict[str, Any]) -> None:
     """A run goes on with the arguments that it was begun with; it may become longer."""
-    last = last_checkpoint(options.output) if options.resume else None
-    if last is None:
+    if not options.resume:
         return
+    last, _ = last_checkpoint(options.output, options.incomplete)
+    assert last is not None  # check_options has refused it
     done = int(last.name.split("-")[1])
     if options.steps < done:
         parser.error(f"--steps is {options.steps}, but {last} has {done} already; wanted: no fewer")
     if not (last / KEPT).is_file():
         return
-    before = json.loads((last / KEPT).read_text()).get("arguments", {})
-    for name, value in before.items():
-        if name not in ("steps", "evaluate_every", "resume") and arguments.get(name) != value:
+    for name, value in read_record(last / KEPT)["arguments"].items():
+        if name not in ("steps", "evaluate_every", "resume", "incomplete") and arguments.get(name) != value:
             parser.error(
                 f"--{name.replace('_', '-')} is {arguments.get(name)}, but the run in {options.output} was begun with "
                 f"{value}; wanted: the same, or another --output without --resume"
             )
+
+
+def train(trainer: WholeCheckpoints, options: argparse.Namespace) -> None:
+    """From the beginning, or with --resume from the last whole checkpoint; and the final model."""
+    last = None
+    if options.resume:
+        last, said = last_checkpoint(options.output, options.incomplete)
+        for line in [*said, f"Going on from {last}"] if MAIN_PROCESS else []:
+            print(line, flush=True)
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except Unreadable as error:
+        print(f"{Path(sys.argv[0]).name}: error: --resume: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    trainer.save_whole_model()
 
 
 def trainer_arguments(options: argparse.Namespace, every: float, warmup: float, **more: Any) -> TrainingArguments:

@@ -181,6 +181,8 @@ def choose(call: Call, backend: str | None) -> Backend:
         name, source = getattr(_chosen, "name", None), "use_backend"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
+    if name is None and _for_onnx():
+        return BACKENDS["reference"]
     if name is None:
         for candidate in _in_order(call):
             if candidate.supports(call) is None:
@@ -227,6 +229,16 @@ def short_way(backend: str | None, first: Any, *others: Any) -> _autograd.Operat
             return None
     asked = getattr(_chosen, "name", None) is not None or _KEY in _VARIABLES
     return None if asked or torch._C._get_tracing_state() is not None else _SHORT
+def _for_onnx() -> bool:
+    """Within torch.onnx.export, which has no translation of the ops: the plain formula is what it can write down."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _in_onnx_export()
+
+
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _lookup(name: object, source: str) -> Backend:

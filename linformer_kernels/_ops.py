@@ -11,6 +11,8 @@ shape (0,), and so does the gradient of `proj_value` where it is None (the gradi
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -60,9 +62,24 @@ def _op(name: str, signature: str) -> Callable[[Callable[..., Any]], Callable[..
     """Define an op whose fake is the decorated function."""
 
     def define(fake: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(fake).parameters)
+
+        # One tensor on "meta" is enough for torch to call the fake, whose results nobody writes.
+        @functools.wraps(fake)
+        def on_one_device(*args: Any) -> Any:
+            tensors = [(n, arg) for n, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)]
+            for other, tensor in tensors[1:]:
+                if tensor.device != tensors[0][1].device:
+                    raise ValueError(
+                        f"linformer_kernels::{name}: {other} is on {tensor.device} but {tensors[0][0]} is on "
+                        f"{tensors[0][1].device}; wanted: all tensors on one device. To fix it: use "
+                        f"{other}.to({tensors[0][0]}.device)."
+                    )
+            return fake(*args)
+
         for qualified in (name, f"{name}.triton"):
             LIBRARY.define(qualified + signature, tags=_TAGS)
-            torch.library.register_fake(f"linformer_kernels::{qualified}", fake, lib=LIBRARY)
+            torch.library.register_fake(f"linformer_kernels::{qualified}", on_one_device, lib=LIBRARY)
         return fake
 
     return define

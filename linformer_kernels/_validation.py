@@ -359,9 +359,10 @@ def _checked_cu_seqlens(
     if cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
         _fail(_shape(name, cu_seqlens), "(B + 1,)", "start with 0, then add each sequence's length to the last entry")
     _check_device(name, cu_seqlens, rows_name, rows)
-    # Reading values would break the graph of a compiler, has no meaning on a fake tensor, and would stall a GPU.
+    # Reading values would break the graph of a compiler, has no meaning on a fake tensor or on a wrapper of functorch's
+    # (of functionalize, which has no values of its own), and would stall a GPU.
     known = type(cu_seqlens) in (Tensor, Parameter) and cu_seqlens.device.type == "cpu"
-    if known and not torch.compiler.is_compiling():
+    if known and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens):
         _check_bounds(name, cu_seqlens.tolist(), rows_name, rows.size(0), n_max)
     return unit_stride(cu_seqlens.to(torch.int64))
 

@@ -301,13 +301,21 @@ def _autocast(*tensors: Any) -> tuple[Any, ...]:
     if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
         return tensors
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# The compiler of torch 2.10 and 2.11 cannot trace what this calls, and may take the answer for a constant.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _draw_rng_state(call: Call) -> Tensor | None:

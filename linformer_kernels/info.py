@@ -43,10 +43,18 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
-            "kernels": None if not_loaded is not None else torch.ops.linformer_kernels.cpu_capability(),
+            "kernels": None if not_loaded is not None else _cpu_kernels()[0],
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
     }
+
+
+def _cpu_kernels() -> tuple[str | None, str | None]:
+    """The build of the CPU kernels that runs here, or why none does: LINFORMER_CPU_CAPABILITY is nonsense."""
+    try:
+        return torch.ops.linformer_kernels.cpu_capability(), None
+    except RuntimeError as error:
+        return None, str(error)
 
 
 def _tuned() -> dict[str, Any]:
@@ -65,6 +73,8 @@ def _reason(backend: Backend) -> str | None:
     gpu = torch.cuda.is_available() or (backend.name == "triton" and torch.xpu.is_available())
     if backend.missing is None and backend.name in ("cuda", "triton") and not gpu and not _backends.interpreting():
         return f"torch {torch.__version__} sees no GPU"
+    if backend.missing is None and backend.name == "cpu":
+        return _cpu_kernels()[1]
     return backend.missing
 
 

@@ -74,6 +74,10 @@ def projected_attention(
 
 
 def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(cu_seqlens) and torch._is_functional_tensor(cu_seqlens):
+        torch._sync(cu_seqlens)  # within functionalize: the values are inside
+        cu_seqlens = torch._from_functional_tensor(cu_seqlens)
     return list(pairwise(cu_seqlens.tolist()))
 
 

@@ -238,6 +238,24 @@ def compare(results: dict[object, dict[str, torch.Tensor]], x: Inputs) -> None:
             oracle.assert_close(tensor, want[name], usual.get(name), f"{name} [{title}]", peers)
 
 
+# Softmax over many nearly equal scores, whose sums of exponentials are as large as they come.
+ENORMOUS = [
+    Case(batch=1, heads=2, kv_heads=2, n=40, n_q=20, k=200, d=8, d_v=4, scale=0.01),
+    Case(batch=1, heads=2, kv_heads=1, n=40, n_q=20, k=129, d=8, d_v=4, scale=-0.01, sharing="per-head"),
+    Case(lengths=(30, 7), lengths_q=(5, 9), heads=2, kv_heads=2, k=400, d=8, d_v=4, scale=0.0, dropout_p=0.2),
+]
+
+
+def enormous(case: Case, dtype: torch.dtype, device: str) -> Inputs:
+    """Values near the largest number of the type, and gradients so that dP is as large; results are finite."""
+    x = Inputs(dataclasses.replace(case, dtype=dtype), device)
+    with torch.no_grad():
+        x.value.abs_().add_(1).mul_(1e37)
+        x.proj_value.abs_().mul_(0.2)
+        x.grad_out.abs_().mul_(0.1)
+    return x
+
+
 def as_array(x: torch.Tensor | None, dtype=np.float64) -> np.ndarray | None:
     return None if x is None else x.detach().to("cpu", torch.float64 if dtype is np.float64 else x.dtype).numpy()
 

@@ -117,6 +117,16 @@ def test_an_earlier_block_of_scores_is_scaled_by_what_it_was_shifted_by():
     cases.compare({"": got}, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=("fp32", "bf16"))
+@pytest.mark.parametrize("case", cases.ENORMOUS, ids=str)
+def test_values_near_the_largest_number(case, dtype):
+    """As in test_limits.py; K over 128 goes in blocks, which are shifted by what came before."""
+    x = cases.enormous(case, dtype, "cpu")
+    with emulated.emulated():
+        got = cases.run(x, "cpu")
+    cases.compare({case: got}, x)
+
+
 def test_launches():
     """One launch forward, two backward; none for what nobody wants."""
     x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")

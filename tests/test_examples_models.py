@@ -5,7 +5,9 @@ import importlib
 import importlib.util
 import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -37,7 +39,17 @@ def examples():
     """The modules of examples/, imported as the scripts import each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
-        names = ("convert", "corpus", "encoder", "finetune", "pretrain_mlm", "recording", "tasks", "training")
+        names = (
+            "checkpoints",
+            "convert",
+            "corpus",
+            "encoder",
+            "finetune",
+            "pretrain_mlm",
+            "recording",
+            "tasks",
+            "training",
+        )
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -676,6 +688,147 @@ def test_a_run_is_resumed_as_it_was_begun(examples, text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         examples.pretrain_mlm.main([*pretraining(text, tmp_path / "empty"), "--resume"])
     assert "--resume: there is no checkpoint in" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def begun(examples, text, tmp_path_factory):
+    """A run with checkpoint-2 alone, of 4 steps that it was to have; and the command of it."""
+    output = tmp_path_factory.mktemp("begun") / "run"
+    command = [*pretraining(text, output, steps=2), "--evaluate-every=2"]
+    examples.pretrain_mlm.main(command)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    return output, [argument for argument in command if argument != f"--output={output}"]
+
+
+def cut(name, share=0.6):
+    def spoil(checkpoint):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: int(len(content) * share)])
+
+    return spoil
+
+
+def drop(name):
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+def put(name, content):
+    return lambda checkpoint: (checkpoint / name).write_bytes(content)
+
+
+PICKLE = pickle.dumps({"state": os.system})
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "recorded.json")
+SPOILT = {
+    **{f"{name} is missing": (drop(name), f"it has no {name}") for name in FILES},
+    **{f"{name} is cut off": (cut(name), f"{name} cannot be read") for name in FILES},
+    **{f"{name} is empty": (cut(name, 0), f"{name} cannot be read") for name in FILES},
+    "no JSON object": (put("recorded.json", b"[1]"), "recorded.json cannot be read: it holds no JSON object"),
+    "another JSON object": (put("recorded.json", b'{"seconds": "1"}'), "recorded.json cannot be read: its sec"),
+    "a pickle": (put("optimizer.pt", PICKLE), "optimizer.pt cannot be read"),
+    "another step": (put("trainer_state.json", b'{"global_step": 7}'), "trainer_state.json says that it has 7 steps"),
+    "a place elsewhere": (
+        put("model.safetensors.index.json", b'{"weight_map": {"x": "../../x"}}'), "model.safetensors.index.json has"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_checkpoint_that_is_not_whole_is_refused(examples, begun, tmp_path, capsys, name):
+    """What lacked its optimizer went on with a fresh one without a word, and what lacked its record lost that of the
+    first part; what was truncated ended in a traceback of whoever read it."""
+    spoil, says = SPOILT[name]
+    output = shutil.copytree(begun[0], tmp_path / "run")
+    spoil(output / "checkpoint-2")
+    with pytest.raises(SystemExit) as ended:
+        examples.pretrain_mlm.main([*begun[1], f"--output={output}", "--steps=4", "--resume"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"checkpoint-2 is not whole: {says}" in said.replace("\n", " "), said
+
+
+def zip_of(name):
+    """A file of torch.save's with something else in it."""
+
+    def spoil(checkpoint):
+        torch.save({"nothing": torch.zeros(1)}, checkpoint / name)
+
+    return spoil
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (zip_of("optimizer.pt"), "optimizer.pt or scheduler.pt cannot be used"),
+    (zip_of("rng_state.pth"), "rng_state.pth cannot be used"),
+], ids=str)  # fmt: skip
+def test_a_file_with_something_else_in_it_is_named(examples, begun, tmp_path, capsys, spoil, says):
+    output = shutil.copytree(begun[0], tmp_path / "run")
+    spoil(output / "checkpoint-2")
+    with pytest.raises(SystemExit):
+        examples.pretrain_mlm.main([*begun[1], f"--output={output}", "--steps=4", "--resume"])
+    assert re.search(rf"--resume: .*checkpoint-2: {says}", capsys.readouterr().err)
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(examples, begun, tmp_path, capsys):
+    """A kill in the middle of a checkpoint left its folder, which --resume took for the last one. The weights, and what
+    was recorded, are those of a run that nothing happened to."""
+    output, command = shutil.copytree(begun[0], tmp_path / "run"), [*begun[1], "--steps=4"]
+    want = examples.pretrain_mlm.main(
+        [*command, f"--output={shutil.copytree(begun[0], tmp_path / 'other')}", "--resume"]
+    )
+    for steps, file in ((4, "config.json"), (10, None)):
+        (output / f"checkpoint-{steps}").mkdir()
+        if file:
+            shutil.copy(output / "checkpoint-2" / file, output / f"checkpoint-{steps}")
+    (output / ".unfinished" / "checkpoint-6").mkdir(parents=True)
+    capsys.readouterr()
+    got = examples.pretrain_mlm.main([*command, f"--output={output}", "--resume"])
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is not whole: it has no model.safetensors" in said
+    assert f"Going on from {output / 'checkpoint-2'}" in said
+    assert [point["step"] for point in got["held_out"]] == [0, 2, 4]
+    assert [p["loss"] for p in got["held_out"]] == [p["loss"] for p in want["held_out"]]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (output / ".unfinished").exists()
+    for name in ("model.safetensors", "checkpoint-4/model.safetensors"):
+        assert (output / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_incomplete_says_what_begins_anew(examples, begun, tmp_path, capsys):
+    output = shutil.copytree(begun[0], tmp_path / "run")
+    for name in ("optimizer.pt", "recorded.json"):
+        (output / "checkpoint-2" / name).unlink()
+    command = [*begun[1], f"--output={output}", "--steps=4"]
+    with pytest.raises(SystemExit):
+        examples.pretrain_mlm.main([*command, "--incomplete"])
+    assert "--incomplete is of --resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        examples.pretrain_mlm.main([*command, "--resume"])
+    assert "--incomplete goes on without" in capsys.readouterr().err
+    record = examples.pretrain_mlm.main([*command, "--resume", "--incomplete"])
+    assert "checkpoint-2 has no optimizer.pt and no recorded.json: begun anew" in capsys.readouterr().out
+    assert [point["step"] for point in record["held_out"]] == [2, 4]
+
+
+@pytest.mark.parametrize("failing", ["safetensors", "optimizer", "record"])
+def test_a_full_disk_leaves_the_last_checkpoint(examples, begun, tmp_path, monkeypatch, failing):
+    """The Trainer writes file by file into the folder of the checkpoint; what was half written stayed there."""
+    output = shutil.copytree(begun[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (output / "checkpoint-2").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    where = {
+        "safetensors": (examples.checkpoints.Trainer, "_save"),
+        "optimizer": (examples.checkpoints.Trainer, "_save_optimizer_and_scheduler"),
+        "record": (examples.recording.Recorder, "keep"),
+    }  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(*where[failing], full)
+        examples.pretrain_mlm.main([*begun[1], f"--output={output}", "--steps=4", "--resume"])
+    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-2"]
+    assert {path.name: path.read_bytes() for path in (output / "checkpoint-2").iterdir()} == before
+    assert not (output / ".unfinished").exists()
+    record = examples.pretrain_mlm.main([*begun[1], f"--output={output}", "--steps=4", "--resume"])
+    assert [point["step"] for point in record["held_out"]] == [0, 2, 4]
 
 
 @pytest.mark.slow

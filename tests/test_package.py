@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import matrix
 import pytest
 import torch
 from cases import Case, Inputs, Spy
@@ -186,6 +187,59 @@ def test_plan_fills_many_cores(proj_dim, shared, backward):
     assert len(phases) == (4 if backward else 3)
     for tasks in phases:
         assert tasks / threads > 0.8 * math.ceil(tasks / threads), phases
+
+
+SETUP = """
+import runpy, sys, sysconfig
+from types import SimpleNamespace
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "torch" else find(name)  # hidden, as in an isolated build
+sysconfig.get_path = lambda scheme: "/nowhere"
+command = SimpleNamespace(bdist_wheel=object, build_ext=object)
+for name in ("setuptools", "setuptools.command", "setuptools.command.bdist_wheel", "setuptools.command.build_ext"):
+    sys.modules[name] = command
+command.Extension, command.setup = (lambda *args, **more: None), (lambda **given: print(given["setup_requires"]))
+runpy.run_path(sys.argv[1])["torch_dir"]
+"""
+
+
+@pytest.mark.parametrize("active", ["PATH", "VIRTUAL_ENV", None])
+def test_an_isolated_build_finds_the_torch_of_the_active_environment(active, tmp_path):
+    """uv hides where packages are installed: it downloaded a second torch of gigabytes for a few headers."""
+    header = tmp_path / "lib/python3.11/site-packages/torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "setup.py").write_text((ROOT / "setup.py").read_text())
+    environment = {"PATH": "/usr/bin", "VIRTUAL_ENV": "", "CONDA_PREFIX": ""}
+    if active:
+        environment[active] = f"{tmp_path / 'bin'}:/usr/bin" if active == "PATH" else str(tmp_path)
+    done = python("-c", SETUP, str(tmp_path / "setup.py"), **environment)
+    assert succeeded(done).strip() == ("[]" if active else "['torch>=2.10']")
+
+
+def test_matrix_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "matrix.json")
+    tried = []
+
+    def try_version(package, version, tests, index):
+        tried.append(f"{package} {version}")
+        if tried == ["torch 2.10.0", "torch 2.11.0"]:
+            raise KeyboardInterrupt
+        counts = {"outcome": "passed", "counts": {"passed": 7, "skipped": 1}, "version": version, "torch": version}
+        return counts | {"date": "2026-11-29", "tests": tests, "python": "3.11.7"}
+
+    monkeypatch.setattr(matrix, "try_version", try_version)
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--tests", "tests/test_errors.py"])
+    with pytest.raises(KeyboardInterrupt):
+        matrix.main()
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--only", "torch 2.10.0, torch 2.11.0"])
+    assert matrix.main() == 0
+    assert tried == ["torch 2.10.0", "torch 2.11.0", "torch 2.11.0"]
+    said = capsys.readouterr().out
+    assert "| torch 2.10.0 | 2.10.0 | 3.11.7 | `errors` | 7 passed, 1 skipped | 2026-11-29 |" in said
+    assert "| transformers newest | | | | not run | |" in said
 
 
 @pytest.mark.parametrize("example", ["quickstart", "varlen", "cross_attention_cached"])

@@ -202,6 +202,100 @@ def test_export_of_the_module_with_a_dynamic_length(strict, masked, sharing, dev
         torch.testing.assert_close(program.module()(*given), module(*given), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compilers_need_not_trace_whether_there_is_autocast(autocast, device, monkeypatch):
+    """Dynamo of torch 2.10 and 2.11 cannot trace torch.amp.is_autocast_available: fullgraph, strict export failed."""
+    torch._dynamo.reset()
+    untraceable = torch.compiler.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    module, tensors = Module().to(device), [torch.randn(2, 4, 33, 8, device=device) for _ in range(3)]
+    given = (*tensors, torch.rand(2, 33, device=device) < 0.7)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        want = module(*given)
+        assert want.dtype == (torch.bfloat16 if autocast else torch.float32)
+        assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(*given), want)
+        assert torch.equal(torch.export.export(module, given, strict=True).module()(*given), want)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_functionalize(kind, backend, device, native):
+    """Packed sequences failed: "tolist() shouldn't be called on a tensor with unallocated storage"."""
+    backend = native if backend == "native" else backend
+    query, key, proj = (torch.randn(s, device=device, requires_grad=True) for s in ((9, 4, 8), (9, 2, 8), (3, 6)))
+    ends = torch.tensor([0, 3, 9], dtype=kind, device=device)
+
+    def packed(query, key, proj, ends):
+        out = lk.linformer_attention_varlen(
+            query, key, key, proj, cu_seqlens_q=ends, cu_seqlens_k=ends, backend=backend
+        )
+        halves = lk.project_kv(key, key, proj, cu_seqlens_k=ends, backend=backend)
+        return out, lk.projected_attention(query, *halves, cu_seqlens_q=ends, backend=backend)
+
+    def padded(query, key, proj, ends):
+        query, key = (t.unflatten(0, (1, 9)).transpose(1, 2)[:, :, :6] for t in (query, key))
+        mask = torch.arange(6, device=device)[None] < ends[1]
+        return (lk.linformer_attention(query, key, key, proj, key_padding_mask=mask, dropout_p=0.5, backend=backend),)
+
+    for function in (packed, padded):
+        results = []
+        for run in (function, torch.func.functionalize(function)):
+            torch.manual_seed(0)
+            out = run(query, key, proj, ends)
+            loss = sum((one * torch.arange(one.numel(), device=device).view_as(one)).sum() for one in out)
+            results.append((*out, *torch.autograd.grad(loss, (query, key, proj))))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_raw_ops_refuse_tensors_on_two_devices(device):
+    """With one tensor on meta torch calls the fake, which returned CPU tensors of memory that nobody had written."""
+    state, ends = torch.tensor([1, 0], device=device), torch.tensor([0, 3], device=device)
+    tensor = lambda *shape: torch.randn(shape, device=device)  # noqa: E731
+    query, key, grad, proj, k = tensor(3, 4, 8), tensor(3, 2, 8), tensor(3, 4, 8), tensor(5, 7), tensor(1, 2, 5, 8)
+    project = dict(key=key, value=key, proj_key=proj, proj_value=proj, key_padding_mask=None, cu_seqlens_k=ends)
+    scalars = dict(dropout_p=0.5, scale=1.0, allow_tf32=False)
+    forward = dict(query=query, **project, cu_seqlens_q=ends, rng_state=state, **scalars)
+    attend = dict(query=query, key_proj=k, value_proj=k, cu_seqlens_q=ends, rng_state=state, **scalars)
+    calls = {
+        "project": dict(project, allow_tf32=False),
+        "project_backward": dict(project, grad_key_proj=k, grad_value_proj=k, allow_tf32=False, needs=15),
+        "attention": forward,
+        "attention_backward": dict(forward, grad_out=grad, key_proj=k, value_proj=k, needs=31),
+        "projected_attention": attend,
+        "projected_attention_backward": dict(attend, grad_out=grad, needs=7),
+    }
+    for name, arguments in calls.items():
+        for overload in ("default", "triton"):
+            op = getattr(getattr(ops, name), overload)
+            for moved in (n for n, a in arguments.items() if isinstance(a, torch.Tensor)):
+                with pytest.raises(ValueError, match=f"{name}: .* is on .*; wanted: all tensors on one device"):
+                    op(**arguments | {moved: arguments[moved].to("meta")})
+
+
+def test_onnx_gets_the_formula_in_plain_pytorch(tmp_path):
+    """ONNX has no translation of the operators, and its error did not say that the reference has one."""
+    pytest.importorskip("onnxscript")
+    module, tensors = Module(), [torch.randn(2, 4, 33, 8) for _ in range(3)]
+    given = (*tensors, torch.rand(2, 33) < 0.7)
+    program = torch.onnx.export(module, given, dynamo=True, verbose=False)
+    assert not any(node.domain.startswith("linformer") for node in program.model.graph)
+    program.save(tmp_path / "module.onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(tmp_path / "module.onnx", providers=["CPUExecutionProvider"])
+    inputs = {one.name: t.numpy() for one, t in zip(session.get_inputs(), given, strict=True)}
+    torch.testing.assert_close(torch.from_numpy(session.run(None, inputs)[0]), module(*given), rtol=1e-5, atol=1e-5)
+
+
+def test_in_an_onnx_export_nobody_names_the_reference(device, monkeypatch):
+    """Where ONNX is not installed, what its exporter sees."""
+    module, tensors = Module().to(device), [torch.randn(2, 4, 33, 8, device=device) for _ in range(3)]
+    given = (*tensors, torch.rand(2, 33, device=device) < 0.7)
+    targets = lambda: {str(n.target) for n in torch.export.export(module, given, strict=False).graph.nodes}  # noqa: E731
+    assert "linformer_kernels.attention.default" in targets()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert not any("linformer_kernels" in target for target in targets())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=("bf16", "fp16"))
 def test_autocast_computes_in_the_lower_type(dtype, device, native):
     x = Inputs(Case(mask="random", kv_heads=2), device)

@@ -100,6 +100,16 @@ def test_splits_and_orders_give_the_same_bits(case, seed):
             assert torch.equal(tensor, other[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=("fp32", "bf16"))
+@pytest.mark.parametrize("case", cases.ENORMOUS, ids=str)
+def test_values_near_the_largest_number(case, dtype):
+    """As in test_limits.py."""
+    x = cases.enormous(case, dtype, "cpu")
+    with emulated_triton.emulated():
+        got = cases.run(x, "triton")
+    cases.compare({case: got}, x)
+
+
 def test_launches():
     """One launch forward, two backward; none for what nobody wants."""
     x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")

@@ -47,8 +47,9 @@ def row_tile(
     ticket, query, key_proj, value_proj, grad_out, grad_query, cu_seqlens_q, rng_state, strides, sizes, exponent, scale,
     threshold, keep, statistics, ready,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, NEGATIVE: tl.constexpr,
-    WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+    HEADROOM: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics and dQ of BLOCK_ROWS query rows: the scores of BLOCK_S rows of K' at a time, twice."""
     head = ticket % sizes.heads
@@ -81,10 +82,10 @@ def row_tile(
             if NEGATIVE:
                 b_s = -b_s
             if K % BLOCK_S:
-                b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent)
+                b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent + HEADROOM)
                 b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
             else:
-                b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent)
+                b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent + HEADROOM)
                 b_p = powers(b_s, exponent, b_new[:, None])
             b_change = tl.exp2(b_most - b_new)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
@@ -247,7 +248,7 @@ def backward(
     query, key_proj, value_proj, grad_out, grad_query, grad_key_proj, grad_value_proj, cu_seqlens_q, rng_state, strides,
     sizes, exponent, scale, threshold, keep, statistics, counters, partial, row_tiles, splits, tiles,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, NEGATIVE: tl.constexpr,
-    FUSED: tl.constexpr, SPLIT: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr,
+    HEADROOM: tl.constexpr, FUSED: tl.constexpr, SPLIT: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr,
     WANT_VALUE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_STAGES: tl.constexpr, COLUMN_STAGES: tl.constexpr,
@@ -264,8 +265,8 @@ def backward(
         if not FUSED:
             row_tile(
                 ticket, query, key_proj, value_proj, grad_out, grad_query, cu_seqlens_q, rng_state, strides, sizes,
-                exponent, scale, threshold, keep, statistics, ready, unit, K, D, D_V, NEGATIVE, WANT_QUERY, WANT_KEY,
-                PRECISION, BLOCK_ROWS, BLOCK_S, BLOCK_D, BLOCK_DV, ROW_STAGES,
+                exponent, scale, threshold, keep, statistics, ready, unit, K, D, D_V, NEGATIVE, HEADROOM, WANT_QUERY,
+                WANT_KEY, PRECISION, BLOCK_ROWS, BLOCK_S, BLOCK_D, BLOCK_DV, ROW_STAGES,
             )  # fmt: skip
     else:
         if WANT_KEY or WANT_VALUE or FUSED:

@@ -108,8 +108,8 @@ def attend_tile(
     ticket, query, key_proj, value_proj, out, cu_seqlens_q, rng_state, strides, sizes, exponent, threshold, keep,
     ready, units,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT_HEADS: tl.constexpr,
-    WANTED: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+    WANTED: tl.constexpr, NEGATIVE: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_Q, D_V] of out = softmax(scale Q K'^T) V', computed as 2^(c s - c max) with c = |scale| log2 e."""
     head = ticket % sizes.heads
@@ -139,10 +139,10 @@ def attend_tile(
             if NEGATIVE:
                 b_s = -b_s
             if K % BLOCK_S:
-                b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent)
+                b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent + HEADROOM)
                 b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
             else:
-                b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent)
+                b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent + HEADROOM)
                 b_p = powers(b_s, exponent, b_new[:, None])
             b_change = tl.exp2(b_most - b_new)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
@@ -168,7 +168,8 @@ def forward(
     strides, sizes, exponent, threshold, keep, counters, partial, project_tiles, splits, units,
     unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr,
     PARTS: tl.constexpr, UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr,
-    SPLIT: tl.constexpr, NEGATIVE: tl.constexpr, PROJECT: tl.constexpr, ATTEND: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, NEGATIVE: tl.constexpr, HEADROOM: tl.constexpr, PROJECT: tl.constexpr, ATTEND: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PROJECT_STAGES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ATTEND_STAGES: tl.constexpr,
@@ -193,6 +194,6 @@ def forward(
             attend_tile(
                 ticket - project_tiles, query, key_proj, value_proj, out, cu_seqlens_q, rng_state, strides, sizes,
                 exponent, threshold, keep, ready, units, unit, K, D, D_V, UNIT_HEADS,
-                UNIT_TILES * ((K + BLOCK_K - 1) // BLOCK_K) if PROJECT else 0, NEGATIVE, PRECISION, BLOCK_Q, BLOCK_S,
-                BLOCK_D, BLOCK_DV, ATTEND_STAGES,
+                UNIT_TILES * ((K + BLOCK_K - 1) // BLOCK_K) if PROJECT else 0, NEGATIVE, HEADROOM, PRECISION, BLOCK_Q,
+                BLOCK_S, BLOCK_D, BLOCK_DV, ATTEND_STAGES,
             )  # fmt: skip

@@ -139,12 +139,18 @@ class _Call:
         }  # fmt: skip
 
     def softmax(self, rng_state: Tensor | None, dropout_p: float, scale: float) -> dict[str, Any]:
-        """Scores times `exponent`, negated first where scale is negative, are powers of two."""
+        """Scores times `exponent`, negated first where scale is negative, are powers of two.
+
+        They are divided by 2^HEADROOM, K at least: the sums of unnormalised exponentials times values then stay where
+        those of probabilities would, and overflow for no values for which the formula does not. Not in float16: its
+        values cannot overflow a sum in float32, but its small exponentials would lose digits.
+        """
         threshold = max(1, min(int(dropout_p * 2**32), 2**32 - 1)) if dropout_p > 0 else 0
         return {
             "rng_state": rng_state if dropout_p > 0 else None,
             "threshold": threshold - 2**32 if threshold >= 2**31 else threshold,
             "keep": 1 / (1 - dropout_p), "exponent": abs(scale) * math.log2(math.e), "NEGATIVE": scale < 0,
+            "HEADROOM": 0 if self.like.dtype == torch.float16 else (self.shape.proj_dim - 1).bit_length(),
         }  # fmt: skip
 
     def widths(self) -> dict[str, int]:

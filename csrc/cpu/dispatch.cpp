@@ -1,7 +1,9 @@
 // Chooses the kernel build for this machine. LINFORMER_CPU_CAPABILITY names another one, for tests and for comparison:
 // a build that the machine cannot run is never chosen.
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "kernels.h"
 
@@ -28,50 +30,101 @@ extern const KernelTable kAmx;
 namespace {
 
 #ifdef LINFORMER_CPU_X86
+// __builtin_cpu_supports does not know F16C in clang 14. The system keeps its registers where it keeps those of AVX2.
+bool converts_halves() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);    // AMX-BF16, AMX-TILE
 }
 
 // Linux gives a process the use of tiles when it asks; before that their first instruction ends it. One request serves
-// all threads, older ones too, and forked children. An old kernel or a filter of system calls may refuse.
-bool may_use_amx() {
+// all threads, older ones too, and forked children. An old kernel or a filter of system calls may refuse: the error, or
+// zero.
+int request_amx() {
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
 #else
-  return false;
+  return ENOSYS;
 #endif
 }
 #endif
 
+// Every build, whether this machine can run it or not.
+const KernelTable* const kBuilds[] = {
+    &kGeneric,
+#ifdef LINFORMER_CPU_X86
+    &kAvx2,
+    &kAvx512,
+    &kAvx512Bf16,
+    &kAmx,
+#endif
+    &kEmulatedAvx512Bf16,
+    &kEmulatedAmx,
+};
+
+// The build that was asked for; nullptr: none.
+const char* wanted_build() {
+  const char* wanted = std::getenv("LINFORMER_CPU_CAPABILITY");
+  return wanted && *wanted ? wanted : nullptr;
+}
+
+struct Choice {
+  const KernelTable* table = nullptr;
+  int amx_error = 0;    // of a request that was refused
+
+  // Nothing is asked for a build that is not about to be taken.
+  bool take(const KernelTable& wanted) {
+#ifdef LINFORMER_CPU_X86
+    if (&wanted == &kAmx && (amx_error = request_amx()) != 0) return false;
+#endif
+    table = &wanted;
+    return true;
+  }
+};
+
 // The build of that name, or the best that this machine can run.
-const KernelTable& choose(const char* wanted) {
-  const KernelTable* found[5];    // what this machine can run, best first
+Choice choose(const char* wanted) {
+  const KernelTable* found[5];    // what this processor can run, best first
   int count = 0;
 #ifdef LINFORMER_CPU_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // The one processor with AMX that was measured, a Xeon, has half the multiply-adds a second on pairs of bf16 that it
   // has on fp32: forward at N = 4096, K = 128 in bf16 27.4 ms by pairs, 16.0 ms in fp32 (one thread, medians of 5).
-  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16"), slow = pairs && has_amx();
-  if (slow && may_use_amx()) found[count++] = &kAmx;
-  if (pairs && !slow) found[count++] = &kAvx512Bf16;
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16"), amx = pairs && has_amx();
+  if (amx) found[count++] = &kAmx;
+  if (pairs && !amx) found[count++] = &kAvx512Bf16;
   if (avx512) found[count++] = &kAvx512;
-  if (slow) found[count++] = &kAvx512Bf16;
+  if (amx) found[count++] = &kAvx512Bf16;
   if (avx2) found[count++] = &kAvx2;
 #endif
   found[count++] = &kGeneric;
 
-  if (wanted == nullptr) return *found[0];
-  if (std::strcmp(wanted, kEmulatedAvx512Bf16.name) == 0) return kEmulatedAvx512Bf16;
-  if (std::strcmp(wanted, kEmulatedAmx.name) == 0) return kEmulatedAmx;
-  for (int i = 0; i < count; ++i) {
-    if (std::strcmp(wanted, found[i]->name) == 0) return *found[i];
+  const auto named = [wanted](const KernelTable& table) { return wanted && std::strcmp(wanted, table.name) == 0; };
+  Choice choice;
+  for (const KernelTable* table : {&kEmulatedAvx512Bf16, &kEmulatedAmx}) {
+    if (named(*table) && choice.take(*table)) return choice;
   }
-  return *found[0];
+  for (int i = 0; i < count; ++i) {
+    if (named(*found[i]) && choice.take(*found[i])) return choice;
+  }
+  for (int i = 0; i < count; ++i) {
+    if (choice.take(*found[i])) return choice;
+  }
+  return choice;
+}
+
+// Of the process.
+const Choice& chosen() {
+  static const Choice choice = choose(wanted_build());
+  return choice;
 }
 
 thread_local const KernelTable* chosen_by_thread = nullptr;
@@ -91,18 +144,31 @@ bool tiles_pay(const Problem& p) {
 
 }    // namespace
 
-const KernelTable& kernel_table() {
-  static const KernelTable& table = choose(std::getenv("LINFORMER_CPU_CAPABILITY"));
-  return chosen_by_thread ? *chosen_by_thread : table;
-}
+const KernelTable& kernel_table() { return chosen_by_thread ? *chosen_by_thread : *chosen().table; }
 
-void use_capability(const char* name) { chosen_by_thread = *name ? &choose(name) : nullptr; }
+void use_capability(const char* name) { chosen_by_thread = *name ? choose(name).table : nullptr; }
 
 const KernelTable& kernel_table_for(const Problem& problem) {
-  static const bool demanded = std::getenv("LINFORMER_CPU_CAPABILITY") != nullptr;
+  static const bool demanded = wanted_build() != nullptr;
   const KernelTable& table = kernel_table();
-  const bool chosen = demanded || chosen_by_thread;    // a build that is named computes everything
-  return table.without_tiles && !chosen && !tiles_pay(problem) ? *table.without_tiles : table;
+  const bool named = demanded || chosen_by_thread;    // a build that is named computes everything
+  return table.without_tiles && !named && !tiles_pay(problem) ? *table.without_tiles : table;
+}
+
+std::string amx_refusal() { return chosen().amx_error ? std::strerror(chosen().amx_error) : ""; }
+
+const char* capability_problem() {
+  static const std::string problem = [] {
+    const char* wanted = wanted_build();
+    std::string names;
+    for (const KernelTable* build : kBuilds) {
+      if (wanted == nullptr || std::strcmp(wanted, build->name) == 0) return std::string();
+      names += (names.empty() ? "\"" : ", \"") + std::string(build->name) + "\"";
+    }
+    return "environment variable LINFORMER_CPU_CAPABILITY is '" + std::string(wanted) + "'; wanted: one of " + names +
+           ", or none, for what suits this machine";
+  }();
+  return problem.empty() ? nullptr : problem.c_str();
 }
 
 }    // namespace linformer::cpu

@@ -69,23 +69,30 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   return c < 0 ? -most : most;
 }
 
-// target = exp2((row - max) * c), times the dropout factors where there are any, zero from k up to the next whole
-// vector; returns the sum before dropout. The difference comes first: of the fused row * c - max * c the rounding of
-// max * c alone exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit values are
-// written behind what has been read.
+// So that a row of k exponentials sums to no more than 1: sums of unnormalised exponentials times values then stay
+// where those of probabilities would, and overflow for no values for which the formula does not.
+LINFORMER_INLINE float headroom(int64_t k) {
+  return k > 1 ? static_cast<float>(64 - __builtin_clzll(static_cast<uint64_t>(k - 1))) : 0.0f;
+}
+
+// target = exp2((row - max) * c - headroom(k)), times the dropout factors where there are any, zero from k up to the
+// next whole vector; returns the sum before dropout. The difference comes first: of the fused row * c - max * c the
+// rounding of max * c alone exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit
+// values are written behind what has been read.
 template <class Out>
 LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_t k, float c, float max,
                                            const float* keep) {
   const int64_t whole = k / kWidth * kWidth;
   const VecF top = splat(max);
+  const float down = headroom(k);
   VecF sum = {};
   for (int64_t j = 0; j < whole; j += kWidth) {
-    const VecF e = exp2_nonpositive((load(row + j) - top) * c);
+    const VecF e = exp2_nonpositive((load(row + j) - top) * c, down);
     store(target + j, keep ? e * load(keep + j) : e);
     sum += e;
   }
   if (whole < k) {
-    const VecF e = select(tail_lanes(k), exp2_nonpositive((load(row + whole) - top) * c), VecF{});
+    const VecF e = select(tail_lanes(k), exp2_nonpositive((load(row + whole) - top) * c, down), VecF{});
     store(target + whole, keep ? e * load(keep + whole) : e);
     sum += e;
   }

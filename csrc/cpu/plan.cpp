@@ -108,7 +108,8 @@ void size_tiles(Plan& plan, int64_t wanted, int64_t even_share) {
   const int64_t query_tiles = p.batch * p.heads * ceil_div(p.len_q, plan.query_tile);
   plan.query_block = plan.query_tile * std::clamp(query_tiles / (4 * wanted), int64_t{1}, int64_t{8});
   plan.backward_tile = std::clamp(rows, int64_t{32}, int64_t{256});
-  plan.backward_chunk = std::min(round_to(even_share, 32), std::clamp(rows, int64_t{32}, int64_t{128}));
+  plan.backward_chunk =
+      std::min(round_to(std::max<int64_t>(even_share, 32), 32), std::clamp(rows, int64_t{32}, int64_t{128}));
 }
 
 }    // namespace
@@ -178,7 +179,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
     plan.workspace_bytes += round_to(bytes, 64);
     return at;
   };
-  if (shape.tiles) plan.not_a_number = reserve(64);
+  if (shape.tiles) plan.not_finite = reserve(64);
   plan.partials = reserve(pairs * partials * Partial(plan, nullptr).bytes);
   plan.panels_stride = shape.tiles ? TilePanels(plan, nullptr).bytes : Panels<float>(plan, nullptr).bytes;
   plan.panels = reserve(pairs * plan.panels_stride);
@@ -189,8 +190,8 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
 
 bool run_plan(const Plan& plan, int threads, const ParallelFor& parallel) {
   const TaskFunction* tasks = plan.table->tasks[static_cast<int>(plan.problem.dtype)];
-  const auto* not_a_number = reinterpret_cast<const int32_t*>(plan.workspace + plan.not_a_number);
-  if (plan.terms) *reinterpret_cast<int32_t*>(plan.workspace + plan.not_a_number) = 0;
+  const auto* not_finite = reinterpret_cast<const int32_t*>(plan.workspace + plan.not_finite);
+  if (plan.terms) *reinterpret_cast<int32_t*>(plan.workspace + plan.not_finite) = 0;
   int64_t total = 0;
   for (int i = 0; i < plan.phase_count; ++i) total += plan.phases[i].tasks;
 
@@ -214,7 +215,7 @@ bool run_plan(const Plan& plan, int threads, const ParallelFor& parallel) {
       done.fetch_add(1, std::memory_order_release);
     }
   });
-  return plan.terms == 0 || *not_a_number == 0;
+  return plan.terms == 0 || *not_finite == 0;
 }
 
 }    // namespace linformer::cpu

@@ -68,9 +68,9 @@ struct Plan {
   int phase_count = 0;
 
   // Memory, in bytes from the start of the workspace.
-  int64_t not_a_number = 0;    // of tiles: an int32 that is set when a result holds a NaN
-  int64_t partials = 0;        // fp32 (b, kv head, split, K, padded D + padded D_v)
-  int64_t panels = 0;          // words, one set of panels a (b, kv head)
+  int64_t not_finite = 0;    // of tiles: an int32 that is set when a result is infinite or NaN
+  int64_t partials = 0;      // fp32 (b, kv head, split, K, padded D + padded D_v)
+  int64_t panels = 0;        // words, one set of panels a (b, kv head)
   int64_t panels_stride = 0;
   int64_t scratch = 0;    // one piece a thread
   int64_t scratch_stride = 0;
@@ -113,7 +113,8 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
 // parallel(n, body) must call body(i) for every i in [0, n), on as many threads as it likes.
 using ParallelFor = std::function<void(int64_t, const std::function<void(int64_t)>&)>;
 
-// False where tiles made a NaN: the problem is to be planned for plan.table->without_tiles and run again.
+// False where a result of tiles is not finite: the problem is to be planned for plan.table->without_tiles and run
+// again.
 bool run_plan(const Plan& plan, int threads, const ParallelFor& parallel);
 
 }    // namespace linformer::cpu

@@ -44,7 +44,7 @@ LINFORMER_INLINE VecF exp2_for(VecF x) {
   }
   return (VecF)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-  return exp2_nonpositive(x);
+  return exp2_nonpositive(x, 0.0f);
 #endif
 }
 
@@ -57,6 +57,9 @@ LINFORMER_INLINE bool any_lane(VecI lanes) {
   return any != 0;
 #endif
 }
+
+// Lanes that are infinite or NaN.
+LINFORMER_INLINE VecI infinite(VecF value) { return (VecI)((VecU)value & 0x7f800000u) == 0x7f800000; }
 
 // Lanes below `count`.
 LINFORMER_INLINE VecI first_lanes(int64_t count) {
@@ -84,7 +87,7 @@ struct TileTasks {
   }
   static LINFORMER_INLINE int64_t steps(int64_t values) { return (values + kPair - 1) / kPair; }
 
-  // Up to 16 rows of fp32 tiles out to a tensor, times a factor a row. Returns the lanes that have held a NaN.
+  // Up to 16 rows of fp32 tiles out to a tensor, times a factor a row; `wrong` keeps the lanes that were not finite.
   struct Out {
     T* target;
     int64_t stride, columns;
@@ -98,7 +101,7 @@ struct TileTasks {
     }
 
     LINFORMER_INLINE void write(T* to, VecF low, VecF high) {
-      if constexpr (kTermCount > 1) wrong |= (VecI)(low != low) | (VecI)(high != high);
+      wrong |= infinite(low) | infinite(high);
 #if defined(__AVX512BF16__)
       if constexpr (kSame<T, float>) {
         if (stream) {
@@ -126,7 +129,7 @@ struct TileTasks {
       store(to + kWidth, high);
     }
     LINFORMER_INLINE void write_part(T* to, VecF low, VecF high, int64_t count) {
-      if constexpr (kTermCount > 1) wrong |= (VecI)(low != low) | (VecI)(high != high);
+      wrong |= infinite(low) | infinite(high);
       T part[kPair];
       store(part, low);
       store(part + kWidth, high);
@@ -158,10 +161,10 @@ struct TileTasks {
     void report(const Plan& plan) const { TileTasks::report(plan, wrong, stream); }
   };
 
-  // At the end of a task: whether its results held a NaN, and what it streamed before another thread may read it.
+  // At the end of a task: whether its results were finite, and what it streamed before another thread may read it.
   static void report(const Plan& plan, VecI wrong, bool streamed) {
-    if (kTermCount > 1 && any_lane(wrong)) {
-      __atomic_store_n(reinterpret_cast<int32_t*>(plan.workspace + plan.not_a_number), 1, __ATOMIC_RELAXED);
+    if (any_lane(wrong)) {
+      __atomic_store_n(reinterpret_cast<int32_t*>(plan.workspace + plan.not_finite), 1, __ATOMIC_RELAXED);
     }
     if (streamed) end_streams();
   }
@@ -470,7 +473,7 @@ struct TileTasks {
 
   // Sums so far to another reference.
   static void rescale(std::byte* sums, int64_t value_tiles, float* reference, float* sum, VecF now, float c) {
-    const VecF factor = exp2_nonpositive((load(reference) - now) * c);
+    const VecF factor = exp2_nonpositive((load(reference) - now) * c, 0.0f);
     float by[kSide];
     store(by, factor);
     store(sum, load(sum) * factor);
@@ -801,7 +804,7 @@ struct TileTasks {
         for (int64_t i = 0; i < part.rows; ++i) {
           for (int64_t j = 0; j < width; j += kWidth) {
             const VecF value = load(total.rows + i * total.stride + j);
-            wrong |= (VecI)(value != value);
+            wrong |= infinite(value);
             store_part(rows + i * tensor.row_stride + j, value, smaller(kWidth, width - j));
           }
         }

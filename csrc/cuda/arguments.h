@@ -34,6 +34,7 @@ struct Arguments {
   // Of softmax and dropout, once for all.
   float exponent = 0.0f;           // |scale| log2 e
   bool negative = false;           // scale < 0
+  float headroom = 0.0f;           // log2 of what exponentials are divided by, see Softmax
   uint32_t drop_below = 0;         // random words below are dropped; 0: no dropout
   float keep_multiplier = 1.0f;    // 1 / (1 - p)
 

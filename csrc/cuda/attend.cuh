@@ -120,11 +120,15 @@ LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* 
 
 // softmax(scale s), computed as 2^(c s - c largest) with c = |scale| log2 e and s of the sign of scale: one
 // multiply-add and one exponential an element, and the rounding of c largest is common to a row, so it cancels.
+//
+// Divided by 2^headroom, K at least: the sums of unnormalised exponentials times values then stay where those of
+// probabilities would, and overflow for no values for which the formula does not. Not in fp16: its values cannot
+// overflow a sum in fp32, but its small exponentials would lose digits.
 struct Softmax {
-  float c;
+  float c, headroom;
   bool negative;
 
-  LINFORMER_DEVICE explicit Softmax(const Arguments& a) : c(a.exponent), negative(a.negative) {}
+  LINFORMER_DEVICE explicit Softmax(const Arguments& a) : c(a.exponent), headroom(a.headroom), negative(a.negative) {}
 
   template <int kTiles>
   LINFORMER_DEVICE void orient(float (&s)[kTiles][4]) const {
@@ -137,6 +141,7 @@ struct Softmax {
     }
   }
 
+  LINFORMER_DEVICE float shift(float largest) const { return __fadd_rn(__fmul_rn(largest, c), headroom); }
   LINFORMER_DEVICE float power(float s, float shift) const { return exp2_of(fmaf(s, c, -shift)); }
 
   // One block of `columns` scores, the further ones of which do not exist: s becomes 2^(...), `largest` and this
@@ -159,8 +164,8 @@ struct Softmax {
       most = fmaxf(quad_max(most), largest[half]);
       // Of the rounded products, as those are what `power` subtracts: the exact difference would scale what was summed
       // before by their roundings, which are large where scores are.
-      const float shift = __fmul_rn(most, c);
-      correction[half] = first ? 0.0f : exp2_of(__fmul_rn(largest[half], c) - shift);
+      const float shifted = shift(most);
+      correction[half] = first ? 0.0f : exp2_of(shift(largest[half]) - shifted);
       largest[half] = most;
       float added = 0.0f;
 #pragma unroll
@@ -168,7 +173,7 @@ struct Softmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[n][2 * half + e];
-          x = !ragged || 8 * n + at + e < columns ? power(x, shift) : 0.0f;
+          x = !ragged || 8 * n + at + e < columns ? power(x, shifted) : 0.0f;
           added += x;
         }
       }

@@ -131,7 +131,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const bool exists = k + 8 * n + 2 * t + e % 2 < proj_dim;
-              scores[n][e] = exists ? softmax.power(scores[n][e], largest[e / 2] * softmax.c) : 0.0f;
+              scores[n][e] = exists ? softmax.power(scores[n][e], softmax.shift(largest[e / 2])) : 0.0f;
             }
           }
         }
@@ -256,7 +256,7 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float4 statistic = statistics[8 * n + 2 * t + e % 2];
-        const float probability = softmax.power(scores[n][e], statistic.x * softmax.c) * statistic.y;
+        const float probability = softmax.power(scores[n][e], softmax.shift(statistic.x)) * statistic.y;
         float multiplier = 1.0f;
         if (dropout.on) {
           const bool kept = dropout.kept(row + 8 * n + 2 * t + e % 2, first_k + warp_row + g + e / 2 * 8);

@@ -128,6 +128,9 @@ Arguments arguments_of(const Problem& p) {
   a.aligned = alignment_of(p);
   a.exponent = std::fabs(p.scale) * 1.4426950408889634f;
   a.negative = p.scale < 0.0f;
+  if (p.dtype != DType::kFloat16) {
+    while (std::ldexp(1.0, static_cast<int>(a.headroom)) < static_cast<double>(p.proj_dim)) ++a.headroom;
+  }
   if (p.dropout_p > 0.0) {
     a.drop_below = std::max(dropout_threshold(p.dropout_p), 1u);
     a.keep_multiplier = static_cast<float>(1.0 / (1.0 - p.dropout_p));
