@@ -148,7 +148,7 @@ struct TileTasks {
     }
 
     void report(const Plan& plan) const {
-      if (kTermCount > 1 && any_lane(wrong)) {
+      if (any_lane(wrong)) {
         __atomic_store_n(reinterpret_cast<int32_t*>(plan.workspace + plan.not_a_number), 1, __ATOMIC_RELAXED);
       }
 #if defined(__AVX512F__)
@@ -698,34 +698,30 @@ struct TileTasks {
     done.report(plan);
   }
 
-  // One of dK' and dV': written out where the caller wants it, packed where project_backward follows.
+  // One of dK' and dV': written out where the caller wants it, packed where project_backward follows. Sums of queries,
+  // whose last tile zeros fill: they make NaN of an infinity in K' or V', in bf16 too.
   template <class Source>
   static void finish_gradient(const Plan& plan, const Source* source, int64_t stride, int64_t columns, int64_t padded,
                               T* target, int64_t target_stride, std::byte* panel, std::byte* panel_t,
                               const TileFinishScratch& scratch) {
     const int64_t k = plan.problem.proj_dim, count = steps(columns);
     if constexpr (kSame<Source, float>) {
-      if (target) {
-        VecI wrong = {};
-        for (int64_t i = 0; i < k; ++i) {
-          const float* in = source + i * stride;
-          T* to = target + i * target_stride;
-          int64_t j = 0;
-          for (; j + kWidth <= columns; j += kWidth) {
-            const VecF value = load(in + j);
-            wrong |= (VecI)(value != value);
-            store(to + j, value);
-          }
-          if (j < columns) {
-            const VecF value = load_part(in + j, columns - j);
-            wrong |= (VecI)(value != value);
-            store_part(to + j, value, columns - j);
-          }
+      Out out(target, target_stride, columns, false);
+      for (int64_t i = 0; i < k; ++i) {
+        const float* in = source + i * stride;
+        int64_t j = 0;
+        for (; j + kWidth <= columns; j += kWidth) {
+          const VecF value = load(in + j);
+          out.wrong |= (VecI)(value != value);
+          if (target) store(target + i * target_stride + j, value);
         }
-        Out out(nullptr, 0, 0, false);
-        out.wrong = wrong;
-        out.report(plan);
+        if (j < columns) {
+          const VecF value = load_part(in + j, columns - j);
+          out.wrong |= (VecI)(value != value);
+          if (target) store_part(target + i * target_stride + j, value, columns - j);
+        }
       }
+      out.report(plan);
     }
     if (panel) {
       pack_pairs<kTermCount>(operand(panel, padded / kSide), source, stride, k, columns, plan.padded_k, padded);
@@ -909,7 +905,7 @@ struct TileTasks {
     }
   }
 
-  // Sums of dE^T out as rows of dE.
+  // Sums of dE^T out as rows of dE. Columns beyond a sequence are products of zeros, and NaN where dK' is infinite.
   static void write_transposed(Out& out, const TileMatrix& sums, int64_t k, int64_t columns, std::byte* scratch) {
     for (int64_t i = 0; i < k; i += kSide) {
       for (int64_t j = 0; j < columns; j += kPair) {
@@ -918,6 +914,7 @@ struct TileTasks {
         for (int64_t r = 0; r < smaller(kSide, k - i); ++r) {
           T* to = out.target + (i + r) * out.stride + j;
           const VecF low = tile_row(scratch, r), high = tile_row(scratch + kTileBytes, r);
+          out.wrong |= (VecI)(low != low) | (VecI)(high != high);
           if (j + kPair <= columns) {
             out.write(to, low, high);
           } else {
