@@ -468,6 +468,8 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
 
 std::string cpu_capability() { return cpu::kernel_table().name; }
 
+std::string cpu_amx_refusal() { return cpu::amx_refusal(); }
+
 std::string cuda_architectures() {
 #ifdef LINFORMER_WITH_CUDA
   return LINFORMER_CUDA_ARCHS;
@@ -506,6 +508,7 @@ extern "C" __attribute__((visibility("default"))) void linformer_emulate(linform
 
 STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
+  m.impl("cpu_amx_refusal", TORCH_BOX(&linformer::cpu_amx_refusal));
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));
 }

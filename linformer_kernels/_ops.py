@@ -154,8 +154,10 @@ def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p,
     return empty_projected_grads(needs, query, key_proj, value_proj)
 
 
-# What the CPU kernels will use, and the measured peak of one thread: native only, no tensors, so no fakes.
+# What the CPU kernels will use, why not the AMX that the processor has, if the system refused it, and the measured peak
+# of one thread: native only, no tensors, so no fakes.
 LIBRARY.define("cpu_capability() -> str")
+LIBRARY.define("cpu_amx_refusal() -> str")
 LIBRARY.define("cpu_peak_gflops(str dtype) -> float")
 # The architectures of the CUDA kernels in the library, e.g. "80,90"; empty without any.
 LIBRARY.define("cuda_architectures() -> str")

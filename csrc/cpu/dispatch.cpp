@@ -1,5 +1,6 @@
 // Chooses the kernel build for this machine. LINFORMER_CPU_CAPABILITY names another one, for tests and for comparison:
 // a build that the machine cannot run is never chosen.
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 
@@ -34,20 +35,34 @@ bool has_amx() {
 }
 
 // Linux gives a process the use of tiles when it asks; before that their first instruction ends it. One request serves
-// all threads, older ones too, and forked children. An old kernel or a filter of system calls may refuse.
-bool may_use_amx() {
+// all threads, older ones too, and forked children. An old kernel or a filter of system calls may refuse: the error, or
+// zero.
+int request_amx() {
 #ifdef __linux__
   constexpr long kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
 #else
-  return false;
+  return ENOSYS;
 #endif
 }
 #endif
 
-// What this machine can run, best first.
-const KernelTable& choose() {
-  const KernelTable* found[5];
+struct Choice {
+  const KernelTable* table = nullptr;
+  int amx_error = 0;    // of a request that was refused
+
+  // Nothing is asked for a build that is not about to be taken.
+  bool take(const KernelTable& wanted) {
+#ifdef LINFORMER_CPU_X86
+    if (&wanted == &kAmx && (amx_error = request_amx()) != 0) return false;
+#endif
+    table = &wanted;
+    return true;
+  }
+};
+
+Choice choose() {
+  const KernelTable* found[5];    // what this processor can run, best first
   int count = 0;
 #ifdef LINFORMER_CPU_X86
   __builtin_cpu_init();
@@ -56,32 +71,41 @@ const KernelTable& choose() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // The one processor with AMX that was measured, a Xeon, has half the multiply-adds a second on pairs of bf16 that it
   // has on fp32: forward at N = 4096, K = 128 in bf16 27.4 ms by pairs, 16.0 ms in fp32 (one thread, medians of 5).
-  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16"), slow = pairs && has_amx();
-  if (slow && may_use_amx()) found[count++] = &kAmx;
-  if (pairs && !slow) found[count++] = &kAvx512Bf16;
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16"), amx = pairs && has_amx();
+  if (amx) found[count++] = &kAmx;
+  if (pairs && !amx) found[count++] = &kAvx512Bf16;
   if (avx512) found[count++] = &kAvx512;
-  if (slow) found[count++] = &kAvx512Bf16;
+  if (amx) found[count++] = &kAvx512Bf16;
   if (avx2) found[count++] = &kAvx2;
 #endif
   found[count++] = &kGeneric;
 
   const char* wanted = std::getenv("LINFORMER_CPU_CAPABILITY");
-  if (wanted == nullptr) return *found[0];
-  if (std::strcmp(wanted, kEmulatedAvx512Bf16.name) == 0) return kEmulatedAvx512Bf16;
-  if (std::strcmp(wanted, kEmulatedAmx.name) == 0) return kEmulatedAmx;
-  for (int i = 0; i < count; ++i) {
-    if (std::strcmp(wanted, found[i]->name) == 0) return *found[i];
+  const auto named = [wanted](const KernelTable& table) { return wanted && std::strcmp(wanted, table.name) == 0; };
+  Choice choice;
+  for (const KernelTable* table : {&kEmulatedAvx512Bf16, &kEmulatedAmx}) {
+    if (named(*table) && choice.take(*table)) return choice;
   }
-  return *found[0];
+  for (int i = 0; i < count; ++i) {
+    if (named(*found[i]) && choice.take(*found[i])) return choice;
+  }
+  for (int i = 0; i < count; ++i) {
+    if (choice.take(*found[i])) return choice;
+  }
+  return choice;
+}
+
+const Choice& chosen() {
+  static const Choice choice = choose();
+  return choice;
 }
 
 }    // namespace
 
-const KernelTable& kernel_table() {
-  static const KernelTable& table = choose();
-  return table;
-}
+const KernelTable& kernel_table() { return *chosen().table; }
 
 const KernelTable& kernel_table_for(const Problem&) { return kernel_table(); }
+
+std::string amx_refusal() { return chosen().amx_error ? std::strerror(chosen().amx_error) : ""; }
 
 }    // namespace linformer::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "plan.h"
 
@@ -22,5 +23,8 @@ const KernelTable& kernel_table();
 
 // The table for a problem: that one, or the one without tiles where they would be slower.
 const KernelTable& kernel_table_for(const Problem& problem);
+
+// Why the system does not let this process use the AMX that the processor has; empty where it does, or was not asked.
+std::string amx_refusal();
 
 }    // namespace linformer::cpu
