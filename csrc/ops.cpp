@@ -575,6 +575,8 @@ std::vector<int64_t> cpu_plan(int64_t batch, int64_t heads, int64_t length, int6
   return tasks;
 }
 
+std::string cpu_amx_refusal() { return cpu::amx_refusal(); }
+
 std::string cuda_architectures() {
 #ifdef LINFORMER_WITH_CUDA
   return LINFORMER_CUDA_ARCHS;
@@ -620,6 +622,7 @@ STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
   m.impl("cpu_use_capability", TORCH_BOX(&linformer::cpu_use_capability));
   m.impl("cpu_plan", TORCH_BOX(&linformer::cpu_plan));
+  m.impl("cpu_amx_refusal", TORCH_BOX(&linformer::cpu_amx_refusal));
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
   m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));

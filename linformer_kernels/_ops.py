@@ -171,10 +171,12 @@ def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p,
     return empty_projected_grads(needs, query, key_proj, value_proj)
 
 
-# What the CPU kernels will use, and how this thread uses another build ("": as before), for bench; the measured peak of
-# one thread, and its rate in a probe of some 40 us. Native only, no tensors, so no fakes.
+# What the CPU kernels will use, how this thread uses another build ("": as before), for bench, and why not the AMX that
+# the processor has, if the system refused it; the measured peak of one thread, and its rate in a probe of some 40 us.
+# Native only, no tensors, so no fakes.
 LIBRARY.define("cpu_capability() -> str")
 LIBRARY.define("cpu_use_capability(str name) -> str")
+LIBRARY.define("cpu_amx_refusal() -> str")
 LIBRARY.define("cpu_peak_gflops(str dtype) -> float")
 LIBRARY.define("cpu_probe_gflops() -> float")
 # How many tasks each phase of an operation has on so many threads.

@@ -44,6 +44,7 @@ def collect() -> dict[str, Any]:
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "kernels": None if not_loaded is not None else _cpu_kernels()[0],
+            "amx_refused": (torch.ops.linformer_kernels.cpu_amx_refusal() or None) if not_loaded is None else None,
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
     }
@@ -92,6 +93,8 @@ def main() -> None:
     lines["CPU"] = (
         f"{cpu['machine']}, {cpu['threads']} threads; kernels use {cpu['kernels'] or 'none'}, torch uses {cpu['torch']}"
     )
+    if cpu["amx_refused"]:
+        lines["CPU"] += f"; AMX is there, but the system does not let this process use it: {cpu['amx_refused']}"
     lines["CUDA kernels for"] = ", ".join(f"sm_{arch}" for arch in library["cuda_architectures"]) or "none"
     for name, backend in data["backends"].items():
         lines[f"backend {name}"] = "available" if backend["available"] else f"not available: {backend['reason']}"

@@ -152,7 +152,7 @@ def capability(**environment) -> str:
     return succeeded(python("-c", code, **environment)).strip()
 
 
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 INSTRUCTION_SETS = """
 import sys, torch, cases, test_attention as t
 torch.use_deterministic_algorithms(True)
@@ -163,13 +163,21 @@ for i, case in enumerate(t.CHOSEN):
 """
 
 
-@pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16"])
+def test_the_default_instruction_set():
+    """The most that the machine runs; but on a processor whose AMX is refused not pairs of bfloat16, slow there."""
+    runs = [level for level in LEVELS if capability(LINFORMER_CPU_CAPABILITY=level) == level]
+    best = "avx512" if torch.ops.linformer_kernels.cpu_amx_refusal() else runs[-1]
+    assert capability() == capability(LINFORMER_CPU_CAPABILITY="avx1024") == best
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16", "emulate_amx"])
 def test_instruction_set(level, seed):
     """Each path that this machine can run, every case in one type, with memory from malloc filled with rubbish (glibc's
     MALLOC_PERTURB_). A level beyond the machine gives what the machine has."""
-    machine = capability(LINFORMER_CPU_CAPABILITY=LEVELS[-1])  # the most that it has, which need not be its choice
-    if level in LEVELS and LEVELS.index(level) > LEVELS.index(machine):
-        assert capability(LINFORMER_CPU_CAPABILITY=level) == machine
+    if level in LEVELS and capability(LINFORMER_CPU_CAPABILITY=level) != level:
+        assert capability(LINFORMER_CPU_CAPABILITY=level) == capability()
+        later = LEVELS[LEVELS.index(level) :]
+        assert not any(capability(LINFORMER_CPU_CAPABILITY=one) == one for one in later)
         return
     environment = {"LINFORMER_CPU_CAPABILITY": level, "MALLOC_PERTURB_": "1"}
     done = python("-c", INSTRUCTION_SETS, str(seed), cwd=ROOT / "tests", **environment)

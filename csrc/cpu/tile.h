@@ -98,16 +98,21 @@ template <int kTile>
 LINFORMER_INLINE void tile_zero() {
   std::memset(tile_register[kTile], 0, sizeof(tile_register[kTile]));
 }
+// As the processor does it, to the bit where nothing is subnormal: the first and the second values of the pairs are
+// summed apart, from zero, and then added to C.
 template <int kC, int kA, int kB>
 LINFORMER_INLINE void tile_multiply() {
   for (int64_t i = 0; i < kSide; ++i) {
-    VecF sum = load(tile_register[kC] + i * kSide);
+    VecF even = {}, odd = {};
     for (int64_t s = 0; s < kSide; ++s) {
       uint32_t word;
       std::memcpy(&word, tile_register[kA] + i * kSide + s, sizeof(word));
-      sum = PairedBf16::multiply_add(sum, word, load(tile_register[kB] + s * kSide));
+      const VecU a = VecU{} + word, b = load_raw<VecU>(tile_register[kB] + s * kSide);
+      even += (VecF)(a << 16) * (VecF)(b << 16);
+      odd += (VecF)(a & 0xffff0000u) * (VecF)(b & 0xffff0000u);
     }
-    store(tile_register[kC] + i * kSide, sum);
+    float* row = tile_register[kC] + i * kSide;
+    store(row, load(row) + (even + odd));
   }
 }
 
