@@ -180,6 +180,8 @@ def choose(call: Call, backend: str | None) -> Backend:
         name, source = getattr(_chosen, "name", None), "use_backend"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
+    if name is None and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return BACKENDS["reference"]  # of PyTorch's own operators, which ONNX has
     if name is None:
         for candidate in _in_order(call):
             if candidate.supports(call) is None:
