@@ -105,7 +105,6 @@ class MaskedLanguageModel(nn.Module):
     def __init__(self, settings: Settings, attention: str) -> None:
         super().__init__()
         width = settings.width
-        self.attention = attention
         self.embedding = nn.Embedding(VOCABULARY, width, padding_idx=PAD)
         self.position = nn.Parameter(0.02 * torch.randn(settings.seq_len, width))
         self.neighbors = nn.Conv1d(width, width, kernel_size=7, padding="same")
@@ -114,8 +113,7 @@ class MaskedLanguageModel(nn.Module):
         self.head = nn.Linear(width, 256)
 
     def forward(self, batch: Batch) -> Tensor:
-        # The layers differ here: Linformer's wants True where there is text, torch's where there is none.
-        mask = batch.text if batch.text is None or self.attention == "linformer" else ~batch.text
+        mask = None if batch.text is None else ~batch.text  # True where there is none, in torch's layers and in ours
         hidden = self.embedding(batch.inputs)
         hidden = hidden + self.neighbors(hidden.transpose(1, 2)).transpose(1, 2)
         hidden = hidden + self.position[: hidden.shape[1]]

@@ -3,8 +3,11 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from ._backends import use_backend
+from .encoders import LinformerEncoder, LinformerEncoderLayer
 from .functional import linformer_attention, linformer_attention_varlen, project_kv, projected_attention
-from .modules import LinformerAttention, LinformerEncoderLayer, LinformerProjection
+from .integrations.torch_nn import from_torch
+from .modules import LinformerAttention
+from .projections import LinformerProjection
 from .tuning import tune
 
 try:
@@ -14,9 +17,11 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "LinformerAttention",
+    "LinformerEncoder",
     "LinformerEncoderLayer",
     "LinformerProjection",
     "__version__",
+    "from_torch",
     "linformer_attention",
     "linformer_attention_varlen",
     "project_kv",

@@ -135,9 +135,9 @@ def _register(
         return differentiable(*args) if tracked else _below_autograd(op, *args)
 
     def call(*args: Any) -> Any:
-        # Compilers want the op, and so does vmap, under which no tensor says that it requires gradients. Eager code
-        # skips the dispatcher's detour to the kernel, a third of a call's overhead.
-        whole = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        # Compilers and torch.jit.trace want the op, and so does vmap, under which no tensor says that it requires
+        # gradients. Eager code skips the dispatcher's detour to the kernel, a third of a call's overhead.
+        whole = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
         return op(*args) if whole else kernel(*args)
 
     LIBRARY.impl(op, kernel, "Autograd")

@@ -1,4 +1,4 @@
-"""LinformerProjection, LinformerAttention and LinformerEncoderLayer against their formulas written out by hand."""
+"""The modules against their formulas written out by hand, and against the contract of those of torch.nn."""
 
 import copy
 import functools
@@ -10,9 +10,44 @@ import torch
 from torch import nn
 
 import linformer_kernels as lk
-from linformer_kernels import LinformerAttention, LinformerEncoderLayer, LinformerProjection
+from linformer_kernels import (
+    LinformerAttention,
+    LinformerEncoder,
+    LinformerEncoderLayer,
+    LinformerProjection,
+    from_torch,
+)
 
 KINDS = ("learned", "fixed", "mean", "max", "conv")
+X = torch.ones(2, 4, 32)
+
+
+def attention(**options):
+    sizes = {} if "projection" in options else dict(seq_len=50, proj_dim=7)
+    return LinformerAttention(32, 4, **(dict(batch_first=True) | sizes | options))
+
+
+def encoder_layer(**options):
+    sizes = dict(dim_feedforward=48, dropout=0.0, batch_first=True, seq_len=50, proj_dim=7)
+    return LinformerEncoderLayer(32, 4, **(sizes | options))
+
+
+def encoder(**options):
+    sizes = dict(dim_feedforward=48, dropout=0.0, batch_first=True, seq_len=50, proj_dim=7, num_layers=2)
+    return LinformerEncoder(32, 4, **(sizes | options))
+
+
+def of_projection(kind):
+    return attention(projection=LinformerProjection(50, 7, kind=kind, **({"head_dim": 8} if kind == "conv" else {})))
+
+
+def rows_of_k_proj(module, x):
+    """How many rows of a sequence k_proj is called with. Seen without a hook, which would change it."""
+    seen, call = [], nn.functional.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", lambda x, w, b=None: seen.append((w, x.shape)) or call(x, w, b))
+        module(x)
+    return next(shape[1] for weight, shape in seen if weight is module.k_proj.weight)
 
 
 def windows(seq_len: int, proj_dim: int) -> list[slice]:
@@ -21,9 +56,8 @@ def windows(seq_len: int, proj_dim: int) -> list[slice]:
 
 
 def projected_by_hand(projection, rows, weight, mask):
-    """(B, H, K, D) of rows (B, H, N, D), window by window, head by head."""
+    """(B, H, K, D) of rows (B, H, N, D), window by window, head by head. Sequences start at position 0."""
     batch, heads, n, d = rows.shape
-    mask = torch.ones(batch, n, dtype=torch.bool, device=rows.device) if mask is None else mask
     kept = torch.where(mask[:, None, :, None], rows, 0)
     if projection.kind in ("learned", "fixed"):
         matrix = weight if weight.dim() == 3 else weight.expand(heads, -1, -1)
@@ -43,16 +77,27 @@ def projected_by_hand(projection, rows, weight, mask):
 
 
 def attention_by_hand(module, query, key, value, mask):
-    """The layer as in the paper: linear layers on all N rows, then the projection, then softmax."""
+    """The layer as in the paper: linear layers on all N rows, then the projection, then softmax. Sequences start at the
+    first position that takes part; rows that stand for windows without one have no part in the softmax."""
     heads = lambda x, h: x.unflatten(-1, (h, -1)).transpose(1, 2)  # noqa: E731
+    batch, n = key.shape[:2]
+    mask = torch.ones(batch, n, dtype=torch.bool, device=key.device) if mask is None else mask
+    first = mask.int().argmax(1).tolist()
+    turned = lambda x: torch.stack([row.roll(-start, 0) for row, start in zip(x, first, strict=True)])  # noqa: E731
+    key, value, mask, projection = turned(key), turned(value), turned(mask), module.projection
     q = heads(module.q_proj(query), module.num_heads)
     k, v = heads(module.k_proj(key), module.num_kv_heads), heads(module.v_proj(value), module.num_kv_heads)
-    e, f = module.projection.proj_key, module.projection.proj_value
-    k = projected_by_hand(module.projection, k, e, mask)
-    v = projected_by_hand(module.projection, v, e if f is None else f, mask)
+    e, f = projection.proj_key, projection.proj_value
+    k = projected_by_hand(projection, k, e, mask)
+    v = projected_by_hand(projection, v, e if f is None else f, mask)
     k, v = (x.repeat_interleave(module.num_heads // module.num_kv_heads, 1) for x in (k, v))
-    p = torch.softmax(q @ k.mT / module.head_dim**0.5, -1)
-    return module.out_proj((p @ v).transpose(1, 2).flatten(2))
+    scores = q @ k.mT / module.head_dim**0.5
+    if projection.kind in ("mean", "max", "conv") or projection.init != "gaussian":
+        reached = [mask[:, window].any(1) for window in windows(projection.seq_len, projection.proj_dim)]
+        reached = torch.stack(reached, 1)
+        reached = reached | ~reached.any(1, keepdim=True)  # where all are out, V' is zero
+        scores = scores.masked_fill(~reached[:, None, None], -torch.inf)
+    return module.out_proj((torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2))
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -80,7 +125,11 @@ def compare(module, by_hand, inputs, options):
         biases = [found.pop(name).flatten() for name in names if name.endswith("bias")]
         return found | ({"biases": torch.cat(biases)} if biases else {})
 
-    got = results(module, lambda m, *xs: m(*xs, **options), torch.float32)
+    def call(m, *xs):
+        out = m(*xs, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    got = results(module, call, torch.float32)
     plain = results(module, by_hand, torch.float32)
     double = copy.deepcopy(module).double()
     exact = results(double, by_hand, torch.float64)
@@ -103,6 +152,7 @@ OWN = [dict(sharing=sharing, seq_len=50, proj_dim=k) for sharing in ("headwise",
 SHARED = [dict(kind=kind, seq_len=50, proj_dim=7) for kind in ("learned", "fixed", "mean", "max")]
 SHARED += [dict(kind=kind, seq_len=50, proj_dim=7, num_heads=2) for kind in ("learned", "fixed")]
 SHARED += [dict(kind="learned", seq_len=50, proj_dim=7, num_heads=2, share_kv=True)]
+SHARED += [dict(kind="learned", seq_len=50, proj_dim=7, init=init) for init in ("mean", "identity")]
 SHARED += [dict(kind="conv", seq_len=50, proj_dim=7, head_dim=8)]
 SHARED += [dict(kind="conv", seq_len=50, proj_dim=7, head_dim=8, num_heads=2, share_kv=True)]
 
@@ -114,18 +164,20 @@ def test_attention_is_the_formula(options, masked, bias, device):
     """Whichever of the two orders it takes; N < seq_len, grouped heads, other widths of key and value."""
     if "kind" in options:
         options = {"projection": LinformerProjection(**options)}
-    module = LinformerAttention(32, 4, **options, bias=bias, kdim=20, vdim=28, num_kv_heads=2).to(device)
+    options = options | dict(bias=bias, kdim=20, vdim=28, num_kv_heads=2, batch_first=True)
+    module = LinformerAttention(32, 4, **options).to(device)
     inputs = [torch.randn(3, n, width, device=device) for n, width in ((9, 32), (43, 20), (43, 28))]
     mask = torch.rand(3, 43, device=device) < 0.6 if masked else None
     if masked:
         mask[0] = False
     hand = lambda m, *xs: attention_by_hand(m, *xs, mask)  # noqa: E731
-    compare(randomized(module), hand, inputs, {"key_padding_mask": mask})
+    compare(randomized(module), hand, inputs, {"key_padding_mask": None if mask is None else ~mask})
 
 
 def test_heads_of_a_width_of_their_own(device):
     """Of which embed_dim is no multiple."""
-    module = LinformerAttention(30, 4, 50, 7, head_dim=12, num_kv_heads=2).to(device)
+    sizes = dict(seq_len=50, proj_dim=7, head_dim=12, num_kv_heads=2)
+    module = LinformerAttention(30, 4, batch_first=True, **sizes).to(device)
     assert module.q_proj.weight.shape == (48, 30) and module.out_proj.weight.shape == (30, 48)
     hand = lambda m, x: attention_by_hand(m, *[x] * 3, None)  # noqa: E731
     compare(randomized(module), hand, [torch.randn(2, 43, 30, device=device)], {})
@@ -135,9 +187,9 @@ def test_heads_of_a_width_of_their_own(device):
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_self_attention_and_compress_first(sharing, batch_first, device):
     """One tensor for query, key and value; and the layer does compress first where that is cheaper."""
-    module = LinformerAttention(32, 4, 50, 7, sharing, batch_first=batch_first).to(device)
-    assert module.compress_first
-    assert not LinformerAttention(32, 4, 50, 7, "none").compress_first
+    module = attention(sharing=sharing, batch_first=batch_first).to(device)
+    assert rows_of_k_proj(module, torch.randn(2, 43, 32, device=device)) == 7
+    assert rows_of_k_proj(attention(sharing="none").to(device), torch.randn(2, 43, 32, device=device)) == 43
     turn = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
     hand = lambda m, x: turn(attention_by_hand(m, *[turn(x)] * 3, None))  # noqa: E731
     compare(randomized(module), hand, [torch.randn(*((2, 43) if batch_first else (43, 2)), 32, device=device)], {})
@@ -145,21 +197,20 @@ def test_self_attention_and_compress_first(sharing, batch_first, device):
 
 @pytest.mark.parametrize("sharing", ["headwise", "key_value", "none"])
 def test_a_nan_behind_the_mask_stays_there(sharing, device):
-    module = LinformerAttention(32, 4, 50, 7, sharing).to(device)
+    module = attention(sharing=sharing).to(device)
     rows = torch.randn(2, 43, 32, device=device)
-    mask = torch.rand(2, 43, device=device) < 0.6
+    mask = torch.rand(2, 43, device=device) < 0.4
     query = torch.randn(2, 5, 32, device=device)
-    clean = module(query, rows, key_padding_mask=mask)
-    poisoned = module(query, rows.masked_fill(~mask[..., None], torch.nan), key_padding_mask=mask)
+    clean = module(query, rows, rows, mask)[0]
+    poisoned = rows.masked_fill(mask[..., None], torch.nan)
+    poisoned = module(query, poisoned, poisoned, mask)[0]
     assert torch.equal(clean, poisoned) and clean.isfinite().all()
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_encoder_layer_is_the_composition(norm_first, activation, device):
-    layer = LinformerEncoderLayer(
-        32, 4, 50, 7, dim_feedforward=48, dropout=0.0, activation=activation, norm_first=norm_first
-    ).to(device)
+    layer = encoder_layer(activation=activation, norm_first=norm_first).to(device)
     mask = torch.rand(2, 43, device=device) < 0.6
 
     def by_hand(m, x):
@@ -171,7 +222,7 @@ def test_encoder_layer_is_the_composition(norm_first, activation, device):
         x = m.norm1(x + attend(x))
         return m.norm2(x + feed(x))
 
-    compare(randomized(layer), by_hand, [torch.randn(2, 43, 32, device=device)], {"src_key_padding_mask": mask})
+    compare(randomized(layer), by_hand, [torch.randn(2, 43, 32, device=device)], {"src_key_padding_mask": ~mask})
 
 
 class Adapter(nn.Module):
@@ -189,42 +240,42 @@ class Adapter(nn.Module):
 
 @pytest.mark.parametrize("name", ["k_proj", "v_proj"])
 def test_an_adapter_and_a_hook_are_called(name, device):
-    attention, x = LinformerAttention(32, 4, 20, 3).to(device), torch.randn(2, 20, 32, device=device)
-    assert attention.compress_first
-    plain, linear = attention(x), getattr(attention, name)
-    setattr(attention, name, Adapter(linear).to(device))
-    adapted = attention(x)
-    attention.compress_first = False
-    torch.testing.assert_close(adapted, attention(x), rtol=1e-5, atol=1e-5)
+    """Where they stand all N rows go through them, and what they give is used."""
+    module, x = attention(seq_len=20, proj_dim=3).to(device), torch.randn(2, 20, 32, device=device)
+    by_hand = lambda: attention_by_hand(module, x, x, x, None)  # noqa: E731
+    plain, linear = module(x)[0], getattr(module, name)
+    setattr(module, name, Adapter(linear).to(device))
+    adapted = module(x)[0]
+    torch.testing.assert_close(adapted, by_hand(), rtol=1e-4, atol=1e-5)
     assert (adapted - plain).abs().max() > 1e-3
-    attention.compress_first = True
-    setattr(attention, name, linear)
-    with linear.register_forward_hook(lambda module, given, out: out * 2):
-        assert (attention(x) - plain).abs().max() > 1e-3
-    assert torch.equal(attention(x), plain)
+    setattr(module, name, linear)
+    seen = []
+    with linear.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]) or out * 2):
+        torch.testing.assert_close(module(x)[0], by_hand(), rtol=1e-4, atol=1e-5)
+    assert set(seen) == {20}
+    assert torch.equal(module(x)[0], plain)
     nn.utils.parametrizations.weight_norm(linear)
-    torch.testing.assert_close(attention(x), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module(x)[0], plain, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_in_training_only(device):
-    layer = LinformerEncoderLayer(32, 4, 50, 7, dim_feedforward=48, dropout=0.3).to(device)
+    layer = encoder_layer(dropout=0.3).to(device)
     x = torch.randn(2, 50, 32, device=device)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    attention = LinformerAttention(32, 4, 50, 7, dropout=0.3).to(device)
-    assert not torch.equal(attention(x), attention(x)) and not torch.equal(attention(x), attention.eval()(x))
+    module = attention(dropout=0.3).to(device)
+    assert not torch.equal(module(x)[0], module(x)[0]) and not torch.equal(module(x)[0], module.eval()(x)[0])
 
 
 @pytest.mark.parametrize("options", OWN + SHARED, ids=lambda o: "-".join(map(str, o.values())))
 def test_state_dict_round_trip(options, device):
-    make = lambda: LinformerAttention(  # noqa: E731
-        32, 4, num_kv_heads=2, **({"projection": LinformerProjection(**options)} if "kind" in options else options)
-    ).to(device)
+    own = lambda: {"projection": LinformerProjection(**options)} if "kind" in options else options  # noqa: E731
+    make = lambda: LinformerAttention(32, 4, batch_first=True, num_kv_heads=2, **own()).to(device)  # noqa: E731
     first, second, x = make(), make(), torch.randn(2, 50, 32, device=device)
-    assert options.get("kind") in ("mean", "max") or not torch.equal(first(x), second(x))
+    assert options.get("kind") in ("mean", "max") or not torch.equal(first(x)[0], second(x)[0])
     assert second.load_state_dict(first.state_dict()) == ([], [])
-    assert torch.equal(first(x), second(x))
+    assert torch.equal(first(x)[0], second(x)[0])
     saved = any("projection.proj" in name for name in first.state_dict())
     assert saved == (options.get("kind") not in ("mean", "max"))
 
@@ -232,8 +283,8 @@ def test_state_dict_round_trip(options, device):
 def test_one_projection_for_several_layers_with_their_own_k(device):
     """Layerwise sharing is one parameter; another layer may have another K."""
     shared = LinformerProjection(50, 7, share_kv=True)
-    layers = [LinformerEncoderLayer(32, 4, projection=shared, dim_feedforward=8, dropout=0.0) for _ in range(2)]
-    model = nn.Sequential(*layers, LinformerEncoderLayer(32, 4, 50, 19, dim_feedforward=8, dropout=0.0)).to(device)
+    layers = [LinformerEncoderLayer(32, 4, 8, 0.0, projection=shared) for _ in range(2)]
+    model = nn.Sequential(*layers, LinformerEncoderLayer(32, 4, 8, 0.0, seq_len=50, proj_dim=19)).to(device)
     shapes = [tuple(p.shape) for name, p in model.named_parameters() if "projection" in name]
     assert shapes == [(7, 50), (19, 50), (19, 50)]
     model(torch.randn(2, 50, 32, device=device)).square().sum().backward()
@@ -245,7 +296,7 @@ def test_one_projection_for_several_layers_with_their_own_k(device):
 @pytest.mark.parametrize("kind", ["learned", "fixed"])
 def test_the_start_keeps_the_spread_of_the_keys(kind, device):
     projection = LinformerProjection(4000, 64, kind=kind).to(device)
-    for matrix in projection.matrices():
+    for matrix in (projection.proj_key, projection.proj_value):
         assert matrix.std().item() == pytest.approx(4000**-0.5, rel=0.02) and abs(matrix.mean()) < 1e-3
         assert isinstance(matrix, nn.Parameter) == (kind == "learned")
     keys, _ = projection(*(torch.randn(1, 2, 4000, 16, device=device) for _ in range(2)))
@@ -253,27 +304,45 @@ def test_the_start_keeps_the_spread_of_the_keys(kind, device):
 
 
 def used(*shape, **options):
-    return LinformerAttention(32, 4, 8, 4)(torch.ones(shape or (2, 8, 32)), **options)
+    return attention(seq_len=8, proj_dim=4)(torch.ones(shape or (2, 8, 32)), **options)
+
+
+def strided(*lengths):
+    return torch.nested.nested_tensor([torch.randn(n, 32) for n in lengths])
 
 
 @pytest.mark.parametrize("make", [
     lambda: LinformerProjection(0, 4), lambda: LinformerProjection(8, 4, kind="median"),
     lambda: LinformerProjection(4, 8, kind="mean"), lambda: LinformerProjection(8, 4, kind="conv"),
-    lambda: LinformerProjection(8, 4, kind="max", num_heads=2), lambda: LinformerAttention(30, 4, 8, 4),
-    lambda: LinformerAttention(32, 4, 8, 4, "all"), lambda: LinformerAttention(32, 4),
-    lambda: LinformerAttention(32, 4, 8, 4, "layerwise"), lambda: LinformerAttention(32, 4, 8, 4, num_kv_heads=3),
-    lambda: LinformerAttention(32, 4, 8, 4, head_dim=0), lambda: LinformerAttention(32, 4, 8, 4, dropout=1.0),
+    lambda: LinformerProjection(8, 4, kind="max", num_heads=2),
+    lambda: LinformerAttention(30, 4, seq_len=8, proj_dim=4),
+    lambda: LinformerProjection(8, 4, init="zeros"), lambda: LinformerProjection(8, 4, kind="max", init="mean"),
+    lambda: LinformerProjection(4, 8, init="identity"),
+    lambda: attention(sharing="all"), lambda: LinformerAttention(32, 4), lambda: attention(sharing="layerwise")(X),
+    lambda: attention(num_kv_heads=3), lambda: attention(head_dim=0), lambda: attention(dropout=1.0),
+    lambda: LinformerAttention(32, 0, seq_len=8, proj_dim=4),
+    lambda: LinformerAttention(32.0, 4, seq_len=8, proj_dim=4),
     lambda: LinformerAttention(32, 4, projection=nn.Linear(2, 2)),
-    lambda: LinformerAttention(32, 4, 8, 4, "headwise", projection=LinformerProjection(8, 4)),
-    lambda: LinformerEncoderLayer(32, 4, 8, 4, activation="tanh"), lambda: used(2, 8, 31),
-    lambda: used(2, 9, 32), lambda: used(8, 32), lambda: used(is_causal=True),
-    lambda: used(need_weights=True), lambda: used(key_padding_mask=torch.ones(2, 8)),
+    lambda: attention(sharing="headwise", projection=LinformerProjection(50, 7)),
+    lambda: attention(add_bias_kv=True), lambda: attention(add_zero_attn=True),
+    lambda: encoder_layer(activation="tanh"), lambda: encoder_layer()(X, src_mask=torch.zeros(4, 4)),
+    lambda: encoder_layer()(X, is_causal=True), lambda: encoder(proj_dim=[7, 7, 7]), lambda: encoder(num_layers=0),
+    lambda: encoder(proj_dim=[7, 5], sharing="layerwise"), lambda: encoder()(X, torch.zeros(4, 4)),
+    lambda: encoder()(X, is_causal=True), lambda: encoder(projection=LinformerProjection(50, 8)),
+    lambda: used(2, 8, 31), lambda: used(2, 9, 32), lambda: used(8, 2, 2, 32), lambda: used(key=torch.ones(8, 32)),
+    lambda: used(is_causal=True), lambda: used(need_weights=True), lambda: used(attn_mask=torch.ones(8, 8)),
+    lambda: used(key_padding_mask=torch.ones(2, 8, dtype=torch.int64)), lambda: used(key_padding_mask=torch.ones(2, 8)),
+    lambda: used(key_padding_mask=torch.ones(2, 7, dtype=torch.bool)),
+    lambda: attention()(strided(3, 5), X, X), lambda: attention()(strided(3, 5), key_padding_mask=torch.zeros(2, 5)),
     lambda: LinformerProjection(8, 4, kind="max")(*[torch.ones(1, 1, 9, 2)] * 2),
     lambda: LinformerProjection(8.0, 4), lambda: LinformerProjection(8, 4, kind="conv", head_dim=0),
-    lambda: LinformerAttention(32, 4, 8, 4)([1.0]),
+    lambda: attention()([1.0]),
     lambda: LinformerProjection(8, 4, kind="conv", head_dim=8)(*[torch.ones(2, 3, 8, 1)] * 2),
     lambda: LinformerProjection(8, 4, kind="conv", head_dim=8, num_heads=3)(*[torch.ones(2, 1, 8, 8)] * 2),
     lambda: LinformerProjection(8, 4, kind="conv", head_dim=8)(*[torch.ones(2, 3, 8, 8).bfloat16()] * 2),
+    lambda: from_torch(nn.Linear(3, 3), seq_len=8, proj_dim=4), lambda: from_torch(nn.MultiheadAttention(32, 4)),
+    lambda: from_torch(nn.MultiheadAttention(32, 4, add_bias_kv=True), seq_len=8, proj_dim=4),
+    lambda: from_torch(nn.TransformerEncoder(encoder_layer(), 2), seq_len=8, proj_dim=4),
 ])  # fmt: skip
 def test_mistakes_are_refused_with_what_is_wanted(make):
     with pytest.raises((ValueError, TypeError, NotImplementedError), match="wanted: "):
@@ -282,7 +351,7 @@ def test_mistakes_are_refused_with_what_is_wanted(make):
 
 def test_compiled_layer_is_eager(device):
     torch._dynamo.reset()
-    layer = LinformerEncoderLayer(32, 4, 50, 7, dim_feedforward=48, dropout=0.0).to(device)
+    layer = encoder_layer().to(device)
     x = torch.randn(2, 50, 32, device=device)
     assert torch.allclose(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x), atol=1e-6)
     with lk.use_backend("reference"):

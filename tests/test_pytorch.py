@@ -186,15 +186,15 @@ def test_export_of_the_module_with_a_dynamic_length(strict, masked, sharing, dev
     class Attend(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = lk.LinformerAttention(16, 2, 20, 5, sharing)
+            sizes = dict(seq_len=20, proj_dim=5, sharing=sharing)
+            self.attention = lk.LinformerAttention(16, 2, batch_first=True, **sizes)
             torch.nn.init.normal_(self.attention.k_proj.bias)
             torch.nn.init.normal_(self.attention.v_proj.bias)
 
         def forward(self, x, mask):
-            return self.attention(x, key_padding_mask=mask if masked else None)
+            return self.attention(x, key_padding_mask=mask if masked else None)[0]
 
     module, n = Attend().to(device), torch.export.Dim("n", min=2, max=20)
-    assert module.attention.compress_first
     inputs = lambda n: (torch.randn(2, n, 16, device=device), torch.rand(2, n, device=device) < 0.7)  # noqa: E731
     program = torch.export.export(module, inputs(11), dynamic_shapes=({1: n}, {1: n}), strict=strict)
     for length in (2, 13, 20):
@@ -410,7 +410,7 @@ from linformer_kernels import LinformerEncoderLayer, LinformerProjection
 def model():
     torch.manual_seed(0)
     shared = LinformerProjection(32, 8)
-    layers = [LinformerEncoderLayer(16, 2, 32, 8, dim_feedforward=32, dropout=0.0, projection=shared) for _ in range(2)]
+    layers = [LinformerEncoderLayer(16, 2, 32, 0.0, batch_first=True, projection=shared) for _ in range(2)]
     return torch.nn.Sequential(*layers)
 
 def worker(rank, where):

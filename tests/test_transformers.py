@@ -2,9 +2,9 @@
 
 import copy
 import importlib.util
-import inspect
 import os
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,6 @@ FAMILIES = {
     "Electra": TEXT | {"embedding_size": 32}, "Camembert": TEXT, "CLIPVision": IMAGE, "LayoutLM": TEXT,
     "NomicBert": TEXT, "DINOv3ViT": IMAGE | {"num_register_tokens": 0}, "Bart": PAIR, "Whisper": SOUND,
 }  # fmt: skip
-CHANGED_KEYS = ("NomicBert", "DINOv3ViT", "Whisper")  # after their linear layer: by rotary positions, by a copy
 
 
 def make(family, **changes):
@@ -95,16 +94,20 @@ def test_attention_is_the_formula(sharing, init):
         for f in (layer.query, layer.key, layer.value)
     )
     matrices = model.linformer[0 if sharing == "layerwise" else 1]
-    e, f = matrices.matrices()
-    e, f = e[..., :LENGTH], (e if f is None else f)[..., :LENGTH]
+    e, f = matrices.proj_key, matrices.proj_key if matrices.proj_value is None else matrices.proj_value
+    e, f = e[..., :LENGTH], f[..., :LENGTH]
     if sharing == "none":
         assert e.shape == f.shape == (4, 16, LENGTH)
-    taken = mask[:, None, :, None]
-    scores = query @ (e @ (key * taken)).transpose(-1, -2) * 8**-0.5
+    # Column n of E meets the n-th position of a sequence: the last one of the batch is padded on its left.
+    first = mask.int().argmax(1)
+    turned = lambda rows: torch.stack([row.roll(-int(n), 0) for row, n in zip(rows, first, strict=True)])  # noqa: E731
+    key, value = (turned((x * mask[:, None, :, None]).transpose(1, 2)).transpose(1, 2) for x in (key, value))
+    scores = query @ (e @ key).transpose(-1, -2) * 8**-0.5
     if init != "gaussian":
-        empty = [[not mask[b, 60 * k // 16 : 60 * (k + 1) // 16].any() for k in range(16)] for b in range(3)]
+        there = turned(mask)
+        empty = [[not there[b, 60 * k // 16 : 60 * (k + 1) // 16].any() for k in range(16)] for b in range(3)]
         scores = scores.masked_fill(torch.tensor(empty)[:, None, None], -torch.inf)
-    want = scores.softmax(-1) @ (f @ (value * taken))
+    want = scores.softmax(-1) @ (f @ value)
     torch.testing.assert_close(seen["out"], want.transpose(1, 2).flatten(2), rtol=1e-5, atol=1e-5)
 
 
@@ -190,61 +193,22 @@ def test_layerwise_is_one_parameter():
     batch = inputs("Roberta")
     model(**batch, labels=batch["input_ids"]).loss.backward()
     assert weight.grad.abs().sum() > 0
-    copied = copy.deepcopy(model)
-    assert copied.roberta.encoder.layer[2].attention.self.__dict__["linformer"] is copied.roberta.linformer[0]
+    copied = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        weight.zero_()
+        copied.roberta.linformer[0].proj_key.zero_()
+        assert torch.equal(model.eval()(**batch).logits, copied(**batch).logits)
 
 
 def test_dropout_and_scale_reach_the_op(monkeypatch):
     seen = []
-    module = "linformer_kernels.integrations.transformers.projected_attention"
-    monkeypatch.setattr(module, lambda q, *rest, **options: seen.append(options) or torch.zeros_like(q))
+    op = "linformer_kernels.projections.linformer_attention"
+    monkeypatch.setattr(op, lambda q, *rest, **options: seen.append(options) or torch.zeros_like(q))
     model = linformerize(make("Bert", attention_probs_dropout_prob=0.3), LENGTH, 16)
     model.train()(**inputs("Bert"))
     model.eval()(**inputs("Bert"))
     assert [options["dropout_p"] for options in seen] == [0.3] * 3 + [0.0] * 3
     assert {options["scale"] for options in seen} == {8**-0.5}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_keys_are_compressed_before_their_linear_layers(family):
-    """With defer and without: the same loss and gradients, and E is multiplied with X once."""
-    model, batch = make(family), inputs(family)
-    results = []
-    for defer in (True, False):
-        torch.manual_seed(1)
-        converted = linformerize(copy.deepcopy(model), LENGTH, 16, defer=defer)
-        layers = [module for module in converted.modules() if type(module).__name__ == "DeferredLinear"]
-        assert len(layers) == (6 if defer and family not in CHANGED_KEYS else 0)
-        out = hidden(converted, batch)
-        (out * torch.randn(out.shape)).sum().backward()
-        results.append({name: weight.grad for name, weight in converted.named_parameters() if weight.grad is not None})
-    assert results[0].keys() == results[1].keys()
-    for name, grad in results[0].items():
-        other = results[1][name]
-        assert (grad - other).norm() <= 1e-4 * other.norm(), name
-
-
-def test_an_adapter_on_deferred_keys_is_refused():
-    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
-    layer = model.encoder.layer[0].attention.self
-    assert layer.key(torch.randn(1, 5, 32)).isnan().all()
-    handle = layer.value.register_forward_hook(lambda module, given, out: out + 1.0)
-    with pytest.raises(ValueError, match="changed between their linear layer and the attention"):
-        model(**batch)
-    handle.remove()
-    assert hidden(model, batch).isfinite().all()
-
-
-def test_a_layer_whose_source_is_not_there_is_not_deferred(monkeypatch):
-    def no_source(_):
-        raise OSError("could not get source code")
-
-    model, batch = make("Bert"), inputs("Bert")
-    want = hidden(model, batch)
-    monkeypatch.setattr(inspect, "getsource", no_source)
-    linformerize(model, LENGTH, LENGTH, init="identity")
-    assert type(model.encoder.layer[0].attention.self.key) is nn.Linear
-    assert (hidden(model, batch) - want).abs().max() <= 1e-5
 
 
 def test_a_mask_for_the_scores_is_a_padding_mask_or_refused():
@@ -254,7 +218,7 @@ def test_a_mask_for_the_scores_is_a_padding_mask_or_refused():
     takes_part = batch["attention_mask"].bool()[:, None, None]
     for mask in (takes_part, torch.where(takes_part, 0.0, -1e4)):
         assert torch.equal(model(batch["input_ids"], attention_mask=mask).last_hidden_state[takes_part[:, 0, 0]], want)
-    with pytest.raises(NotImplementedError, match="other numbers to scores than 0 and -10,000 or less"):
+    with pytest.raises(ValueError, match="attention_mask adds other numbers to scores than 0 and -10,000 or less"):
         model(batch["input_ids"], attention_mask=torch.where(takes_part, 0.0, -1.0))
 
 
@@ -266,43 +230,307 @@ def test_an_encoder_serves_in_its_encoder_decoder_model():
     assert (model(**batch).last_hidden_state - want).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("defer", [True, False])
-def test_configs_of_their_own_in_layers_are_reached(defer):
+def test_configs_of_their_own_in_layers_are_reached():
     """An encoder out of EncoderDecoderModel has another config than its layers; Siglip's two towers have one each."""
     sizes = TEXT | {"is_decoder": True, "add_cross_attention": True}
     decoder = transformers.BertLMHeadModel(transformers.BertConfig(**sizes))
     encoder = transformers.EncoderDecoderModel(encoder=make("Bert"), decoder=decoder).eval().get_encoder()
     batch = inputs("Bert")
     want = hidden(encoder, batch)
-    exact = linformerize(copy.deepcopy(encoder), LENGTH, LENGTH, init="svd", calibration=[batch], defer=defer)
+    exact = linformerize(copy.deepcopy(encoder), LENGTH, LENGTH, init="svd", calibration=[batch])
     assert (hidden(exact, batch) - want).abs().max() <= 1e-5
-    short = hidden(linformerize(encoder, LENGTH, 4, defer=defer), batch)
+    short = hidden(linformerize(encoder, LENGTH, 4), batch)
     assert short.isfinite().all() and (short - want).abs().max() > 1e-3
+    encoder.set_attn_implementation("sdpa")
+    assert torch.equal(hidden(encoder, batch), want)
 
     config = transformers.SiglipConfig(text_config=TEXT, vision_config=IMAGE)
-    model = linformerize(transformers.SiglipModel(config), 70, 8, "key_value", defer=defer)
+    model = linformerize(transformers.SiglipModel(config), 70, 8, "key_value")
     assert model.text_model.config is model.config.text_config
     assert {layer._attn_implementation for layer in (config, config.text_config, config.vision_config)} == {"sdpa"}
     assert model.vision_model(torch.randn(2, 3, 28, 28)).last_hidden_state.isfinite().all()
 
 
-def test_a_model_in_several_threads():
-    """What is deferred is kept by thread: while one waits in a layer, another goes through it."""
-    model, batches = linformerize(make("Bert"), LENGTH, 16), [inputs("Bert", padded=False) for _ in range(2)]
-    want = [hidden(model, batch) for batch in batches]
-    waits, got = threading.Barrier(2), {}
+class Copying(nn.Module):
+    """As PEFT's modules_to_save: in the place of a module, the frozen original and a copy that is trained and used."""
 
-    def wait(module, given):
-        waits.wait(60)
+    def __init__(self, original):
+        super().__init__()
+        self.original, self.used = original.requires_grad_(False), copy.deepcopy(original).requires_grad_(True)
 
-    model.encoder.layer[1].attention.self.value.register_forward_pre_hook(wait)
-    call = lambda which: got.update({which: hidden(model, batches[which])})  # noqa: E731
-    threads = [threading.Thread(target=call, args=(which,)) for which in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(got[which], want[which]) for which in range(2))
+    def forward(self, *arguments, **options):
+        return self.used(*arguments, **options)
+
+
+class Adapter(nn.Module):
+    """As LoRA: a low-rank addition around a linear layer, here one that changes the result from the start."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.down, self.up = (nn.Linear(*sizes, bias=False) for sizes in ((32, 2), (2, 32)))
+        nn.init.normal_(self.up.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+    def merged(self):
+        """The linear layer that computes the same."""
+        linear = copy.deepcopy(self.layer)
+        linear.weight.data += self.up.weight @ self.down.weight
+        return linear
+
+
+def off(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("sharing", ["layerwise", "headwise"])
+def test_what_stands_under_the_name_of_a_projection_is_called(sharing, whole):
+    """Layers kept a projection by reference: a trainable copy in its place got no gradient and had no effect."""
+    model, batch = linformerize(make("Roberta"), LENGTH, 16, sharing), inputs("Roberta")
+    if whole:
+        model.linformer = Copying(model.linformer)
+        used = [module.used for module in (model.linformer,)]
+    else:
+        for index, projection in enumerate(model.linformer):
+            model.linformer[index] = Copying(projection)
+        used = [module.used for module in model.linformer]
+    trained = [weight for module in used for weight in module.parameters()]
+    before = hidden(model, batch)
+    (before * torch.randn_like(before)).sum().backward()
+    assert all(weight.grad.any() for weight in trained)
+    with torch.no_grad():
+        for weight in trained:
+            weight.mul_(-2)
+    assert off(hidden(model, batch), before) > 0.01
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("names", [("query",), ("key",), ("value",), ("query", "key", "value")], ids="-".join)
+def test_adapters_are_called(names, saved, tmp_path):
+    """On key and value they were refused, for a loaded checkpoint with advice that nobody could follow."""
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    if saved:
+        model.save_pretrained(tmp_path)
+        model = load(AutoModel, tmp_path).eval()
+    adapted, merged = copy.deepcopy(model), copy.deepcopy(model)
+    for one, other in zip(adapted.encoder.layer, merged.encoder.layer, strict=True):
+        for name in names:
+            adapter = Adapter(getattr(one.attention.self, name))
+            setattr(one.attention.self, name, adapter)
+            setattr(other.attention.self, name, adapter.merged())
+    got = hidden(adapted, batch)
+    assert off(got, hidden(merged, batch)) < 1e-5 and off(got, hidden(model, batch)) > 1e-4
+    (got * torch.randn_like(got)).sum().backward()
+    assert all(weight.grad.any() for name, weight in adapted.named_parameters() if "down" in name)
+
+
+def test_a_hook_sees_what_key_and_value_give():
+    """It saw NaN, and what it returned in their place was refused."""
+    model, batch, seen = linformerize(make("Bert"), LENGTH, 16), inputs("Bert"), {}
+    layer = model.encoder.layer[1].attention.self
+    for name in ("key", "value"):
+        keep = lambda module, given, out, name=name: seen.update({name: (module, given[0], out)})  # noqa: E731
+        getattr(layer, name).register_forward_hook(keep)
+    want = hidden(model, batch)
+    for module, x, out in seen.values():
+        assert torch.equal(out, nn.functional.linear(x, module.weight, module.bias))
+    layer.value.register_forward_hook(lambda module, given, out: out * 2)
+    assert off(hidden(model, batch), want) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_way_back_to_exact_attention(family):
+    """All was NaN."""
+    model, batch = make(family), inputs(family)
+    want = hidden(model, batch)
+    linformerize(model, LENGTH, 8)
+    approximate = hidden(model, batch)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(hidden(model, batch), want)
+    model.set_attn_implementation("linformer")
+    assert torch.equal(hidden(model, batch), approximate) and off(approximate, want) > 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, dict(sharing="none"), dict(projection="mean"), dict(init="mean")], ids=str)
+@pytest.mark.parametrize("disk", [False, True], ids=["cpu", "disk"])
+def test_offloaded_by_accelerate(disk, options, tmp_path):
+    """Weights that are there only while their owner is called were read without a call."""
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = linformerize(make("Roberta"), LENGTH, 16, **options), inputs("Roberta")
+    with torch.no_grad():
+        want = hidden(model, batch)
+        offload = accelerate.disk_offload if disk else accelerate.cpu_offload
+        where = {"offload_dir": tmp_path} if disk else {}
+        assert torch.equal(hidden(offload(model, execution_device=torch.device("cpu"), **where), batch), want)
+
+
+class Rounded(nn.Module):
+    """A quantized linear layer."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x):
+        step = self.weight.abs().amax(1, keepdim=True) / 127
+        return nn.functional.linear(x, (self.weight / step).round() * step, self.bias)
+
+
+def test_quantized_while_loading(tmp_path):
+    """A quantizer that puts its own layers in the place of nn.Linear before weights are read: the call failed."""
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class RoundingConfig(QuantizationConfigMixin):
+        def __init__(self, **_):
+            self.quant_method = "rounding"
+
+    class RoundingQuantizer(HfQuantizer):
+        requires_calibration = False
+        is_trainable = False
+
+        def _process_model_before_weight_loading(self, model, **_):
+            for module in list(model.modules()):
+                for child, layer in list(module.named_children()):
+                    if isinstance(layer, nn.Linear):
+                        setattr(module, child, Rounded(layer))
+
+        def is_serializable(self, *_, **__):
+            return False
+
+    register_quantization_config("rounding")(RoundingConfig)
+    register_quantizer("rounding")(RoundingQuantizer)
+    model, batch = linformerize(make("Roberta"), LENGTH, 16), inputs("Roberta")
+    model.save_pretrained(tmp_path)
+    again = load(AutoModel, tmp_path, quantization_config=RoundingConfig()).eval()
+    for module in list(model.modules()):
+        for child, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, child, Rounded(layer))
+    assert type(again.encoder.layer[0].attention.self.key) is Rounded
+    assert torch.equal(hidden(again, batch), hidden(model, batch))
+
+
+def flattened(texts, start, **options):
+    collate = transformers.DataCollatorWithFlattening(position_ids_start=start, **options)
+    batch = collate([{"input_ids": text[0].tolist(), "labels": text[0].tolist()} for text in texts])
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@pytest.mark.parametrize("by", ["offsets", "positions", "seq_idx"])
+@pytest.mark.parametrize("family", [family for family, sizes in FAMILIES.items() if sizes in (TEXT, DISTIL)])
+def test_texts_in_one_row_are_kept_apart(family, by):
+    """DataCollatorWithFlattening: what says where they start was dropped, and each text met the keys of the others."""
+    model = linformerize(make(family), 64, 16)
+    texts = [torch.randint(3, 97, (1, n)) for n in (18, 1, 33)]
+    start = 1 if family in ("Roberta", "XLMRoberta", "Camembert") else 0  # padding_idx + 1
+    alone = torch.cat([model(text).last_hidden_state for text in texts], 1)
+    batch = flattened(texts, start, return_flash_attn_kwargs=by != "positions", return_seq_idx=by == "seq_idx")
+    assert ("cu_seq_lens_q" in batch) == (by != "positions")
+    assert off(model(**batch).last_hidden_state, alone) < 1e-5
+    del batch["position_ids"]
+    if by == "positions":
+        assert off(model(**batch).last_hidden_state, alone) > 1e-3
+
+
+@pytest.mark.parametrize("options", [
+    dict(sharing="none"), dict(init="mean"), dict(projection="mean"), dict(projection="max"), dict(projection="conv"),
+], ids=str)  # fmt: skip
+def test_texts_in_one_row_of_all_projections(options):
+    model = linformerize(make("Bert"), 64, 16, **options)
+    texts = [torch.randint(3, 97, (1, n)) for n in (18, 1, 33)]
+    alone = torch.cat([model(text).last_hidden_state for text in texts], 1)
+    assert off(model(**flattened(texts, 0, return_flash_attn_kwargs=True)).last_hidden_state, alone) < 1e-5
+
+
+def test_positions_that_are_no_restarts():
+    """Explicit positions in order, or of a meaning of their own, are one text."""
+    model, ids = linformerize(make("Bert"), 64, 16), torch.randint(3, 97, (2, 30))
+    want = model(ids).last_hidden_state
+    assert torch.equal(model(ids, position_ids=torch.arange(30)[None].expand(2, -1)).last_hidden_state, want)
+    assert torch.equal(model(ids, None, None, torch.arange(30)[None]).last_hidden_state, want)
+    backwards = torch.arange(30).flip(0)[None]
+    alone = torch.cat([model(text[None], position_ids=backwards).last_hidden_state for text in ids])
+    assert off(model(ids, position_ids=backwards.expand(2, -1)).last_hidden_state, alone) < 1e-5
+
+
+def test_options_of_a_meaning_that_linformer_lacks_are_refused_by_name():
+    model, ids = linformerize(make("Bert"), 64, 16), torch.randint(3, 97, (1, 30))
+    ends = torch.tensor([0, 10, 30])
+    for option, value in (("seq_idx", torch.zeros(1, 30)), ("sliding_window", 8), ("softcap", 30.0)):
+        with pytest.raises(NotImplementedError, match=f"{option} came .*wanted: a model and a call without {option}"):
+            model(ids, **{option: value})
+    with pytest.raises(ValueError, match="cu_seq_lens_q or cu_seq_lens_k came by itself or with an attention_mask"):
+        model(ids, cu_seq_lens_q=ends)
+    with pytest.raises(ValueError, match="cu_seq_lens_q or cu_seq_lens_k came by itself or with an attention_mask"):
+        model(
+            ids, attention_mask=torch.ones_like(ids).index_fill(1, ends[:1], 0), cu_seq_lens_q=ends, cu_seq_lens_k=ends
+        )
+    assert model(ids, num_items_in_batch=torch.tensor(3)).last_hidden_state.isfinite().all()  # as Trainer passes it
+
+
+@pytest.mark.parametrize("options", [{}, dict(init="mean"), dict(projection="max")], ids=str)
+def test_padding_on_the_left_is_padding(options):
+    """RoBERTa counts positions from the first token that is no padding; E counted them from the padding."""
+    model = linformerize(make("Roberta"), 60, 16, **options)
+    texts = [torch.randint(3, 97, (1, n)) for n in (18, 40, 33)]
+    padded = torch.cat([nn.functional.pad(text, (40 - text.size(1), 0), value=0) for text in texts])
+    got = model(padded, attention_mask=(padded != 0).long()).last_hidden_state[padded != 0]
+    assert off(got, torch.cat([model(text).last_hidden_state[0] for text in texts])) < 1e-5
+
+
+def test_per_sample_gradients():
+    """By torch.func, on the backend that its refusal names."""
+    model, ids = linformerize(make("Bert"), 30, 8), torch.randint(3, 97, (3, 30))
+    weights, factors = {name: weight.detach() for name, weight in model.named_parameters()}, torch.randn(30, 32)
+
+    def loss(weights, text):
+        return (torch.func.functional_call(model, weights, (text[None],)).last_hidden_state * factors).sum()
+
+    with linformer_kernels.use_backend("reference"):
+        got = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="error")(weights, ids)
+    model.zero_grad()
+    loss(dict(model.named_parameters()), ids[1]).backward()
+    for name in ("linformer.0.proj_key", "encoder.layer.0.attention.self.value.weight"):
+        assert off(got[name][1], model.get_parameter(name).grad) < 1e-4, name
+
+
+def run(code, *arguments):
+    """In a process of its own, with this package."""
+    environment = os.environ | {"PYTHONPATH": str(Path(linformer_kernels.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_a_pickled_model_in_a_process_that_imports_nothing(tmp_path):
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    torch.save((model, batch, hidden(model, batch)), tmp_path / "model.pt")
+    run(
+        "import sys, torch\n"
+        "model, batch, want = torch.load(sys.argv[1], weights_only=False)\n"
+        "got = model(**batch).last_hidden_state[batch['attention_mask'].bool()]\n"
+        "assert (got - want).abs().max() < 1e-5",
+        str(tmp_path / "model.pt"),
+    )
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.3.0"])
+def test_an_older_transformers_is_told_which_is_wanted(version):
+    """It was a bare ImportError of some name, or a failure at the first call."""
+    said = run(
+        "import sys, types\n"
+        f"older = types.ModuleType('transformers'); older.__version__ = '{version}'\n"
+        "sys.modules['transformers'] = older\n"
+        "try:\n"
+        "    import linformer_kernels.integrations.transformers\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert said.strip() == f'transformers is {version}; wanted: 5.4 or later, as by: pip install "transformers>=5.4"'
 
 
 def test_positions_that_calibration_does_not_reach():
@@ -331,9 +559,9 @@ def test_load_hands_options_to_both_readers(tmp_path):
         path = tmp_path / "sub" if "config" in options else tmp_path
         assert torch.equal(hidden(load(AutoModel, path, **options).eval(), batch), want)
     assert load(AutoModel, tmp_path, subfolder="sub", dtype="float16").dtype == torch.float16
-    del model.config.linformer["defer"]
+    del model.config.linformer["init"]
     model.save_pretrained(tmp_path / "older")
-    with pytest.raises(ValueError, match="lacks defer in its entry 'linformer'"):
+    with pytest.raises(ValueError, match="lacks init in its entry 'linformer'"):
         load(AutoModel, tmp_path / "older")
 
 

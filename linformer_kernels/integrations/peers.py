@@ -1,5 +1,8 @@
 """Modules of the packages `linformer` and `linformer-pytorch` as modules of this one, with their weights and output.
 
+The results keep the contract of torch.nn, as all modules here: an attention returns a pair, and its masks are True
+where a position is IGNORED, where the peers' are True where it takes part. Inputs are (B, N, width), as the peers'.
+
 Theirs are known by their attributes; neither package is imported. The result is a copy: device, dtype, training mode
 and probabilities of dropout are those of the original, and all weights are trained. The peers have no bias in query,
 key and value; those of `q_proj`, `k_proj` and `v_proj` are zero and frozen, so that the state_dict is the usual one.
@@ -16,14 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..encoders import LinformerEncoderLayer
 from ..functional import project_kv
-from ..modules import LinformerAttention, LinformerEncoderLayer, LinformerProjection
+from ..modules import LinformerAttention
+from ..projections import LinformerProjection
 
 
 class BiasedProjection(LinformerProjection):
     """E and F with biases: K' = E[:, :N] @ key + b 1^T, with a number of b for each of the K rows.
 
-    Neither a mask nor a sequence shorter than seq_len changes what b adds, as in linformer-pytorch.
+    Neither a mask nor a sequence shorter than seq_len changes what b adds, and column n of E meets position n, whatever
+    is masked, as in linformer-pytorch.
 
     Args:
         seq_len, proj_dim, num_heads: as in `LinformerProjection`; with num_heads each head has a b of its own.
@@ -44,16 +50,11 @@ class BiasedProjection(LinformerProjection):
         dtype: torch.dtype | None = None,
     ) -> None:
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(seq_len, proj_dim, num_heads=num_heads, share_kv=share_kv, **factory)
+        super().__init__(seq_len, proj_dim, num_heads=num_heads, share_kv=share_kv, from_first=False, **factory)
         self.kind = "biased"
         shape = (proj_dim,) if num_heads is None else (num_heads, proj_dim)
         self.bias_key = nn.Parameter(torch.zeros(shape, **factory))
         self.register_parameter("bias_value", None if share_kv else nn.Parameter(torch.zeros(shape, **factory)))
-
-    @property
-    def is_matrix(self) -> bool:
-        """False: K' is no product of a matrix and the keys."""
-        return False
 
     def reset_parameters(self) -> None:
         """Draw E and F anew; biases start as zero."""
@@ -62,13 +63,13 @@ class BiasedProjection(LinformerProjection):
             if name.startswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """K' (B, H_kv, K, D) and V' of key (B, H_kv, N, D) and value.
-
-        key_padding_mask is (B, N) bool, True = the position takes part.
-        """
+    def compress(
+        self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """K' and V', with the biases."""
         assert self.proj_key is not None  # for mypy
-        keys, values = project_kv(key, value, self.proj_key, self.proj_value, key_padding_mask=key_padding_mask)
+        options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "cu_seqlens_k": cu_seqlens_k}
+        keys, values = project_kv(key, value, self.proj_key, self.proj_value, **options)
         bias_value = self.bias_key if self.bias_value is None else self.bias_value
         return keys + self.bias_key[..., None], values + bias_value[..., None]
 
@@ -80,7 +81,7 @@ def attention_from_linformer(peer: nn.Module) -> LinformerAttention:
         peer: with any of its options. With share_kv, k_proj and v_proj of the result are one module.
 
     Returns:
-        A module whose `new(x)` is `peer(x)`, and `new(x, context)` is `peer(x, context=context)`.
+        A module whose `new(x)[0]` is `peer(x)`, and `new(x, context)[0]` is `peer(x, context=context)`.
 
     Raises:
         TypeError: peer is something else.
@@ -151,8 +152,9 @@ def attention_from_linformer_pytorch(peer: nn.Module) -> LinformerAttention:
         peer: of any parameter_sharing and checkpoint_level. Checkpointing is a way to run it and is not copied.
 
     Returns:
-        A module whose `new(x, key_padding_mask=mask)` is `peer(x, input_mask=mask)`, for a peer in decoder_mode
-        `new(x, embeddings)` is `peer(x, embeddings=embeddings)`. Its out_proj drops elements of the output in training.
+        A module whose `new(x, key_padding_mask=~mask)[0]` is `peer(x, input_mask=mask)`, for a peer in decoder_mode
+        `new(x, embeddings)[0]` is `peer(x, embeddings=embeddings)`. Its out_proj drops elements of the output in
+        training.
 
     Raises:
         TypeError: peer is something else.
@@ -277,7 +279,7 @@ def _projection(
         projection: LinformerProjection = BiasedProjection(seq_len, proj_dim, **options)
     else:
         kind = "fixed" if isinstance(keys[0], Tensor) else "learned"
-        projection = LinformerProjection(seq_len, proj_dim, kind=kind, **options)
+        projection = LinformerProjection(seq_len, proj_dim, kind=kind, from_first=False, **options)
     projection.load_state_dict(state)
     made[identity] = projection
     return projection
@@ -304,6 +306,7 @@ def _attention(
         num_heads,
         projection=projection,
         dropout=dropout,
+        batch_first=True,
         num_kv_heads=k.size(0) // head_dim,
         head_dim=head_dim,
         **_factory(q),
@@ -328,15 +331,14 @@ def _encoder_layer(
     """Without dropout but that of the attention weights."""
     layer = LinformerEncoderLayer(
         attention.embed_dim,
-        attention.num_heads,
-        projection=attention.projection,
-        num_kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        dim_feedforward=linear1.out_features,
-        dropout=0.0,
-        activation=copy.deepcopy(activation),
-        layer_norm_eps=norm1.eps,
+        1,
+        linear1.out_features,
+        0.0,
+        copy.deepcopy(activation),
+        norm1.eps,
+        batch_first=True,
         norm_first=norm_first,
+        sharing="layerwise",
         **_factory(linear1.weight),
     )
     layer.self_attn = attention

@@ -1,9 +1,10 @@
 """Encoders of Hugging Face transformers with Linformer attention in place of their own: `linformerize` and `load`.
 
-transformers (5.0 and later) sends every model's attention through a table of functions. `linformerize` hangs E and F
-into the model, as `<base model>.linformer`, and chooses the function registered here, which hands a layer's query, key
-and value, its padding mask, dropout and scale to `linformer_attention`. Weights of the model itself stay as they are.
-What it takes to make the same model again is in `model.config.linformer`; `load` reads it back.
+transformers (5.4 and later) sends every model's attention through a table of functions. `linformerize` gives the model
+E and F, as `<base model>.linformer`, and chooses the function registered here, which calls that module with a layer's
+query, key and value, padding mask, dropout and scale. Weights and layers of the model itself stay as they are, so that
+`model.set_attn_implementation("sdpa")` is the way back. What it takes to make the same model again is in
+`model.config.linformer`; `load` reads it back.
 """
 
 from __future__ import annotations
@@ -11,31 +12,40 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import re
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .._validation import integer, refuse_causal
-from ..functional import linformer_attention, projected_attention
-from ..modules import SHARINGS, LinformerProjection, compress_first
+OLDEST = (5, 4)
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"transformers is {transformers.__version__}; wanted: {OLDEST[0]}.{OLDEST[1]} or later, as by: pip install "
+        f'"transformers>={OLDEST[0]}.{OLDEST[1]}"'
+    )
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface  # noqa: E402
+
+from .._masks import of_scores  # noqa: E402
+from .._validation import integer, refuse_causal  # noqa: E402
+from ..encoders import sizes_by_layer  # noqa: E402
+from ..modules import SHARINGS  # noqa: E402
+from ..projections import LinformerProjection, from_the_first  # noqa: E402
 
 NAME = "linformer"
+PLACE = "linformer_place"
 _MOMENTS = "linformer_moments"
 INITS = ("gaussian", "mean", "identity", "svd")
-SETTINGS = ("seq_len", "proj_dim", "sharing", "projection", "rows_may_be_empty", "defer")  # of config.linformer
-KEY_LAYERS, VALUE_LAYERS = ("key", "k_lin", "k_proj"), ("value", "v_lin", "v_proj")
-# In the source of a layer's forward: keys or values are more than seen in another shape, by rotary positions, a norm, a
-# copy.
-_CHANGED = re.compile(r"\b[kv]\w* = .*(rotary|rope|norm|contiguous|self\._shape)")
-# An empty row of K' gets this for a score before scaling; float16 holds it, and exp of it is 0 for any usual scale.
-_EMPTY = -3e4
+SETTINGS = ("seq_len", "proj_dim", "sharing", "projection", "init")  # of config.linformer
+# Options that transformers hands to attention functions and that mean nothing to one without weights and cache.
+HARMLESS = {
+    "position_ids", "max_length_q", "max_length_k", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "return_dict", "use_cache", "cache_position", "deterministic",
+}  # fmt: skip
 # Options of from_pretrained that say where a file is: for the config and for the weights.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -49,7 +59,6 @@ def linformerize(
     init: str = "gaussian",
     projection: str = "learned",
     calibration: Iterable[dict[str, Tensor]] | None = None,
-    defer: bool = True,
 ) -> PreTrainedModel:
     """Replace the attention of an encoder of transformers by Linformer attention, in place.
 
@@ -76,11 +85,6 @@ def linformerize(
             Rows of positions that no calibration data reaches stay as those of "identity".
         projection: kind of the projection, see LinformerProjection: "learned", "fixed", "mean", "max" or "conv".
         calibration: for init="svd": batches of the model's inputs, as dict of tensors; the model sees each once.
-        defer: whether keys and values are compressed before their linear layers, which then work on K rows instead of
-            N: the same numbers for less, done where E is the same for all heads, the layers are plain nn.Linear and
-            nothing (rotary positions, a norm) changes keys after them. False for adapters (LoRA) on those layers: with
-            True they raise ValueError.
-
     Returns:
         The model itself.
 
@@ -92,7 +96,7 @@ def linformerize(
         ValueError: arguments that do not fit each other or the model.
     """
     layers = _attention_layers(model)
-    settings = _check(len(layers), seq_len, proj_dim, sharing, init, projection, calibration) | {"defer": defer}
+    settings = _check(len(layers), seq_len, proj_dim, sharing, init, projection, calibration)
     if getattr(model.config, "output_attentions", False):
         raise NotImplementedError(
             "model.config.output_attentions is True, but Linformer has no attention over positions to return; wanted: "
@@ -102,9 +106,9 @@ def linformerize(
     _own_configs(model)
     moments = None if calibration is None else _position_moments(model, layers, seq_len, calibration)
     made = _install(model, layers, settings)
-    if init != "gaussian":
+    if moments is not None:
         for index, matrices in enumerate(made):
-            _start(matrices, init, None if moments is None else _of_projection(moments, index, len(made)))
+            _start(matrices, _of_projection(moments, index, len(made)))
     return model
 
 
@@ -147,8 +151,6 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
     lost = [key for key in info["missing_keys"] if f"{NAME}." in key]
     if lost:
         raise ValueError(f"path is {str(path)!r}, whose weights lack {', '.join(sorted(lost))}; wanted: all of E and F")
-    for matrices in model.base_model.linformer:
-        matrices.reset_windows()  # computed, not saved: from_pretrained leaves such buffers empty
     return (model, info) if with_info else model
 
 
@@ -165,43 +167,37 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """What transformers' attention interface calls for each layer: (B, H, N, D) tensors to a (B, N, H, D) output."""
     refuse_causal(bool(is_causal))
-    for name in ("position_bias", "softcap", "sliding_window", "output_attentions", "s_aux"):
-        if options.get(name) is not None and options[name] is not False:
+    packed = {f"cu_seqlens_{side}": options.pop(f"cu_seq_lens_{side}", None) for side in "qk"}
+    if packed["cu_seqlens_q"] is not None and "seq_idx" in options:
+        del options["seq_idx"]  # says the same
+    for name, given in options.items():
+        if given is not None and given is not False and name not in HARMLESS:
             raise NotImplementedError(
-                f"{name} came to Linformer attention, whose scores are over K compressed rows and not over positions; "
-                f"wanted: a model and a call without {name}"
+                f"{name} came to Linformer attention, which has none; wanted: a model and a call without {name}"
             )
     if query.size(2) != key.size(2):
         raise NotImplementedError(
             f"query has {query.size(2)} positions and key {key.size(2)}; wanted: self-attention over one sequence"
         )
-    attention_mask = _of_keys(attention_mask)
-    matrices: LinformerProjection | None = module.__dict__.get(NAME)
-    if matrices is None:
+    place: _Place | None = getattr(module, PLACE, None)
+    if place is None:
         raise ValueError(
             f'attn_implementation is "{NAME}" but this model has no E and F; wanted: linformerize(model, ...), or '
             "linformer_kernels.integrations.transformers.load for a saved one"
         )
-    whole = attention_mask is None and key.size(2) == matrices.seq_len
-    full = whole or not module.__dict__["linformer_rows_may_be_empty"]
-    deferred = module.__dict__.get("linformer_deferred")
-    if deferred is None and matrices.is_matrix and full:
-        out = linformer_attention(
-            query, key, value, *matrices.matrices(), key_padding_mask=attention_mask, dropout_p=dropout, scale=scaling
+    projections, mask = getattr(place.owner, NAME), _of_keys(attention_mask)
+    if packed["cu_seqlens_q"] is None and packed["cu_seqlens_k"] is None:
+        out = projections(place.index, key, value, mask, query=query, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2), None
+    if any(ends is None for ends in packed.values()) or (mask is not None and not mask.all()):  # LayoutLM makes one
+        raise ValueError(
+            "cu_seq_lens_q or cu_seq_lens_k came by itself or with an attention_mask; wanted: the two of them without "
+            "a mask, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them"
         )
-    else:
-        scale = query.size(-1) ** -0.5 if scaling is None else scaling
-        if deferred is None:
-            keys, values = matrices(key, value, attention_mask)
-        else:
-            linear, other = deferred
-            rows = compress_first(matrices, linear.taken(key), other.taken(value), linear, other, attention_mask)
-            keys, values = (x.unflatten(-1, (key.size(1), -1)).transpose(1, 2) for x in rows)
-        if not full:
-            occupied = _occupied(matrices, key.size(2), attention_mask, key.device)
-            query, keys = _without_empty_rows(query, keys, occupied)
-        out = projected_attention(query, keys, values, dropout_p=dropout, scale=scale)
-    return out.transpose(1, 2), None
+    rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (key, value, query))
+    key, value, packed["query"] = rows
+    out = projections(place.index, key, value, dropout_p=dropout, scale=scaling, **packed)
+    return out.unflatten(0, (query.size(0), query.size(2))), None
 
 
 def padding_mask(
@@ -238,49 +234,27 @@ def _of_keys(mask: Tensor | None) -> Tensor | None:
             "(B, N), as a mask between pairs of positions has no meaning in Linformer"
         )
     mask = mask[:, 0, 0]
-    if mask.dtype == torch.bool:
-        return mask
-    takes_part = mask == 0
-    if not torch.compiler.is_compiling() and not (takes_part | (mask <= -1e4)).all():
-        raise NotImplementedError(
-            "attention_mask adds other numbers to scores than 0 and -10,000 or less; wanted: a padding mask, 0 where a "
-            "key takes part and the lowest number of its type elsewhere"
-        )
-    return takes_part
+    return mask if mask.dtype == torch.bool else of_scores("attention_mask", mask)
 
 
-_THREAD = threading.local()
+class Projections(nn.Sequential):
+    """The projections of a model, one for each layer or one in all. Called, with the number of one, it calls that.
 
-
-def _kept() -> dict[int, Tensor]:
-    """What each DeferredLinear keeps in this thread: one model may serve several."""
-    if not hasattr(_THREAD, "kept"):
-        _THREAD.kept = {}
-    kept: dict[int, Tensor] = _THREAD.kept
-    return kept
-
-
-class DeferredLinear(nn.Linear):
-    """The linear layer of keys or values, left to `attention_forward`, which applies it to K rows instead of N.
-
-    E (X W^T + 1 b^T) = (E X) W^T + (E 1) b^T. Called, it keeps X, for the calling thread, and returns a tensor of the
-    right shape that takes no memory: NaN everywhere, so that nobody else takes it for keys. A layer becomes one by a
-    change of class: its weights and their names stay.
+    A list to look at; no nn.ModuleList, which PEFT puts no wrapper around.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        _kept()[id(self)] = x
-        return x.new_full((), torch.nan).expand(*x.shape[:-1], self.out_features)
+    def forward(self, index: int, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
+        return self[index](*arguments, **options)
 
-    def taken(self, rows: Tensor) -> Tensor:
-        """X, if `rows` (B, H, N, D) is still what was returned for it."""
-        x = _kept().pop(id(self), None)
-        if x is None or any(rows.stride()) or x.shape[:2] != (rows.size(0), rows.size(2)):
-            raise ValueError(
-                "keys or values were changed between their linear layer and the attention, by an adapter or a hook; "
-                "wanted: linformerize(..., defer=False), which computes them for all positions"
-            )
-        return x
+
+class _Place:
+    """Where a layer's projection stands: under `owner.linformer`, looked up in every call, whatever stands there then.
+
+    The layer does not own it: one that all layers share is in the model once, with one name.
+    """
+
+    def __init__(self, owner: nn.Module, index: int) -> None:
+        self.owner, self.index = owner, index
 
 
 def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -343,16 +317,7 @@ def _check(
     for name, value, known in (("sharing", sharing, SHARINGS), ("init", init, INITS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(known)}")
-    seq_len, wanted = integer("seq_len", seq_len), "an integer, or a sequence of one a layer"
-    each = proj_dim if isinstance(proj_dim, Iterable) else [proj_dim] * layers
-    sizes = [integer("proj_dim", size, wanted) for size in each]
-    if len(sizes) != layers:
-        raise ValueError(f"proj_dim has {len(sizes)} numbers but the model has {layers} layers; wanted: one a layer")
-    if sharing == "layerwise" and len(set(sizes)) > 1:
-        raise ValueError(
-            f'proj_dim is {sizes} but sharing is "layerwise", one matrix for all layers; wanted: one number, or '
-            'sharing="key_value"'
-        )
+    seq_len, sizes = integer("seq_len", seq_len), sizes_by_layer(proj_dim, layers, sharing)
     if init != "gaussian" and kind not in ("learned", "fixed"):
         raise ValueError(
             f'init is {init!r} but projection is {kind!r}, which has a start of its own; wanted: "gaussian"'
@@ -369,7 +334,7 @@ def _check(
         "proj_dim": sizes[0] if len(set(sizes)) == 1 else sizes,
         "sharing": sharing,
         "projection": kind,
-        "rows_may_be_empty": init != "gaussian" or kind in ("mean", "max", "conv"),
+        "init": "identity" if init == "svd" else init,  # of which it is a projection, row by row
     }
 
 
@@ -397,60 +362,56 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
                 kind=settings["projection"],
                 share_kv=settings["sharing"] in ("key_value", "layerwise"),
                 head_dim=head_dim if settings["projection"] == "conv" else None,
+                init=settings["init"],
                 device=like.device,
                 dtype=like.dtype,
             )
         )
-    setattr(model.base_model, NAME, nn.ModuleList(made))
+    setattr(model.base_model, NAME, Projections(*made))
+    model.base_model.register_forward_pre_hook(_unpack_positions, with_kwargs=True)
     for index, layer in enumerate(layers):
-        # In __dict__, past nn.Module: the layer refers to a projection and does not own it, or a shared one would be
-        # in state_dict once for each layer.
-        layer.__dict__[NAME] = made[min(index, count - 1)]
-        layer.__dict__["linformer_rows_may_be_empty"] = settings["rows_may_be_empty"]
-        if settings["defer"] and made[0].is_matrix and made[0].num_heads is None:
-            _defer(layer)
+        setattr(layer, PLACE, _Place(model.base_model, min(index, count - 1)))
     setattr(model.config, NAME, settings)
     # In config.json too: plain from_pretrained gives a model that says what it lacks.
     model.config.attn_implementation = NAME
-    _set_attention(model, layers, NAME)
+    model.set_attn_implementation(NAME)
     return made
 
 
+def _unpack_positions(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A hook: says where texts start in a row of several, if it is `position_ids` alone that tell, by starting anew."""
+    config: Any = model.config
+    given = options
+    if len(arguments) > 1:
+        given = dict(zip(inspect.signature(model.forward).parameters, arguments, strict=False)) | options
+    position_ids = given.get("position_ids")
+    if config._attn_implementation != NAME or position_ids is None or position_ids.dim() != 2:
+        return None
+    if given.get("attention_mask") is not None or given.get("cu_seq_lens_q") is not None:
+        return None
+    starts = position_ids == position_ids[:, :1]
+    in_order = starts[:, 1:] | (position_ids.diff(dim=1) == 1)
+    if not in_order.all() or not starts[:, 1:].any() or starts.all():
+        return None  # in order, or of another meaning
+    where = starts.flatten().nonzero().flatten()
+    ends = nn.functional.pad(where, (0, 1), value=starts.numel())
+    return arguments, options | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+
+
 def _own_configs(model: PreTrainedModel) -> None:
-    """Give the modules configs of this model alone, the same to those that shared one: the caller's may serve to make
-    other models."""
+    """Give the modules configs of this model alone: the caller's may serve to make other models. And to modules whose
+    config no model in it knows, as in an encoder out of a larger model, that of the model around them, or
+    `set_attn_implementation` would not reach them."""
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = module.__dict__.get("config")
         if isinstance(config, PreTrainedConfig):
             module.__dict__["config"] = copy.deepcopy(config, copies)
-
-
-def _set_attention(model: PreTrainedModel, layers: list[nn.Module], name: str) -> None:
-    model.set_attn_implementation(name)
-    for layer in layers:  # their config may be none that the model knows of, as in encoders out of a larger model
-        config: Any = layer.config
-        if config._attn_implementation != name:
-            config._attn_implementation = name
-
-
-def _defer(layer: nn.Module) -> None:
-    try:
-        source = inspect.getsource(_forward(layer))
-    except OSError:  # there is no file
-        return
-    if _CHANGED.search(source):
-        return
-    found = [
-        linear
-        for names in (KEY_LAYERS, VALUE_LAYERS)
-        for name in names
-        if type(linear := getattr(layer, name, None)) is nn.Linear
-    ]
-    if len(found) == 2:
-        for linear in found:
-            linear.__class__ = DeferredLinear
-        layer.__dict__["linformer_deferred"] = found
+    for around in model.modules():
+        if isinstance(around, PreTrainedModel):
+            for module in around.modules():
+                if type(module.__dict__.get("config")) is type(around.config):
+                    module.__dict__["config"] = around.config
 
 
 def _shape_of_heads(layer: nn.Module) -> tuple[int, int]:
@@ -459,24 +420,6 @@ def _shape_of_heads(layer: nn.Module) -> tuple[int, int]:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, head_dim
-
-
-def _occupied(matrices: LinformerProjection, length: int, mask: Tensor | None, device: torch.device) -> Tensor:
-    """Whether window k, of the K that divide seq_len, has a position that takes part: (B or 1, K) bool."""
-    edges = torch.arange(matrices.proj_dim + 1, device=device) * matrices.seq_len // matrices.proj_dim
-    edges = edges.clamp(max=length)
-    if mask is None:
-        return (edges[1:] > edges[:-1])[None]
-    before = nn.functional.pad(mask.cumsum(1), (1, 0))[:, edges]
-    return before[:, 1:] > before[:, :-1]
-
-
-def _without_empty_rows(query: Tensor, keys: Tensor, occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """Take rows of K' whose window has no position out of the softmax: one more feature, 1 in every query and very
-    negative in those rows. As zeros in K' alone they would still have the score 0."""
-    extra = torch.where(occupied, 0.0, _EMPTY).to(keys.dtype)[:, None, :, None]
-    extra = extra.expand(*keys.shape[:-1], 1)
-    return torch.cat((query, query.new_ones(*query.shape[:-1], 1)), -1), torch.cat((keys, extra), -1)
 
 
 def _position_moments(
@@ -490,7 +433,7 @@ def _position_moments(
         heads, _ = _shape_of_heads(layer)
         shape = (heads, seq_len, seq_len)
         layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=model.device) for _ in range(2))
-    _set_attention(model, layers, _MOMENTS)
+    model.set_attn_implementation(_MOMENTS)
     model.eval()
     try:
         with torch.no_grad():
@@ -498,7 +441,7 @@ def _position_moments(
                 model(**batch)
                 batches += 1
     finally:
-        _set_attention(model, layers, own)
+        model.set_attn_implementation(own)
         for module, mode in training.items():
             module.training = mode
         sums = [layer.__dict__.pop(_MOMENTS) for layer in layers]
@@ -515,11 +458,12 @@ def _record_moments(
 ) -> Any:
     """The model's own attention, which also adds to the sums that `_position_moments` has hung into the layer."""
     mask = _of_keys(mask)
-    for total, rows in zip(module.__dict__[_MOMENTS], (key, value), strict=True):
+    *turned, taken = from_the_first(key, value, mask)
+    for total, rows in zip(module.__dict__[_MOMENTS], turned, strict=True):
         length = rows.size(2)
         if length > total.size(-1):
             raise ValueError(f"calibration has {length} positions but seq_len is {total.size(-1)}; wanted: no more")
-        rows = rows.double() if mask is None else rows.double() * mask[:, None, :, None]
+        rows = rows.double() if taken is None else rows.double() * taken[:, None, :, None]
         total[:, :length, :length] += torch.einsum("bhnd,bhmd->hnm", rows, rows)
     mask = None if mask is None else mask[:, None, None, :]
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
@@ -537,19 +481,15 @@ def _of_projection(moments: list[tuple[Tensor, Tensor]], index: int, count: int)
     return keys, values
 
 
-def _start(matrices: LinformerProjection, init: str, moments: tuple[Tensor, Tensor] | None) -> None:
-    windows = matrices.window_means().double()
-    nonzero = windows.ne(0)
-    first = (nonzero & nonzero.cumsum(1).eq(1)).double()
+def _start(matrices: LinformerProjection, moments: tuple[Tensor, Tensor]) -> None:
+    """The start "svd", of the rows of "identity"."""
     for which, weight in enumerate((matrices.proj_key, matrices.proj_value)):
         if weight is None:
             continue
-        start = windows if init == "mean" else first
-        if moments is not None:
-            total = moments[0] + moments[1] if matrices.share_kv else moments[which]
-            start = _in_strongest_directions(start, total if matrices.num_heads is not None else total.sum(0))
+        total = moments[0] + moments[1] if matrices.share_kv else moments[which]
+        total = total if matrices.num_heads is not None else total.sum(0)
         with torch.no_grad():
-            weight.copy_(start.to(weight).expand_as(weight))
+            weight.copy_(_in_strongest_directions(matrices.window_rows(mean=False), total).expand_as(weight))
 
 
 def _in_strongest_directions(rows: Tensor, moments: Tensor) -> Tensor:
