@@ -229,6 +229,8 @@ def short_way(backend: str | None, first: Any, *others: Any) -> _autograd.Operat
             return None
     asked = getattr(_chosen, "name", None) is not None or _KEY in _VARIABLES
     return None if asked or torch._C._get_tracing_state() is not None else _SHORT
+
+
 def _for_onnx() -> bool:
     """Within torch.onnx.export, which has no translation of the ops: the plain formula is what it can write down."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _in_onnx_export()
