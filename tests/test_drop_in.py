@@ -281,13 +281,13 @@ def test_an_encoder_says_that_it_is_not_made_of_a_layer(arguments, options):
 def test_a_mask_of_a_batch_is_refused_where_there_is_none():
     layer = LinformerEncoderLayer(32, 4, batch_first=True, **SIZES)
     with pytest.raises(ValueError, match=r"has shape \(1, 10\); wanted: \(N,\) = \(10,\), as query has no batch"):
-        layer(torch.randn(10, 32), src_key_padding_mask=padding(1, 10))
+        layer(torch.randn(10, 32), src_key_padding_mask=torch.zeros(1, 10, dtype=torch.bool))
 
 
 def test_a_mask_of_the_other_order_is_told_of_batch_first():
     attention = LinformerAttention(32, 4, **SIZES)
-    with pytest.raises(ValueError, match="check which dimension is the batch: .* batch_first of the module"):
-        attention(torch.randn(2, 10, 32), key_padding_mask=padding(2, 10))
+    with pytest.raises(ValueError, match=r"check which dimension is the batch: .* batch_first of the module"):
+        attention(torch.randn(2, 10, 32), key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
 
 
 def test_a_model_is_told_how_its_modules_are_converted():
