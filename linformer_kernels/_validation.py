@@ -328,7 +328,7 @@ def _check_projections(proj_key: Tensor, proj_value: Tensor | None, heads: int) 
 def _check_length(name: str, length: int, n_max: int) -> None:
     if length > n_max:
         got = f"{name} has sequence length N = {length} but the projection is made for N_max = {n_max}"
-        _fail(got, "N <= N_max (the columns of proj_key)", "make a longer projection, or cut the sequence")
+        _fail(got, "N <= N_max, the columns of proj_key (K, N_max)", "make a longer projection, or cut the sequence")
 
 
 def _check_mask(key_padding_mask: Tensor | None, key: Tensor) -> None:
@@ -342,7 +342,11 @@ def _check_mask(key_padding_mask: Tensor | None, key: Tensor) -> None:
         _fail(f"key_padding_mask has dtype {key_padding_mask.dtype}", wanted, remedy, TypeError)
     if key_padding_mask.shape != (key.size(0), key.size(2)):
         wanted = f"(B, N) = {(key.size(0), key.size(2))}"
-        remedy = "masks of (query, key) pairs do not exist here: K' mixes all positions"
+        remedy = "give the padding of the keys, and no mask of (query, key) pairs: K' mixes all positions"
+        if key_padding_mask.shape == (key.size(2), key.size(0)):
+            remedy = "check which dimension is the batch: the mask's order, or batch_first of the module"
+        elif key_padding_mask.dim() == 2:
+            remedy = "give each row of key an entry"
         _fail(_shape("key_padding_mask", key_padding_mask), wanted, remedy)
     _check_device("key_padding_mask", key_padding_mask, "key", key)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,24 @@ from ._masks import refuse_mask, takes_part
 from ._validation import integer, refuse_causal
 from .modules import LinformerAttention, check_projection, make_projection
 from .projections import LinformerProjection
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def _refuse_a_layer(init: _Init) -> _Init:
+    """Of `LinformerEncoder`: words for what torch.nn.TransformerEncoder is made of, and not of an argument missing."""
+
+    @wraps(init)
+    def checked(self: Any, *arguments: Any, **options: Any) -> None:
+        if isinstance(options.get("encoder_layer", arguments[0] if arguments else None), nn.Module):
+            raise TypeError(
+                "LinformerEncoder came with an encoder layer; wanted: the layer's arguments, as in "
+                "LinformerEncoder(d_model, nhead, num_layers=2, seq_len=512, proj_dim=128). To stack layers: "
+                "torch.nn.TransformerEncoder; to convert an encoder of torch.nn: from_torch"
+            )
+        init(self, *arguments, **options)
+
+    return cast(_Init, checked)
 
 
 class LinformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -140,6 +159,7 @@ class LinformerEncoder(nn.Module):
         As `LinformerEncoderLayer`; ValueError also for a proj_dim a layer that are too few or many, or for "layerwise".
     """
 
+    @_refuse_a_layer
     def __init__(
         self,
         d_model: int,

@@ -188,7 +188,10 @@ class LinformerAttention(nn.Module):
             )
         projection = self.projection if projection is None else projection
         if projection is None:
-            raise ValueError('sharing is "layerwise" but the call has no projection; wanted: projection=, in each call')
+            raise ValueError(
+                'sharing is "layerwise" but the call has no projection; wanted: projection=, in each call, as '
+                "LinformerEncoder gives it to its layers"
+            )
         key = query if key is None else key
         value = key if value is None else value
         inputs = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}
@@ -211,6 +214,11 @@ class LinformerAttention(nn.Module):
             cu_seqlens = {"cu_seqlens_q": _offsets(query), "cu_seqlens_k": _offsets(key)}
         elif query.dim() == 2:
             turn = lambda rows: rows[None]  # noqa: E731
+            if mask is not None and mask.dim() != 1:
+                raise ValueError(
+                    f"key_padding_mask has shape {tuple(mask.shape)}; wanted: (N,) = ({key.size(0)},), as query has no "
+                    "batch"
+                )
             mask = None if mask is None else mask[None]
         else:
             turn = lambda rows: rows if self.batch_first else rows.transpose(0, 1)  # noqa: E731
@@ -324,7 +332,9 @@ def make_projection(
     if sharing not in SHARINGS:
         raise ValueError(f"sharing is {sharing!r}; wanted: one of {', '.join(SHARINGS)}")
     if seq_len is None or proj_dim is None:
-        raise ValueError(f"seq_len is {seq_len} and proj_dim {proj_dim}; wanted: both, or a projection")
+        raise ValueError(
+            f"seq_len is {seq_len} and proj_dim {proj_dim}; wanted: both, the longest sequence and K, or a projection"
+        )
     heads, share_kv = num_kv_heads if sharing == "none" else None, sharing == "key_value"
     options: dict[str, Any] = {"init": init, "device": device, "dtype": dtype}
     return LinformerProjection(seq_len, proj_dim, num_heads=heads, share_kv=share_kv, **options)

@@ -268,6 +268,35 @@ def test_the_encoder_is_its_layers(sharing, batch_first):
             stack.layers[0](x)
 
 
+@pytest.mark.parametrize("arguments, options", [
+    ((nn.TransformerEncoderLayer(32, 4), 2), {}), ((LinformerEncoderLayer(32, 4, **SIZES),), dict(num_layers=2)),
+    ((), dict(encoder_layer=nn.TransformerEncoderLayer(32, 4), num_layers=2)),
+])  # fmt: skip
+def test_an_encoder_says_that_it_is_not_made_of_a_layer(arguments, options):
+    with pytest.raises(TypeError, match="came with an encoder layer; wanted: the layer's arguments"):
+        LinformerEncoder(*arguments, **options)
+    assert list(inspect.signature(LinformerEncoder).parameters)[:2] == ["d_model", "nhead"]
+
+
+def test_a_mask_of_a_batch_is_refused_where_there_is_none():
+    layer = LinformerEncoderLayer(32, 4, batch_first=True, **SIZES)
+    with pytest.raises(ValueError, match=r"has shape \(1, 10\); wanted: \(N,\) = \(10,\), as query has no batch"):
+        layer(torch.randn(10, 32), src_key_padding_mask=torch.zeros(1, 10, dtype=torch.bool))
+
+
+def test_a_mask_of_the_other_order_is_told_of_batch_first():
+    attention = LinformerAttention(32, 4, **SIZES)
+    with pytest.raises(ValueError, match=r"check which dimension is the batch: .* batch_first of the module"):
+        attention(torch.randn(2, 10, 32), key_padding_mask=torch.zeros(2, 10, dtype=torch.bool))
+
+
+def test_a_model_is_told_how_its_modules_are_converted():
+    with pytest.raises(
+        TypeError, match=r"a Sequential; .* as in model\.encoder = from_torch\(model\.encoder, \.\.\.\)"
+    ):
+        from_torch(nn.Sequential(nn.MultiheadAttention(32, 4)), **SIZES)
+
+
 def test_k_of_each_layer():
     stack = LinformerEncoder(32, 4, 48, num_layers=3, seq_len=N, proj_dim=(6, 4, 2))
     assert [layer.self_attn.projection.proj_key.shape for layer in stack.layers] == [(k, N) for k in (6, 4, 2)]

@@ -633,6 +633,16 @@ def test_arguments_that_do_not_fit(arguments, says):
     assert set(model.state_dict()) == before and model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("call, says", [
+    (lambda: linformerize(make("Bert"), projection=nn.Identity()), "projection is a Identity; wanted: the name"),
+    (lambda: linformerize(make("Bert"), init="svd", calibration=torch.ones(1, 8).long()), "calibration holds a Tensor"),
+    (lambda: load(make("Bert"), "anywhere"), "model_class is a BertModel; wanted: a class"),
+])  # fmt: skip
+def test_arguments_of_another_type(call, says):
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
 def test_calibration_that_is_too_long_leaves_the_model_as_it_was():
     model, batch = make("Bert"), inputs("Bert")
     want = hidden(model, batch)

@@ -55,7 +55,7 @@ def from_torch(
         return _encoder_from_torch(module, proj_dim, options)
     raise TypeError(
         f"module is a {type(module).__name__}; wanted: a MultiheadAttention, TransformerEncoderLayer or "
-        "TransformerEncoder of torch.nn"
+        "TransformerEncoder of torch.nn itself, as in model.encoder = from_torch(model.encoder, ...)"
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,15 +122,20 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
         options: for from_pretrained.
 
     Raises:
+        TypeError: model_class is no class.
         ValueError: the checkpoint has no settings of `linformerize` or not all of them, or lacks weights of E or F.
     """
+    if not isinstance(model_class, type):
+        raise TypeError(
+            f"model_class is a {type(model_class).__name__}; wanted: a class, as in load(RobertaForMaskedLM, path)"
+        )
     with_info = options.pop("output_loading_info", False)
     config, options = _config(path, options)
     settings: Any = getattr(config, NAME, None)
     if not isinstance(settings, dict):
         raise ValueError(
             f"path is {str(path)!r}, whose config.json has no entry {NAME!r}; wanted: a checkpoint saved after "
-            "linformerize. For one saved before: linformerize(model_class.from_pretrained(path), ...)"
+            "linformerize of the whole model. For one from before: linformerize(model_class.from_pretrained(path), ...)"
         )
     if absent := [name for name in SETTINGS if name not in settings]:
         raise ValueError(
@@ -317,6 +322,8 @@ def _check(
     for name, value, known in (("sharing", sharing, SHARINGS), ("init", init, INITS)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(known)}")
+    if not isinstance(kind, str):
+        raise TypeError(f'projection is a {type(kind).__name__}; wanted: the name of a kind, as "learned" or "mean"')
     seq_len, sizes = integer("seq_len", seq_len), sizes_by_layer(proj_dim, layers, sharing)
     if init != "gaussian" and kind not in ("learned", "fixed"):
         raise ValueError(
@@ -438,6 +445,11 @@ def _position_moments(
     try:
         with torch.no_grad():
             for batch in calibration:
+                if not isinstance(batch, Mapping):
+                    raise TypeError(
+                        f"calibration holds a {type(batch).__name__}; wanted: batches of the model's inputs by name, "
+                        'as [{"input_ids": ..., "attention_mask": ...}]'
+                    )
                 model(**batch)
                 batches += 1
     finally:
