@@ -283,8 +283,8 @@ LINFORMER_INLINE void store_pair_terms(std::byte* target, VecF even, VecF odd) {
     odd -= odd_part;
     target += kTileBytes;
   }
-  if constexpr (kTermCount == 3) {    // what is left of fp32 is a bf16
-    store_raw(target, ((VecU)even >> 16) | (VecU)odd);
+  if constexpr (kTermCount == 3) {    // what is left of fp32 is a bf16, or has bits below the smallest of them
+    store_raw(target, ((VecU)even >> 16) | (VecU)upper(odd));
   } else {
     store_raw(target, PairedBf16::pair(even, odd));
   }
