@@ -167,7 +167,7 @@ def test_the_default_instruction_set():
     """The most that the machine runs; but on a processor whose AMX is refused not pairs of bfloat16, slow there."""
     runs = [level for level in LEVELS if capability(LINFORMER_CPU_CAPABILITY=level) == level]
     best = "avx512" if torch.ops.linformer_kernels.cpu_amx_refusal() else runs[-1]
-    assert capability() == capability(LINFORMER_CPU_CAPABILITY="avx1024") == best
+    assert capability() == best
 
 
 @pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16", "emulate_amx"])

@@ -58,9 +58,6 @@ LINFORMER_INLINE bool any_lane(VecI lanes) {
 #endif
 }
 
-// Lanes that are infinite or NaN.
-LINFORMER_INLINE VecI infinite(VecF value) { return (VecI)((VecU)value & 0x7f800000u) == 0x7f800000; }
-
 // Lanes below `count`.
 LINFORMER_INLINE VecI first_lanes(int64_t count) {
   VecI lanes = {};
@@ -75,6 +72,13 @@ struct TileTasks {
   static constexpr int64_t kScores =
       kTermCount > 2 ? kStep : 2 * kTileBytes;    // scores of 16 x 32, and P in their place
 
+  // Lanes for which a problem is computed again without tiles: infinite, as unnormalised sums may become; where values
+  // are cut into terms NaN too, which they make of an infinity.
+  static LINFORMER_INLINE VecI doubtful(VecF value) {
+    if constexpr (kTermCount == 1) return (VecI)((VecU)value & 0x7fffffffu) == 0x7f800000;
+    return (VecI)((VecU)value & 0x7f800000u) == 0x7f800000;
+  }
+
   // Operands and results of `columns` tiles a row.
   static LINFORMER_INLINE TileMatrix operand(std::byte* tiles, int64_t columns) {
     return {tiles, columns * kStep, kStep};
@@ -87,7 +91,7 @@ struct TileTasks {
   }
   static LINFORMER_INLINE int64_t steps(int64_t values) { return (values + kPair - 1) / kPair; }
 
-  // Up to 16 rows of fp32 tiles out to a tensor, times a factor a row; `wrong` keeps the lanes that were not finite.
+  // Up to 16 rows of fp32 tiles out to a tensor, times a factor a row; `wrong` keeps the lanes that were doubtful.
   struct Out {
     T* target;
     int64_t stride, columns;
@@ -101,7 +105,7 @@ struct TileTasks {
     }
 
     LINFORMER_INLINE void write(T* to, VecF low, VecF high) {
-      wrong |= infinite(low) | infinite(high);
+      wrong |= doubtful(low) | doubtful(high);
 #if defined(__AVX512BF16__)
       if constexpr (kSame<T, float>) {
         if (stream) {
@@ -129,7 +133,7 @@ struct TileTasks {
       store(to + kWidth, high);
     }
     LINFORMER_INLINE void write_part(T* to, VecF low, VecF high, int64_t count) {
-      wrong |= infinite(low) | infinite(high);
+      wrong |= doubtful(low) | doubtful(high);
       T part[kPair];
       store(part, low);
       store(part + kWidth, high);
@@ -589,7 +593,7 @@ struct TileTasks {
   // the place of the scores. What stands beyond `columns` becomes zero.
   static LINFORMER_INLINE void differentiate(std::byte* scores, const std::byte* grad_scores, int64_t columns, float c,
                                              const float* keep, int64_t keep_stride, const TileMatrix& p_pairs,
-                                             const TileMatrix& ds_pairs, int64_t m) {
+                                             const TileMatrix& ds_pairs, int64_t m, int64_t rows) {
     const int64_t pairs = steps(columns);
     const VecI low_lanes = columns % kPair ? first_lanes(columns % kPair) : ~VecI{};
     const VecI high_lanes = columns % kPair ? first_lanes(columns % kPair - kSide) : ~VecI{};
@@ -648,6 +652,11 @@ struct TileTasks {
           } else {
             ds[i] = p[i] * (gradient - (i / 2 ? delta1 : delta0));
           }
+        }
+        // A query that is not there is zero, but zero times an infinity in K' would be a NaN in all of dK'.
+        if (r + 1 >= rows) {
+          p[2] = p[3] = ds[2] = ds[3] = VecF{};
+          if (r >= rows) p[0] = p[1] = ds[0] = ds[1] = VecF{};
         }
         const int64_t step = m / kPair;
         store_pair_terms<kTermCount>(p_pairs.at(step, 2 * j) + word + r * 32, p[0], p[2]);
@@ -732,7 +741,7 @@ struct TileTasks {
           }
           zero_words(scratch.keep + n * plan.padded_k, (kSide - n) * plan.padded_k);
         }
-        differentiate(scratch.scores, scratch.grad_scores, p.proj_dim, c, keep, plan.padded_k, p_pairs, ds_pairs, m);
+        differentiate(scratch.scores, scratch.grad_scores, p.proj_dim, c, keep, plan.padded_k, p_pairs, ds_pairs, m, n);
         if (p.grad_query.data) {
           multiply_columns(
               plan.padded_d / kSide, plan.padded_k / kPair, scratch.scores, kScores, 64, keys, FromZero(),
@@ -804,7 +813,7 @@ struct TileTasks {
         for (int64_t i = 0; i < part.rows; ++i) {
           for (int64_t j = 0; j < width; j += kWidth) {
             const VecF value = load(total.rows + i * total.stride + j);
-            wrong |= infinite(value);
+            wrong |= doubtful(value);
             store_part(rows + i * tensor.row_stride + j, value, smaller(kWidth, width - j));
           }
         }
@@ -867,7 +876,9 @@ struct TileTasks {
         }
         for (int64_t j = 0; j < k_tiles; j += 2) {
           for (int64_t i = 0; i < row_pairs * 2; i += 2) {
-            if (summed) {
+            const int64_t rest = n - i * kSide;    // rows that are there
+            const TileMatrix part = {scratch.out, 2 * kTileBytes, kTileBytes};
+            if (summed && rest >= kPair) {
               load_square(sums.at(i, j), sums.row, sums.column);
             } else {
               zero_square();
@@ -877,7 +888,12 @@ struct TileTasks {
               multiply_square<kTermCount>(count, a.at(i, 0) + (h - h0) * a_head, a.row, a.column, a_stride,
                                           panels.*panel_t + j * count * kStep, count * kStep, kStep);
             }
-            store_square(sums.at(i, j), sums.row, sums.column);
+            if (rest >= kPair) {
+              store_square(sums.at(i, j), sums.row, sums.column);
+            } else {
+              store_square(part.tiles, part.row, part.column);
+              add_rows(part, {sums.at(i, j), sums.row, sums.column}, rest, summed);
+            }
           }
         }
         if (!summed) {    // rows of the chunk that this sequence does not have
@@ -927,6 +943,18 @@ struct TileTasks {
       streamed |= out.stream;
     }
     report(plan, wrong, streamed);
+  }
+
+  // 2 x 2 tiles of sums += those of `part`, `rows` of them; a row that is not there may hold a NaN, of zero times an
+  // infinity in dK'.
+  static void add_rows(const TileMatrix& part, const TileMatrix& sums, int64_t rows, bool accumulate) {
+    for (int64_t r = 0; r < kPair; ++r) {
+      for (int64_t j = 0; j < 2; ++j) {
+        std::byte* row = sums.at(r / kSide, j) + r % kSide * 64;
+        const VecF before = accumulate ? tile_row(row, 0) : VecF{};
+        store_raw(row, r < rows ? before + tile_row(part.at(r / kSide, j), r % kSide) : before);
+      }
+    }
   }
 
   // E^T as A: tile (rows of n, steps of K), through pairs of rows of E, which are B of it.
