@@ -11,8 +11,8 @@
 //   fp16  2 terms, 3 products      error of a product of K = 512 relative to its size 2.8e-6
 //   fp32  3 terms, 6 products      1.9e-7; FMA in order 4.1e-7
 // The terms of a tile lie one after another. Of an infinity the other terms make NaN, and sums of exponentials that are
-// not divided yet may overflow: what is not finite is computed again without tiles, see TileTasks::doubtful. Every matrix
-// is padded with zeros to whole pairs of tiles, 32.
+// not divided yet may overflow: what is not finite is computed again without tiles, see TileTasks::doubtful. Every
+// matrix is padded with zeros to whole pairs of tiles, 32.
 //
 // The instruction takes subnormal bf16 for zero and gives zero for subnormal fp32, whatever the thread's mode says.
 #pragma once
