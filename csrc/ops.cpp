@@ -587,7 +587,8 @@ std::string cuda_architectures() {
 
 double cpu_peak_gflops(std::string dtype) {
   check_capability();
-  return cpu::kernel_table().peak_gflops(dtype == "bfloat16");
+  const DType type = dtype == "bfloat16" ? DType::kBFloat16 : dtype == "float16" ? DType::kFloat16 : DType::kFloat32;
+  return cpu::kernel_table().peak_gflops(type);
 }
 
 double cpu_probe_gflops() { return cpu::kernel_table().probe_gflops(); }

@@ -535,11 +535,11 @@ double multiply_add_gflops(bool paired, int64_t steps) {
   return 2e-9 * kSums * kWidth * static_cast<double>(steps) * (paired ? 2 : 1) / seconds;
 }
 
-double peak_gflops(bool bf16) {
+double peak_gflops(DType type) {
   // Best of several short runs: a shared machine is seldom quiet for long.
   double best = 0;
   for (int run = 0; run < 25; ++run) {
-    const double rate = multiply_add_gflops(bf16 && LINFORMER_CPU_PAIRED, 200000);
+    const double rate = multiply_add_gflops(type == DType::kBFloat16 && LINFORMER_CPU_PAIRED, 200000);
     if (rate > best) best = rate;
   }
   return best;

@@ -14,7 +14,7 @@ struct KernelTable {
   const char* name;
   Shape shape;
   TaskFunction tasks[3][kTaskKinds];    // by DType
-  double (*peak_gflops)(bool bf16);     // fastest multiply-add rate of one thread, operands in registers
+  double (*peak_gflops)(DType type);    // fastest multiply-add rate of one thread, operands in registers
   double (*probe_gflops)();             // the same at this moment, in some 40 us: tells when the machine is slow
   const KernelTable* without_tiles;     // where tiles are slower, or a result is not finite; else null
 };

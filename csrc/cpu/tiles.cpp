@@ -1022,11 +1022,12 @@ double tile_gflops(int64_t rounds) {
   return 1e-9 * 4 * 2 * kSide * kSide * kPair * static_cast<double>(rounds) / seconds;
 }
 
-// Of bf16 on tiles; of fp32 by six products of terms, or by multiply-adds on vectors where that is more.
-double peak_gflops(bool bf16) {
-  double best = bf16 ? 0.0 : LINFORMER_CPU_WITHOUT_TILES.peak_gflops(false);
+// Of tiles, by one product, three or six; or of multiply-adds on vectors where that is more.
+double peak_gflops(DType type) {
+  const int products = type == DType::kBFloat16 ? 1 : type == DType::kFloat16 ? 3 : 6;
+  double best = products == 1 ? 0.0 : LINFORMER_CPU_WITHOUT_TILES.peak_gflops(type);
   for (int run = 0; run < 9; ++run) {
-    const double rate = tile_gflops(LINFORMER_CPU_AMX ? 20000 : 20) / (bf16 ? 1 : 6);
+    const double rate = tile_gflops(LINFORMER_CPU_AMX ? 20000 : 20) / products;
     if (rate > best) best = rate;
   }
   return best;
