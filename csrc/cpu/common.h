@@ -33,6 +33,12 @@ void dropout_factors(const Problem& p, int64_t b, int64_t head, int64_t row, flo
   for (int64_t k = count; k < padded; ++k) factor[k] = 0.0f;
 }
 
+// So that a row of k exponentials sums to no more than 1: sums of unnormalised exponentials times values then stay
+// where those of probabilities would, and overflow for no values for which the formula does not.
+LINFORMER_INLINE float headroom(int64_t k) {
+  return k > 1 ? static_cast<float>(64 - __builtin_clzll(static_cast<uint64_t>(k - 1))) : 0.0f;
+}
+
 LINFORMER_INLINE RowMask mask_of(const Problem& p, int64_t b, int64_t row) {
   if (p.mask == nullptr) return {};
   return {p.mask + b * p.mask_batch_stride + row * p.mask_row_stride, p.mask_row_stride};

@@ -69,12 +69,6 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   return c < 0 ? -most : most;
 }
 
-// So that a row of k exponentials sums to no more than 1: sums of unnormalised exponentials times values then stay
-// where those of probabilities would, and overflow for no values for which the formula does not.
-LINFORMER_INLINE float headroom(int64_t k) {
-  return k > 1 ? static_cast<float>(64 - __builtin_clzll(static_cast<uint64_t>(k - 1))) : 0.0f;
-}
-
 // target = exp2((row - max) * c - headroom(k)), times the dropout factors where there are any, zero from k up to the
 // next whole vector; returns the sum before dropout. The difference comes first: of the fused row * c - max * c the
 // rounding of max * c alone exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit

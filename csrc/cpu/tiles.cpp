@@ -455,7 +455,7 @@ struct TileTasks {
             }
           }
           const VecF part = exponentials(scratch.scores, columns, reference, c,
-                                         p.dropout_p > 0 ? scratch.keep : nullptr, plan.k_block);
+                                         p.dropout_p > 0 ? scratch.keep : nullptr, plan.k_block, headroom(p.proj_dim));
           store(sum, first ? part : load(sum) + part);
 
           const TileMatrix rows_of_v = {values.at(k0 / kPair, 0), values.row, values.column};
@@ -493,7 +493,7 @@ struct TileTasks {
   // Scores to exponentials, as the first operand of the next product, in place; returns the sums of the rows, before
   // dropout.
   static LINFORMER_INLINE VecF exponentials(std::byte* scores, int64_t columns, const float* reference, float c,
-                                            const float* keep, int64_t keep_stride) {
+                                            const float* keep, int64_t keep_stride, float down) {
     VecF sums[kSide];
     const int64_t whole = columns / kPair;
     const VecI low_lanes = first_lanes(columns % kPair), high_lanes = first_lanes(columns % kPair - kSide);
@@ -519,7 +519,7 @@ struct TileTasks {
       }
       sums[r] = low_sum + high_sum;
     };
-    each_row(reference, c, keep != nullptr, columns, row);
+    each_row(reference, c, keep != nullptr, columns, down, row);
     return sum_rows(sums);
   }
 
@@ -531,26 +531,27 @@ struct TileTasks {
     return rows;
   }
 
-  // row(r, with dropout or not, the function from a score to its power of 2) for 16 rows. The function is score * c -
-  // top * c, one multiply-add, while top * c is at most 2^24: its rounding is a factor that all of the row have in
-  // common, of 2^1/2 at most. Of scores of 2^31 and more it would exceed the range of exponents: there the difference
-  // comes first.
+  // row(r, with dropout or not, the function from a score to its power of 2, less `down`) for 16 rows. The function is
+  // score * c - top * c, one multiply-add, while top * c is at most 2^24: its rounding is a factor that all of the row
+  // have in common, of 2^1/2 at most. Of scores of 2^31 and more it would exceed the range of exponents: there the
+  // difference comes first.
   template <class Row>
-  static LINFORMER_INLINE void each_row(const float* top, float c, bool with_keep, int64_t columns, const Row& row) {
+  static LINFORMER_INLINE void each_row(const float* top, float c, bool with_keep, int64_t columns, float down,
+                                        const Row& row) {
     const int64_t between = rows_between(columns);
     const VecF by = splat(c), limit = splat(0x1p24f), power = load(top) * by;
     const bool fused = !any_lane((VecI)(power > limit) | (VecI)(power < -limit));
     const auto rows = [&](auto keep) {
       if (fused) {
         for (int64_t r = 0; r < kSide; ++r) {
-          const VecF offset = splat(-top[r] * c);
+          const VecF offset = splat(-top[r] * c - down);
           if (r % between == between - 1) keep_awake();
           row(r, keep, [=](VecF score) { return score * by + offset; });
         }
       } else {
         for (int64_t r = 0; r < kSide; ++r) {
           const VecF most = splat(top[r]);
-          row(r, keep, [=](VecF score) { return (score - most) * by; });
+          row(r, keep, [=](VecF score) { return (score - most) * by - down; });
         }
       }
     };
@@ -625,7 +626,7 @@ struct TileTasks {
       sums[r] = low_sum + high_sum;
       dots[r] = low_dot + high_dot;
     };
-    each_row(top, c, keep != nullptr, columns, row);
+    each_row(top, c, keep != nullptr, columns, headroom(columns), row);
     const VecF by = splat(1.0f) / sum_rows(sums);
     store(inverse, by);
     store(delta, sum_rows(dots) * by);
