@@ -550,7 +550,7 @@ double probe_gflops() { return multiply_add_gflops(false, 9000); }
 extern const KernelTable LINFORMER_CPU_TABLE;
 const KernelTable LINFORMER_CPU_TABLE = {
     LINFORMER_CPU_NAME,
-    {kTileRows, kTileColumns, LINFORMER_CPU_PAIRED, false},
+    {kTileColumns, LINFORMER_CPU_PAIRED, false},
     {LINFORMER_TASKS(float), LINFORMER_TASKS(Half), LINFORMER_TASKS(BFloat16)},
     peak_gflops,
     probe_gflops,

@@ -15,7 +15,6 @@ namespace linformer::cpu {
 // What a kernel build can do. A word is 32 bits of one operand of a matrix product: one fp32, or two 16-bit values that
 // are neighbours along the summed dimension.
 struct Shape {
-  int64_t tile_rows = 0;       // rows of the register tile
   int64_t tile_columns = 0;    // columns of the register tile, the width of a packed panel
   bool paired_bf16 = false;    // bf16 problems keep bf16 operands, two to a word
   bool tiles = false;          // products of AMX tiles: layouts and sizes of their own
