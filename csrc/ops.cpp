@@ -213,19 +213,21 @@ void set_query(Problem& p, const Tensor& query, const OptionalTensor& cu_seqlens
   p.cu_seqlens_q = offsets_of(cu_seqlens_q, "cu_seqlens_q", query, view.length, p.batch, &p.len_q);
 }
 
-// E or F, or a gradient of theirs.
+// E or F, or a gradient of theirs: (K, N), (heads, K, N) or (batch, 1 or heads, K, N).
 Rows projection_rows(const Tensor& proj, const char* name, const Tensor& like, const Problem& p) {
   STD_TORCH_CHECK(same_device(proj, like) && proj.scalar_type() == like.scalar_type(), "linformer_kernels: ", name,
                   " differs in device or dtype");
-  STD_TORCH_CHECK(proj.dim() == (p.per_head_proj ? 3 : 2), "linformer_kernels: ", name,
-                  " has the wrong number of dimensions");
-  const int64_t rows = proj.dim() - 2, columns = proj.dim() - 1;
+  const int64_t rank = p.per_batch_proj ? 4 : p.per_head_proj ? 3 : 2;
+  STD_TORCH_CHECK(proj.dim() == rank, "linformer_kernels: ", name, " has the wrong number of dimensions");
+  const int64_t heads = proj.dim() - 3, rows = proj.dim() - 2, columns = proj.dim() - 1;
   STD_TORCH_CHECK(proj.size(rows) == p.proj_dim && proj.size(columns) == p.seq_len_max &&
-                      (!p.per_head_proj || proj.size(0) == p.heads_kv),
+                      (!p.per_batch_proj || proj.size(0) == p.batch) &&
+                      (heads < 0 || proj.size(heads) == (p.per_head_proj ? p.heads_kv : 1)),
                   "linformer_kernels: ", name, " has the wrong shape");
-  STD_TORCH_CHECK(proj.size(columns) <= 1 || proj.stride(columns) == 1, "linformer_kernels: ", name,
-                  " needs adjacent elements in its last dimension");
-  return {memory_of(proj, name), 0, p.per_head_proj ? proj.stride(0) : 0, proj.stride(rows)};
+  STD_TORCH_CHECK(proj.size(columns) <= 1 || proj.numel() == 0 || proj.stride(columns) == 1,
+                  "linformer_kernels: ", name, " needs adjacent elements in its last dimension");
+  return {memory_of(proj, name), p.per_batch_proj ? proj.stride(0) : 0, p.per_head_proj ? proj.stride(heads) : 0,
+          proj.stride(rows)};
 }
 
 void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tensor& proj_key,
@@ -243,9 +245,10 @@ void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tens
   p.key = k.rows;
   p.value = v.rows;
   p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
-  STD_TORCH_CHECK(proj_key.dim() == 2 || proj_key.dim() == 3,
-                  "linformer_kernels: proj_key must have 2 or 3 dimensions");
-  p.per_head_proj = proj_key.dim() == 3;
+  STD_TORCH_CHECK(proj_key.dim() >= 2 && proj_key.dim() <= 4,
+                  "linformer_kernels: proj_key must have 2, 3 or 4 dimensions");
+  p.per_batch_proj = proj_key.dim() == 4;
+  p.per_head_proj = proj_key.dim() == 3 || (p.per_batch_proj && proj_key.size(1) != 1);
   p.proj_dim = proj_key.size(proj_key.dim() - 2);
   p.seq_len_max = proj_key.size(proj_key.dim() - 1);
   const bool known = !packed || !on_gpu(key);
@@ -328,6 +331,18 @@ void set_softmax(Problem& p, const Tensor& query, const OptionalTensor& rng_stat
   }
 }
 
+// (batch, heads_kv, K) numbers a row of K'.
+void set_bias(Problem& p, const OptionalTensor& key_bias, const Tensor& like) {
+  if (!key_bias) return;
+  STD_TORCH_CHECK(same_device(*key_bias, like) && key_bias->scalar_type() == ScalarType::Float &&
+                      key_bias->dim() == 3 && key_bias->size(0) == p.batch && key_bias->size(1) == p.heads_kv &&
+                      key_bias->size(2) == p.proj_dim && (p.proj_dim == 1 || key_bias->stride(2) == 1),
+                  "linformer_kernels: key_bias must be a float32 tensor of shape (batch, key heads, K), K adjacent");
+  p.key_bias = static_cast<const float*>(memory_of(*key_bias, "key_bias"));
+  p.key_bias_batch_stride = key_bias->stride(0);
+  p.key_bias_head_stride = key_bias->stride(1);
+}
+
 void set_grad_out(Problem& p, const Tensor& grad_out, const Tensor& query, bool packed) {
   const View view = view_of(grad_out, "grad_out", query, packed), q = view_of(query, "query", query, packed);
   STD_TORCH_CHECK(
@@ -396,7 +411,7 @@ void run(const Problem& problem, unsigned stages, const Tensor& like) {
   if (on_gpu(like)) return run_cuda(problem, stages, like);
 #endif
   check_capability();
-  const int threads = cpu::threads_for(problem, static_cast<int>(torch::stable::get_num_threads()));
+  const int threads = cpu::threads_for(problem, stages, static_cast<int>(torch::stable::get_num_threads()));
   const auto run_on = [&](const cpu::KernelTable& table) {
     cpu::Plan plan = cpu::make_plan(problem, stages, table, threads);
     const Tensor workspace = workspace_of(plan.workspace_bytes, 64, like, &plan.workspace);
@@ -406,7 +421,7 @@ void run(const Problem& problem, unsigned stages, const Tensor& like) {
       });
     });
   };
-  const cpu::KernelTable& table = cpu::kernel_table_for(problem);
+  const cpu::KernelTable& table = cpu::kernel_table_for(problem, stages);
   if (!run_on(table)) run_on(*table.without_tiles);
 }
 
@@ -420,6 +435,14 @@ Tensor gradient(bool wanted, const Tensor& like, Rows& rows) {
   return result;
 }
 
+// float32, contiguous.
+Tensor bias_gradient(bool wanted, const OptionalTensor& key_bias, const Tensor& like, Problem& p) {
+  if (!wanted || !key_bias) return new_empty("nothing", like, {0}, ScalarType::Float);
+  Tensor result = new_empty("a gradient", like, {p.batch, p.heads_kv, p.proj_dim}, ScalarType::Float);
+  p.grad_key_bias = static_cast<float*>(result.data_ptr());
+  return result;
+}
+
 Tensor projection_gradient(bool wanted, const Tensor& like, const Problem& p, Rows& rows) {
   if (!wanted) return nothing(like);
   Tensor result = empty_contiguous(like);
@@ -428,10 +451,10 @@ Tensor projection_gradient(bool wanted, const Tensor& like, const Problem& p, Ro
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor proj_key,
-                                             OptionalTensor proj_value, OptionalTensor key_padding_mask,
-                                             OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                             OptionalTensor rng_state, double dropout_p, double scale,
-                                             bool allow_tf32) {
+                                             OptionalTensor proj_value, OptionalTensor key_bias,
+                                             OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q,
+                                             OptionalTensor cu_seqlens_k, OptionalTensor rng_state, double dropout_p,
+                                             double scale, bool allow_tf32) {
   Problem p;
   p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
@@ -440,6 +463,7 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   check_query(p, sequence);
   check_heads(p);
   set_softmax(p, query, rng_state, dropout_p, scale);
+  set_bias(p, key_bias, query);
   Tensor out = empty_like("the result", query, p.value_dim);
   Tensor key_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
   Tensor value_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
@@ -450,10 +474,11 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor key, Tensor va
   return {out, key_proj, value_proj};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor proj_key, OptionalTensor proj_value,
-    OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor rng_state,
-    Tensor key_proj, Tensor value_proj, double dropout_p, double scale, bool allow_tf32, int64_t needs) {
+    OptionalTensor key_bias, OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor rng_state, Tensor key_proj, Tensor value_proj, double dropout_p, double scale, bool allow_tf32,
+    int64_t needs) {
   Problem p;
   p.allow_tf32 = allow_tf32;
   set_sequence(p, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k);
@@ -464,14 +489,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.value_proj = projected_rows(value_proj, "value_proj", key, p, p.value_dim);
   check_heads(p);
   set_softmax(p, query, rng_state, dropout_p, scale);
+  set_bias(p, key_bias, query);
   set_grad_out(p, grad_out, query, cu_seqlens_q.has_value());
   Tensor grad_query = gradient(needed(needs, 0), query, p.grad_query);
   Tensor grad_key = gradient(needed(needs, 1), key, p.grad_key);
   Tensor grad_value = gradient(needed(needs, 2), value, p.grad_value);
   Tensor grad_proj_key = projection_gradient(needed(needs, 3), proj_key, p, p.grad_proj_key);
   Tensor grad_proj_value = projection_gradient(needed(needs, 4) && proj_value, proj_key, p, p.grad_proj_value);
+  Tensor grad_key_bias = bias_gradient(needed(needs, 5), key_bias, query, p);
   run(p, kAttendBackward | kProjectBackward, query);
-  return {grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value};
+  return {grad_query, grad_key, grad_value, grad_proj_key, grad_proj_value, grad_key_bias};
 }
 
 std::tuple<Tensor, Tensor> project(Tensor key, Tensor value, Tensor proj_key, OptionalTensor proj_value,
@@ -507,8 +534,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(Tensor grad_key_proj
   return {grad_key, grad_value, grad_proj_key, grad_proj_value};
 }
 
-Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, OptionalTensor cu_seqlens_q,
-                           OptionalTensor rng_state, double dropout_p, double scale, bool allow_tf32) {
+Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, OptionalTensor key_bias,
+                           OptionalTensor cu_seqlens_q, OptionalTensor rng_state, double dropout_p, double scale,
+                           bool allow_tf32) {
   Problem p;
   p.allow_tf32 = allow_tf32;
   set_query(p, query, cu_seqlens_q);
@@ -516,16 +544,18 @@ Tensor projected_attention(Tensor query, Tensor key_proj, Tensor value_proj, Opt
   set_projected(p, key_proj, value_proj);
   check_heads(p);
   set_softmax(p, query, rng_state, dropout_p, scale);
+  set_bias(p, key_bias, query);
   Tensor out = empty_like("the result", query, p.value_dim);
   p.out = rows_of(out);
   run(p, kAttend, query);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out, Tensor query, Tensor key_proj,
-                                                                Tensor value_proj, OptionalTensor cu_seqlens_q,
-                                                                OptionalTensor rng_state, double dropout_p,
-                                                                double scale, bool allow_tf32, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out, Tensor query, Tensor key_proj,
+                                                                        Tensor value_proj, OptionalTensor key_bias,
+                                                                        OptionalTensor cu_seqlens_q,
+                                                                        OptionalTensor rng_state, double dropout_p,
+                                                                        double scale, bool allow_tf32, int64_t needs) {
   Problem p;
   p.allow_tf32 = allow_tf32;
   set_query(p, query, cu_seqlens_q);
@@ -533,6 +563,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
   set_projected(p, key_proj, value_proj);
   check_heads(p);
   set_softmax(p, query, rng_state, dropout_p, scale);
+  set_bias(p, key_bias, query);
   set_grad_out(p, grad_out, query, cu_seqlens_q.has_value());
   Tensor grad_query = gradient(needed(needs, 0), query, p.grad_query);
   Tensor grad_key_proj = nothing(query), grad_value_proj = nothing(query);
@@ -544,8 +575,102 @@ std::tuple<Tensor, Tensor, Tensor> projected_attention_backward(Tensor grad_out,
     grad_value_proj = empty_contiguous(value_proj);
     p.grad_value_proj = rows_of(grad_value_proj);
   }
+  Tensor grad_key_bias = bias_gradient(needed(needs, 3), key_bias, query, p);
   run(p, kAttendBackward, query);
-  return {grad_query, grad_key_proj, grad_value_proj};
+  return {grad_query, grad_key_proj, grad_value_proj, grad_key_bias};
+}
+
+// The segments of `length` keys, of all heads or of each.
+void set_segments(Problem& p, const Tensor& segments, const Tensor& like, int64_t sequences, bool packed) {
+  const int64_t heads = packed ? 1 : segments.dim() - 2, rows = packed ? 0 : segments.dim() - 1;
+  STD_TORCH_CHECK(
+      same_device(segments, like) && segments.scalar_type() == ScalarType::Int && segments.dim() == (packed ? 2 : 3) &&
+          (packed || segments.size(0) == sequences) && segments.size(rows) == p.len_k &&
+          (segments.size(heads) == 1 || segments.size(heads) == p.heads_kv),
+      "linformer_kernels: segments must be an int32 tensor of shape (batch, 1 or key heads, key length), or "
+      "(total, 1 or key heads)");
+  p.segments = static_cast<const int32_t*>(memory_of(segments, "segments"));
+  p.segments_batch_stride = packed ? 0 : segments.stride(0);
+  p.segments_head_stride = segments.size(heads) == 1 ? 0 : segments.stride(heads);
+  p.segments_row_stride = segments.stride(rows);
+}
+
+void check_pool_sizes(const Problem& p) {
+  STD_TORCH_CHECK(
+      p.proj_dim >= 1 && p.proj_dim < int64_t{1} << 31 && p.head_dim >= 1 && p.value_dim >= 1 && p.heads_kv >= 1,
+      "linformer_kernels: num_segments, heads and head dimensions must be at least 1");
+  check_sizes(p);
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool(Tensor key, Tensor value, Tensor segments, OptionalTensor cu_seqlens_k,
+                                        int64_t num_segments) {
+  const bool packed = cu_seqlens_k.has_value();
+  const View k = view_of(key, "key", key, packed), v = view_of(value, "value", key, packed);
+  STD_TORCH_CHECK(k.batch == v.batch && k.heads == v.heads && k.length == v.length,
+                  "linformer_kernels: key and value differ in shape");
+  Problem p;
+  p.dtype = dtype_of(key);
+  p.batch = batch_of(cu_seqlens_k, k.batch);
+  p.heads_kv = k.heads;
+  p.len_k = p.total_k = k.length;
+  p.head_dim = k.columns;
+  p.value_dim = v.columns;
+  p.proj_dim = num_segments;
+  p.key = k.rows;
+  p.value = v.rows;
+  set_segments(p, segments, key, k.batch, packed);
+  p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
+  check_pool_sizes(p);
+  Tensor key_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
+  Tensor value_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
+  Tensor count = new_empty("the counts", key, {p.batch, p.heads_kv, p.proj_dim}, ScalarType::Float);
+  p.key_proj = rows_of(key_proj);
+  p.value_proj = rows_of(value_proj);
+  p.count = static_cast<float*>(count.data_ptr());
+  run(p, kPool, key);
+  return {key_proj, value_proj, count};
+}
+
+std::tuple<Tensor, Tensor> pool_backward(Tensor grad_key_proj, Tensor grad_value_proj, Tensor count, Tensor segments,
+                                         OptionalTensor cu_seqlens_k, bool heads_inner, int64_t needs) {
+  const bool packed = cu_seqlens_k.has_value();
+  const View k = view_of(grad_key_proj, "grad_key_proj", grad_key_proj, false);
+  const View v = view_of(grad_value_proj, "grad_value_proj", grad_key_proj, false);
+  STD_TORCH_CHECK(k.batch == v.batch && k.heads == v.heads && k.length == v.length,
+                  "linformer_kernels: grad_key_proj and grad_value_proj differ in shape");
+  Problem p;
+  p.dtype = dtype_of(grad_key_proj);
+  p.batch = k.batch;
+  p.heads_kv = k.heads;
+  p.proj_dim = k.length;
+  p.head_dim = k.columns;
+  p.value_dim = v.columns;
+  p.grad_key_proj = k.rows;
+  p.grad_value_proj = v.rows;
+  STD_TORCH_CHECK(segments.dim() >= 1, "linformer_kernels: segments needs dimensions");
+  p.len_k = p.total_k = segments.size(packed ? 0 : segments.dim() - 1);
+  set_segments(p, segments, grad_key_proj, p.batch, packed);
+  p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", grad_key_proj, p.total_k, p.batch, &p.len_k);
+  STD_TORCH_CHECK(same_device(count, grad_key_proj) && count.scalar_type() == ScalarType::Float && count.dim() == 3 &&
+                      count.is_contiguous() && count.size(0) == p.batch && count.size(1) == p.heads_kv &&
+                      count.size(2) == p.proj_dim,
+                  "linformer_kernels: count must be as pool returns it");
+  p.count = static_cast<float*>(memory_of(count, "count"));
+  check_pool_sizes(p);
+  const auto make = [&](bool wanted, int64_t columns, Rows& rows) {
+    if (!wanted) return nothing(grad_key_proj);
+    constexpr const char* kWhat = "a gradient";
+    Tensor result = packed        ? new_empty(kWhat, grad_key_proj, {p.total_k, p.heads_kv, columns})
+                    : heads_inner ? torch::stable::transpose(
+                                        new_empty(kWhat, grad_key_proj, {p.batch, p.len_k, p.heads_kv, columns}), 1, 2)
+                                  : new_empty(kWhat, grad_key_proj, {p.batch, p.heads_kv, p.len_k, columns});
+    rows = rows_of(result);
+    return result;
+  };
+  Tensor grad_key = make(needed(needs, 0), p.head_dim, p.grad_key);
+  Tensor grad_value = make(needed(needs, 1), p.value_dim, p.grad_value);
+  run(p, kPoolBackward, grad_key_proj);
+  return {grad_key, grad_value};
 }
 
 std::string cpu_capability() {
@@ -569,7 +694,7 @@ std::vector<int64_t> cpu_plan(int64_t batch, int64_t heads, int64_t length, int6
   p.head_dim = p.value_dim = head_dim;
   p.shared_kv = shared_kv;
   const cpu::Plan plan = cpu::make_plan(p, backward ? kAttendBackward | kProjectBackward : kProject | kAttend,
-                                        cpu::kernel_table_for(p), static_cast<int>(threads));
+                                        cpu::kernel_table_for(p, kProject | kAttend), static_cast<int>(threads));
   std::vector<int64_t> tasks;
   for (int i = 0; i < plan.phase_count; ++i) tasks.push_back(plan.phases[i].tasks);
   return tasks;
@@ -603,6 +728,8 @@ double cpu_probe_gflops() { return cpu::kernel_table().probe_gflops(); }
   m.impl("project", TORCH_BOX(&linformer::project));                         \
   m.impl("project_backward", TORCH_BOX(&linformer::project_backward));       \
   m.impl("projected_attention", TORCH_BOX(&linformer::projected_attention)); \
+  m.impl("pool", TORCH_BOX(&linformer::pool));                               \
+  m.impl("pool_backward", TORCH_BOX(&linformer::pool_backward));             \
   m.impl("projected_attention_backward", TORCH_BOX(&linformer::projected_attention_backward));
 
 STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CPU, m){LINFORMER_IMPLEMENT(m)}

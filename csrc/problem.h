@@ -8,8 +8,16 @@ namespace linformer {
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-// What an operation consists of; attention is kProject | kAttend, its backward kAttendBackward | kProjectBackward.
-enum Stage : unsigned { kProject = 1, kAttend = 2, kAttendBackward = 4, kProjectBackward = 8 };
+// What an operation consists of; attention is kProject | kAttend, its backward kAttendBackward | kProjectBackward. The
+// two of pooling come alone.
+enum Stage : unsigned {
+  kProject = 1,
+  kAttend = 2,
+  kAttendBackward = 4,
+  kProjectBackward = 8,
+  kPool = 16,
+  kPoolBackward = 32
+};
 
 // Rows of a (batch, head, row, column) tensor. Strides count elements; columns are adjacent. A packed (total, head,
 // column) tensor has batch stride 0 and finds its sequences through the offsets in Problem.
@@ -38,15 +46,16 @@ struct Problem {
 
   Rows query, key, value, out;
   Rows proj_key,
-      proj_value;    // E and F: rows are the K projections, batch stride 0, head stride 0 where heads share one
+      proj_value;               // E and F: rows are the K projections; stride 0 where sequences or heads share one
   Rows key_proj, value_proj;    // K' and V'
   Rows grad_out, grad_query, grad_key, grad_value;
   Rows grad_proj_key, grad_proj_value;    // dE and dF
   Rows grad_key_proj, grad_value_proj;    // dK' and dV'
 
-  bool per_head_proj = false;    // E and F have a head dimension
-  bool shared_kv = false;        // F is E
-  bool allow_tf32 = false;       // fp32 may be multiplied in TF32; a CPU does not look at it
+  bool per_head_proj = false;     // E and F differ from head to head
+  bool per_batch_proj = false;    // and from sequence to sequence
+  bool shared_kv = false;         // F is E
+  bool allow_tf32 = false;        // fp32 may be multiplied in TF32; a CPU does not look at it
 
   const int64_t* cu_seqlens_q = nullptr;    // batch + 1 offsets, or nullptr for padded tensors
   const int64_t* cu_seqlens_k = nullptr;
@@ -54,12 +63,27 @@ struct Problem {
   int64_t mask_batch_stride = 0;
   int64_t mask_row_stride = 0;
 
+  // Added to the scaled scores of the rows of K'; (batch, heads_kv, K), K adjacent.
+  const float* key_bias = nullptr;
+  int64_t key_bias_batch_stride = 0;
+  int64_t key_bias_head_stride = 0;
+  float* grad_key_bias = nullptr;    // (batch, heads_kv, K), contiguous
+
+  // The segment of each key, batch stride 0 where packed, head stride 0 where heads share them. What is not in [0, K)
+  // takes part nowhere. Pooling writes `count`, (batch, heads_kv, K), contiguous, and its backward reads it.
+  const int32_t* segments = nullptr;
+  int64_t segments_batch_stride = 0;
+  int64_t segments_head_stride = 0;
+  int64_t segments_row_stride = 0;
+  float* count = nullptr;
+
   float scale = 1.0f;
   double dropout_p = 0.0;
   const int64_t* rng_state = nullptr;    // seed and offset of dropout
 
   // dK' or dV' is wanted, for its own sake or for the gradients behind it.
   bool needs_grad_key_proj() const { return grad_key_proj.data || grad_key.data || grad_proj_key.data; }
+  bool needs_grad_scores() const { return grad_query.data || needs_grad_key_proj() || grad_key_bias; }
   bool needs_grad_value_proj() const {
     return grad_value_proj.data || grad_value.data || grad_proj_value.data || (shared_kv && grad_proj_key.data);
   }

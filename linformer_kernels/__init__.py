@@ -4,7 +4,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._backends import use_backend
 from .encoders import LinformerEncoder, LinformerEncoderLayer
-from .functional import linformer_attention, linformer_attention_varlen, project_kv, projected_attention
+from .functional import (
+    linformer_attention,
+    linformer_attention_varlen,
+    pool_kv,
+    pooled_attention,
+    project_kv,
+    projected_attention,
+)
 from .integrations.torch_nn import from_torch
 from .modules import LinformerAttention
 from .projections import LinformerProjection
@@ -24,6 +31,8 @@ __all__ = [
     "from_torch",
     "linformer_attention",
     "linformer_attention_varlen",
+    "pool_kv",
+    "pooled_attention",
     "project_kv",
     "projected_attention",
     "tune",

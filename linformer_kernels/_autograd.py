@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as Function
 
-from ._ops import LIBRARY, OVERLOADS, unit_stride
+from ._ops import LIBRARY, OVERLOADS, heads_inner, unit_stride
 
 _ops = torch.ops.linformer_kernels
 Ops = tuple[Callable[..., Any], Callable[..., Any]]
@@ -36,7 +36,7 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 
 def _wanted(ctx: Any) -> int:
     """The ops' `needs` mask."""
-    return sum(map(lshift, ctx.needs_input_grad[2:], range(5)))
+    return sum(map(lshift, ctx.needs_input_grad[2:], range(6)))
 
 
 def _returned(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -45,7 +45,7 @@ def _returned(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
 
 
 class _Attention(Function):
-    inputs = 5
+    inputs = 6
 
     @staticmethod
     def forward(ctx: Any, ops: Ops, rest: tuple[Any, ...], *inputs: Tensor | None) -> Any:
@@ -60,7 +60,7 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> Any:
         if grad_out is None:
-            return _returned(ctx, (None,) * 5)
+            return _returned(ctx, (None,) * 6)
         return _returned(ctx, ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.numbers, _wanted(ctx)))
 
 
@@ -83,10 +83,10 @@ class _Project(Function):
 
 
 class _ProjectedAttention(Function):
-    inputs = 3
+    inputs = 4
 
     @staticmethod
-    def forward(ctx: Any, ops: Ops, rest: tuple[Any, ...], *inputs: Tensor) -> Any:
+    def forward(ctx: Any, ops: Ops, rest: tuple[Any, ...], *inputs: Tensor | None) -> Any:
         op, ctx.op_backward = ops
         ctx.numbers = rest[-3:]
         ctx.save_for_backward(*inputs, *rest[:-3])
@@ -95,6 +95,25 @@ class _ProjectedAttention(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         return _returned(ctx, ctx.op_backward(unit_stride(grad_out), *ctx.saved_tensors, *ctx.numbers, _wanted(ctx)))
+
+
+class _Pool(Function):
+    inputs = 2
+
+    @staticmethod
+    def forward(ctx: Any, ops: Ops, rest: tuple[Any, ...], key: Tensor, value: Tensor) -> Any:
+        op, ctx.op_backward = ops
+        segments, cu_seqlens_k, _ = rest
+        key_proj, value_proj, count = _below_autograd(op, key, value, *rest)
+        ctx.heads_inner = heads_inner(key)
+        ctx.save_for_backward(count, segments, cu_seqlens_k)
+        ctx.mark_non_differentiable(count)
+        return key_proj, value_proj, count
+
+    @staticmethod
+    def backward(ctx: Any, grad_key_proj: Tensor, grad_value_proj: Tensor, _: None) -> Any:
+        grads = unit_stride(grad_key_proj), unit_stride(grad_value_proj)
+        return _returned(ctx, ctx.op_backward(*grads, *ctx.saved_tensors, ctx.heads_inner, _wanted(ctx)))
 
 
 def _differentiably(function: Any, ops: Ops, *args: Any) -> Any:
@@ -146,11 +165,12 @@ def _register(
 
 @dataclass(frozen=True)
 class Operations:
-    """The three differentiable operations of one overload of the ops."""
+    """The differentiable operations of one overload of the ops."""
 
     attention: Callable[..., Any]
     project: Callable[..., Any]
     projected_attention: Callable[..., Any]
+    pool: Callable[..., Any]
 
 
 def _operations(overload: str) -> tuple[Operations, Operations]:
@@ -159,7 +179,12 @@ def _operations(overload: str) -> tuple[Operations, Operations]:
         backward, _ = _register(op_backward, partial(_Gradient.apply, op_backward))  # type: ignore[attr-defined]
         return _register(op, partial(_differentiably, function, (op, backward)))
 
-    functions = {"attention": _Attention, "project": _Project, "projected_attention": _ProjectedAttention}
+    functions = {
+        "attention": _Attention,
+        "project": _Project,
+        "projected_attention": _ProjectedAttention,
+        "pool": _Pool,
+    }
     made = [make(name, function) for name, function in functions.items()]
     return Operations(*(call for call, _ in made)), Operations(*(kernel for _, kernel in made))
 

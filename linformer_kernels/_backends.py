@@ -5,6 +5,7 @@ Without any of the three, the first backend that has no reason to refuse a call 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -24,7 +25,7 @@ ENVIRONMENT_VARIABLE = "LINFORMER_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """The three operations of one backend, with the arguments of the ops in `_ops`, and what it cannot do."""
+    """The operations of one backend, with the arguments of the ops in `_ops`, and what it cannot do."""
 
     name: str
     missing: str | None
@@ -34,6 +35,7 @@ class Backend:
     attention: Callable[..., Any]
     project: Callable[..., Any]
     projected_attention: Callable[..., Any]
+    pool: Callable[..., Any]
 
     def supports(self, call: Call) -> str | None:
         """The reason for which this backend refuses the call, or None if it takes it."""
@@ -50,7 +52,8 @@ def _fused(name: str, missing: str | None, device_types: tuple[str, ...], operat
             return 'its kernels take float32, float16 and bfloat16, and these tensors are float64: use "reference"'
         return _gpu_limits(call, name) if name != "cpu" else None
 
-    return Backend(name, missing, limits, operations.attention, operations.project, operations.projected_attention)
+    made = (getattr(operations, field.name) for field in dataclasses.fields(operations))
+    return Backend(name, missing, limits, *made)
 
 
 _GPU_WIDEST_HEAD = 256
@@ -103,7 +106,7 @@ def triton_problem() -> str | None:
         from .triton_kernels import ops
     except Exception as error:  # whatever a broken installation raises is the reason
         return f"Triton does not import: {type(error).__name__}: {error}"
-    for name in ("attention", "project", "projected_attention"):
+    for name in ("attention", "project", "projected_attention", "pool"):
         for op in (name, f"{name}_backward"):
             _ops.LIBRARY.impl(f"{op}.triton", getattr(ops, op), "CompositeExplicitAutograd")
     return None
@@ -131,6 +134,7 @@ BACKENDS = {
             reference.attention,
             reference.project,
             reference.projected_attention,
+            reference.pool,
         ),
     )
 }

@@ -4,7 +4,11 @@ The native library registers implementations for these schemas; `_autograd` regi
 arrive validated and cast (`_validation`), so nothing here reports a user's mistake.
 
 `needs` is a bit mask: bit i asks for gradient i of the op's returns. A gradient that is not wanted comes back with
-shape (0,), and so does the gradient of `proj_value` where it is None (the gradient of `proj_key` is then the sum).
+shape (0,), and so does the gradient of `proj_value` where it is None (the gradient of `proj_key` is then the sum) or of
+`key_bias` where it is None.
+
+`key_bias`: (B, H_kv, K) float32, expanded to that. `segments`: int32, (B, 1 or H_kv, N) or packed (total, 1 or H_kv);
+what is not in [0, num_segments) takes part nowhere.
 
 `allow_tf32`: float32 may be multiplied in TF32. CPU kernels do not look at it.
 """
@@ -46,10 +50,12 @@ _PROJECT_ARGS = (
     "bool allow_tf32"
 )
 _ATTENTION_ARGS = (
-    "Tensor query, Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng_state"
+    "Tensor query, Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_bias, "
+    "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng_state"
 )
-_PROJECTED_ARGS = "Tensor query, Tensor key_proj, Tensor value_proj, Tensor? cu_seqlens_q, Tensor? rng_state"
+_PROJECTED_ARGS = (
+    "Tensor query, Tensor key_proj, Tensor value_proj, Tensor? key_bias, Tensor? cu_seqlens_q, Tensor? rng_state"
+)
 _SCALARS = "float dropout_p, float scale, bool allow_tf32"
 
 
@@ -93,22 +99,28 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
+def heads_inner(like: Tensor) -> bool:
+    """Whether its storage order is (B, N, H, D)."""
+    return like.dim() == 4 and like.size(1) > 1 and like.size(2) > 1 and like.stride(1) < like.stride(2)
+
+
 def _like(like: Tensor, last: int) -> Tensor:
     """A result shaped like `like` with `last` columns, in its storage order: (B, N, H, D) or (B, H, N, D)."""
     shape = [*like.shape[:-1], last]
-    if like.dim() == 4 and like.size(1) > 1 and like.size(2) > 1 and like.stride(1) < like.stride(2):
+    if heads_inner(like):
         b, h, n, d = shape
         return like.new_empty((b, n, h, d)).transpose(1, 2)
     return like.new_empty(shape)
 
 
-def _empty_grads(needs: int, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    first = inputs[0]
-    assert first is not None  # for mypy: only proj_value, never the first, may be None
-    return tuple(
-        _like(like, like.size(-1)) if like is not None and needs >> i & 1 else first.new_empty(0)
-        for i, like in enumerate(inputs)
-    )
+def _empty_grads(needs: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_like(x, x.size(-1)) if needs >> i & 1 else x.new_empty(0) for i, x in enumerate(inputs))
+
+
+def empty_bias_grad(wanted: int, query: Tensor, key_bias: Tensor | None) -> Tensor:
+    """float32, contiguous."""
+    shape = key_bias.shape if key_bias is not None and wanted & 1 else (0,)
+    return query.new_empty(shape, dtype=torch.float32)
 
 
 def _empty_projections(
@@ -119,6 +131,28 @@ def _empty_projections(
     return key.new_empty((*shape, key.size(-1))), key.new_empty((*shape, value.size(-1)))
 
 
+def empty_project_grads(
+    needs: int, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradients of E and F are sums over sequences or heads: contiguous."""
+    matrices = (proj_key if needs & 4 else None), (proj_value if needs & 8 else None)
+    return *_empty_grads(needs, key, value), *(key.new_empty((0,) if m is None else m.shape) for m in matrices)
+
+
+def empty_attention_grads(
+    needs: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_key: Tensor,
+    proj_value: Tensor | None,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of the whole operation, not yet computed."""
+    others = empty_project_grads(needs >> 1, key, value, proj_key, proj_value)
+    return *_empty_grads(needs, query), *others, empty_bias_grad(needs >> 5, query, key_bias)
+
+
 def empty_attention(
     query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, cu_seqlens_k: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,17 +161,17 @@ def empty_attention(
 
 
 @_op("attention", f"({_ATTENTION_ARGS}, {_SCALARS}) -> (Tensor, Tensor, Tensor)")
-def _(query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+def _(query, key, value, proj_key, proj_value, key_bias, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return empty_attention(query, key, value, proj_key, cu_seqlens_k)
 
 
 @_op(
     "attention_backward",
     f"(Tensor grad_out, {_ATTENTION_ARGS}, Tensor key_proj, Tensor value_proj, {_SCALARS}, int needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _(grad_out, query, key, value, proj_key, proj_value, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
-    return _empty_grads(needs, query, key, value, proj_key, proj_value)
+def _(grad_out, query, key, value, proj_key, proj_value, key_bias, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
+    return empty_attention_grads(needs, query, key, value, proj_key, proj_value, key_bias)
 
 
 @_op("project", f"({_PROJECT_ARGS}) -> (Tensor, Tensor)")
@@ -150,25 +184,74 @@ def _(key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32):  # type
     f"(Tensor grad_key_proj, Tensor grad_value_proj, {_PROJECT_ARGS}, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32, needs):  # type: ignore[no-untyped-def]
-    return _empty_grads(needs, key, value, proj_key, proj_value)
+    return empty_project_grads(needs, key, value, proj_key, proj_value)
 
 
 @_op("projected_attention", f"({_PROJECTED_ARGS}, {_SCALARS}) -> Tensor")
-def _(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]
+def _(query, key_proj, value_proj, key_bias, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]
     return _like(query, value_proj.size(-1))
 
 
-def empty_projected_grads(needs: int, query: Tensor, key_proj: Tensor, value_proj: Tensor) -> tuple[Tensor, ...]:
+def empty_projected_grads(
+    needs: int, query: Tensor, key_proj: Tensor, value_proj: Tensor, key_bias: Tensor | None
+) -> tuple[Tensor, ...]:
     """Gradients of K' and V' are sums over query tiles: contiguous, as K' and V' themselves."""
-    return _empty_grads(needs, query, key_proj.contiguous(), value_proj.contiguous())
+    grads = _empty_grads(needs, query, key_proj.contiguous(), value_proj.contiguous())
+    return *grads, empty_bias_grad(needs >> 3, query, key_bias)
 
 
 @_op(
     "projected_attention_backward",
-    f"(Tensor grad_out, {_PROJECTED_ARGS}, {_SCALARS}, int needs) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, {_PROJECTED_ARGS}, {_SCALARS}, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _(grad_out, query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]
-    return empty_projected_grads(needs, query, key_proj, value_proj)
+def _(grad_out, query, key_proj, value_proj, key_bias, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]
+    return empty_projected_grads(needs, query, key_proj, value_proj, key_bias)
+
+
+def empty_pool(
+    key: Tensor, value: Tensor, cu_seqlens_k: Tensor | None, num_segments: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K', V' and the counts of their rows, not yet computed."""
+    batch = key.size(0) if cu_seqlens_k is None else cu_seqlens_k.size(0) - 1
+    shape = (batch, key.size(1), num_segments)
+    count = key.new_empty(shape, dtype=torch.float32)
+    return key.new_empty((*shape, key.size(-1))), key.new_empty((*shape, value.size(-1))), count
+
+
+@_op(
+    "pool",
+    "(Tensor key, Tensor value, Tensor segments, Tensor? cu_seqlens_k, int num_segments) -> (Tensor, Tensor, Tensor)",
+)
+def _(key, value, segments, cu_seqlens_k, num_segments):  # type: ignore[no-untyped-def]
+    return empty_pool(key, value, cu_seqlens_k, num_segments)
+
+
+def empty_pool_grads(
+    grad_key_proj: Tensor, grad_value_proj: Tensor, segments: Tensor, heads_inner: bool, needs: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value, which are not kept: as long as `segments`, stored as (B, N, H, D) if heads_inner."""
+    heads = grad_key_proj.size(1)
+
+    def empty(grad: Tensor, wanted: int) -> Tensor:
+        if not wanted:
+            return grad.new_empty(0)
+        if segments.dim() == 2:
+            return grad.new_empty((segments.size(0), heads, grad.size(-1)))
+        batch, length = segments.size(0), segments.size(2)
+        if heads_inner:
+            return grad.new_empty((batch, length, heads, grad.size(-1))).transpose(1, 2)
+        return grad.new_empty((batch, heads, length, grad.size(-1)))
+
+    return empty(grad_key_proj, needs & 1), empty(grad_value_proj, needs & 2)
+
+
+@_op(
+    "pool_backward",
+    "(Tensor grad_key_proj, Tensor grad_value_proj, Tensor count, Tensor segments, Tensor? cu_seqlens_k, "
+    "bool heads_inner, int needs) -> (Tensor, Tensor)",
+)
+def _(grad_key_proj, grad_value_proj, count, segments, cu_seqlens_k, heads_inner, needs):  # type: ignore[no-untyped-def]
+    return empty_pool_grads(grad_key_proj, grad_value_proj, segments, heads_inner, needs)
 
 
 # What the CPU kernels will use, how this thread uses another build ("": as before), for bench, and why not the AMX that
@@ -245,6 +328,11 @@ def _project_backward_flop_formula(grad_key_proj, grad_value_proj, key, value, p
 @register_flop_formula(torch.ops.linformer_kernels.projected_attention)
 def _projected_flop_formula(query, key_proj, value_proj, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _attend_flops(query, value_proj[-1], key_proj[-2])
+
+
+@register_flop_formula(torch.ops.linformer_kernels.pool)
+def _pool_flop_formula(key, value, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _rows(key) * (key[-1] + value[-1])
 
 
 @register_flop_formula(torch.ops.linformer_kernels.projected_attention_backward)

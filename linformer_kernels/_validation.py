@@ -25,7 +25,7 @@ FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _PADDED = {"query": "(B, H, N_q, D)", "key": "(B, H_kv, N, D)", "value": "(B, H_kv, N, D_v)"}
 _PACKED = {"query": "(total_q, H, D)", "key": "(total_k, H_kv, D)", "value": "(total_k, H_kv, D_v)"}
-_PROJ = "(K, N_max) or (H_kv, K, N_max), with K of at least 1"
+_PROJ = "(K, N_max), (H_kv, K, N_max) or (B, 1 or H_kv, K, N_max), with K of at least 1"
 
 
 @dataclass(eq=False)  # frozen would be four times as slow to make
@@ -42,6 +42,8 @@ class Call:
     proj_value: Tensor | None = None
     key_proj: Tensor | None = None
     value_proj: Tensor | None = None
+    key_bias: Tensor | None = None
+    segments: Tensor | None = None
     key_padding_mask: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
@@ -55,6 +57,7 @@ def check_attention(
     value: Tensor,
     proj_key: Tensor,
     proj_value: Tensor | None,
+    key_bias: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -74,6 +77,7 @@ def check_attention(
     if packed:
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
+        batch, source = cu_seqlens_k.size(0) - 1, "cu_seqlens_k describes"
         if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
             _fail(
                 f"cu_seqlens_q has {cu_seqlens_q.size(0)} entries but cu_seqlens_k has {cu_seqlens_k.size(0)}",
@@ -85,6 +89,8 @@ def check_attention(
             _fail_batch("query has batch size", query_shape[0], "key", shape[0])
         _check_length("key", shape[2], n_max)
         _check_mask(key_padding_mask, key)
+        batch, source = shape[0], "key has"
+    _check_batch_of_projection(proj_key, batch, source)
     return Call(
         *_kind(query),
         query=unit_stride(query),
@@ -92,6 +98,7 @@ def check_attention(
         value=unit_stride(value),
         proj_key=unit_stride(proj_key),
         proj_value=None if proj_value is None else unit_stride(proj_value),
+        key_bias=_checked_bias(key_bias, (batch, shape[1], proj_key.size(-2)), query),
         key_padding_mask=key_padding_mask,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
@@ -113,13 +120,14 @@ def check_project(
     packed = cu_seqlens_k is not None
     shape = _check_key_value(key, value, packed, "packed tensors come with cu_seqlens_k, padded ones without")
     n_max = _check_projections(proj_key, proj_value, shape[1])
-    if not packed:
+    if cu_seqlens_k is None:
         _check_length("key", shape[2], n_max)
         _check_mask(key_padding_mask, key)
-    elif key_padding_mask is not None:
-        _fail("key_padding_mask came with cu_seqlens_k", "one of the two", "leave the masked rows out when packing")
+        _check_batch_of_projection(proj_key, shape[0], "key has")
     else:
+        _refuse_both(key_padding_mask)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
+        _check_batch_of_projection(proj_key, cu_seqlens_k.size(0) - 1, "cu_seqlens_k describes")
     return Call(
         *_kind(key),
         key=unit_stride(key),
@@ -131,10 +139,40 @@ def check_project(
     )
 
 
+def check_pool(
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    num_segments: SupportsIndex,
+    key_padding_mask: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Call, int]:
+    """A pool_kv call, padded or, with cu_seqlens_k, packed. The mask becomes part of `segments`."""
+    _check_floating(key=key, value=value)
+    packed = cu_seqlens_k is not None
+    shape = _check_key_value(key, value, packed, "packed tensors come with cu_seqlens_k, padded ones without")
+    number = integer("num_segments", num_segments, "an integer, the number K of segments")
+    if number < 1:
+        _fail(f"num_segments is {number}", "at least 1", "pass the number K of segments, so that they are 0 to K - 1")
+    if cu_seqlens_k is None:
+        _check_mask(key_padding_mask, key)
+    else:
+        _refuse_both(key_padding_mask)
+        cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None)
+    segments = _checked_segments(segments, number, key, shape, packed)
+    if key_padding_mask is not None:
+        segments = torch.where(key_padding_mask[:, None], segments, -1)
+    call = Call(
+        *_kind(key), key=unit_stride(key), value=unit_stride(value), segments=segments, cu_seqlens_k=cu_seqlens_k
+    )
+    return call, number
+
+
 def check_projected_attention(
     query: Tensor,
     key_proj: Tensor,
     value_proj: Tensor,
+    key_bias: Tensor | None,
     cu_seqlens_q: Tensor | None,
     dropout_p: float,
     scale: float | None,
@@ -165,10 +203,18 @@ def check_projected_attention(
         query=unit_stride(query),
         key_proj=unit_stride(key_proj),
         value_proj=unit_stride(value_proj),
+        key_bias=_checked_bias(key_bias, tuple(shape[:3]), query),
         cu_seqlens_q=cu_seqlens_q,
         dropout_p=_checked_dropout(dropout_p),
         scale=_checked_scale(scale, query_shape[-1]),
     )
+
+
+def check_both_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    """That query and keys are packed, or neither is."""
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        came, lacks = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_q is None else ("cu_seqlens_q", "cu_seqlens_k")
+        _fail(f"{came} came without {lacks}", "both or neither", "pack query, key and value alike")
 
 
 def check_pooling(
@@ -314,15 +360,77 @@ def _check_query(query: Tensor, key_name: str, key_shape: torch.Size) -> torch.S
 def _check_projections(proj_key: Tensor, proj_value: Tensor | None, heads: int) -> int:
     """Returns N_max."""
     shape = proj_key.shape
-    if len(shape) not in (2, 3) or shape[-2] == 0:
+    if len(shape) not in (2, 3, 4) or shape[-2] == 0:
         _fail(_shape("proj_key", proj_key), _PROJ, "use one matrix for all heads or one for each key head")
-    if len(shape) == 3 and shape[0] != heads:
+    if len(shape) >= 3 and shape[-3] != heads and (len(shape) == 3 or shape[1] != 1):
         got = f"{_shape('proj_key', proj_key)} but key has {heads} heads"
         _fail(got, _PROJ, "give each key head its matrix, or one (K, N_max) matrix to all")
     if proj_value is not None and proj_value.shape != shape:
         got = f"{_shape('proj_value', proj_value)} but {_shape('proj_key', proj_key)}"
         _fail(got, "the same shape in both", "leave proj_value out to use proj_key for keys and values")
     return shape[-1]
+
+
+def _check_batch_of_projection(proj_key: Tensor, batch: int, source: str) -> None:
+    if proj_key.dim() == 4 and proj_key.shape[0] != batch:
+        got = f"{_shape('proj_key', proj_key)} but {source} {batch} sequences"
+        _fail(got, _PROJ, "give each sequence its matrix, or one to all as (K, N_max) or (H_kv, K, N_max)")
+
+
+def _refuse_both(key_padding_mask: Tensor | None) -> None:
+    if key_padding_mask is not None:
+        _fail("key_padding_mask came with cu_seqlens_k", "one of the two", "leave the masked rows out when packing")
+
+
+def _checked_bias(key_bias: Tensor | None, shape: tuple[int, ...], query: Tensor) -> Tensor | None:
+    """As (B, H_kv, K) in float32, with float64 tensors in float64."""
+    if key_bias is None:
+        return None
+    check_tensor("key_bias", key_bias)
+    _check_dense("key_bias", key_bias)
+    if not key_bias.dtype.is_floating_point:
+        wanted = "a floating dtype: a number to add to the scores, -inf for a row that takes no part"
+        remedy = "turn a bool mask into numbers with torch.where(mask, 0.0, -torch.inf)"
+        _fail(f"key_bias has dtype {key_bias.dtype}", wanted, remedy, TypeError)
+    _check_device("key_bias", key_bias, "query", query)
+    own = key_bias.shape
+    fits = len(own) <= 3 and all(n in (1, m) for n, m in zip(reversed(own), reversed(shape), strict=False))
+    if not fits:
+        wanted = f"(B, H_kv, K) = {shape}, or what broadcasts to it"
+        _fail(_shape("key_bias", key_bias), wanted, "give each row of K' a number, and not each pair of query and row")
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return unit_stride(key_bias.to(wide).expand(shape))
+
+
+def _checked_segments(segments: Tensor, number: int, key: Tensor, shape: torch.Size, packed: bool) -> Tensor:
+    """As int32, (B, 1 or H_kv, N) or (total, 1 or H_kv), with -1 for what is out of range."""
+    check_tensor("segments", segments)
+    _check_dense("segments", segments)
+    if segments.dtype not in (torch.int32, torch.int64):
+        remedy = "use segments.to(torch.int64)"
+        _fail(f"segments has dtype {segments.dtype}", "int32 or int64", remedy, TypeError)
+    _check_device("segments", segments, "key", key)
+    wanted = (shape[0], shape[1]) if packed else (shape[0], shape[1], shape[2])
+    one_for_all = (shape[0],) if packed else (shape[0], shape[2])
+    if tuple(segments.shape) not in (wanted, one_for_all):
+        names = ("(total_k,)", "(total_k, H_kv)") if packed else ("(B, N)", "(B, H_kv, N)")
+        _fail(
+            _shape("segments", segments),
+            f"{names[0]} = {one_for_all} or {names[1]} = {wanted}",
+            "give each key the number of its segment, the same for all heads or one a head",
+        )
+    if is_known(segments) and segments.numel():
+        low, high = (int(bound) for bound in torch.aminmax(segments))
+        if low < -1 or high >= number:
+            _fail(
+                f"segments holds {low if low < -1 else high} but num_segments is {number}",
+                "0 to num_segments - 1, or -1 for a key that takes part nowhere",
+                "check how the segments were computed, or raise num_segments",
+            )
+    else:
+        segments = torch.where((segments >= 0) & (segments < number), segments, -1)
+    segments = segments.to(torch.int32)
+    return segments if len(segments.shape) == len(wanted) else segments.unsqueeze(1)
 
 
 def _check_length(name: str, length: int, n_max: int) -> None:
@@ -363,12 +471,16 @@ def _checked_cu_seqlens(
     if cu_seqlens.dim() != 1 or cu_seqlens.size(0) == 0:
         _fail(_shape(name, cu_seqlens), "(B + 1,)", "start with 0, then add each sequence's length to the last entry")
     _check_device(name, cu_seqlens, rows_name, rows)
-    # Reading values would break the graph of a compiler, has no meaning on a fake tensor or on a wrapper of functorch's
-    # (of functionalize, which has no values of its own), and would stall a GPU.
-    known = type(cu_seqlens) in (Tensor, Parameter) and cu_seqlens.device.type == "cpu"
-    if known and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens):
+    if is_known(cu_seqlens):
         _check_bounds(name, cu_seqlens.tolist(), rows_name, rows.size(0), n_max)
     return unit_stride(cu_seqlens.to(torch.int64))
+
+
+def is_known(tensor: Tensor) -> bool:
+    """Whether values may be read: that would break the graph of a compiler, has no meaning on a fake tensor or on a
+    wrapper of functorch's (of functionalize, which has no values of its own), and would stall a GPU."""
+    known = type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu"
+    return known and not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _check_bounds(name: str, bounds: list[int], rows_name: str, total: int, n_max: int | None) -> None:

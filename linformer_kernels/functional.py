@@ -4,6 +4,8 @@ One head of Wang et al., "Linformer: Self-Attention with Linear Complexity" (202
 
     out = softmax(scale * query @ (E @ key)^T) @ (F @ value)
 
+and the same with segments in the place of E and F: row k of the compressed keys is the mean of those of segment k.
+
 Each function validates, chooses a backend (see `use_backend`) and runs it. All of them share these properties:
 
 * Tensors of one floating dtype on one device. Under torch.autocast they are cast to its dtype (float64 is left alone).
@@ -26,7 +28,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ._backends import REFUSALS, choose, short_way
-from ._validation import Call, check_attention, check_project, check_projected_attention
+from ._validation import (
+    Call,
+    check_attention,
+    check_both_packed,
+    check_pool,
+    check_project,
+    check_projected_attention,
+)
 
 
 def linformer_attention(
@@ -37,6 +46,7 @@ def linformer_attention(
     proj_value: Tensor | None = None,
     *,
     key_padding_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     is_causal: bool = False,
@@ -50,12 +60,15 @@ def linformer_attention(
         query: (B, H, N_q, D).
         key: (B, H_kv, N, D). H is a multiple of H_kv: query head h reads key head h // (H // H_kv).
         value: (B, H_kv, N, D_v).
-        proj_key: E, (K, N_max) for all heads or (H_kv, K, N_max); N <= N_max, and the first N columns are used.
+        proj_key: E, (K, N_max) for all heads or (H_kv, K, N_max), or of each sequence, computed from its data,
+            (B, 1, K, N_max) or (B, H_kv, K, N_max); N <= N_max, and the first N columns are used.
         proj_value: F, shaped as E. None: E serves for both, is read once and receives the sum of both gradients.
         key_padding_mask: (B, N) bool, True = the position takes part (the convention of
             torch.nn.functional.scaled_dot_product_attention, not of torch.nn.MultiheadAttention). A masked position
             adds nothing to K' and V', whatever it holds, NaN included. A sequence with no position left gives zeros
             and zero gradients.
+        key_bias: floating, (B, H_kv, K) or what broadcasts to it: added to the scaled scores of the rows of K'. -inf
+            takes a row out; a query all of whose rows are out gets zeros.
         dropout_p: probability in [0, 1) of dropping an element of the softmax. Applied whenever it is not 0: pass 0
             in evaluation.
         scale: factor of the scores; None: 1 / sqrt(D).
@@ -72,13 +85,13 @@ def linformer_attention(
         RuntimeError: the backend that was asked for is not available in this installation.
     """
     short = short_way(backend, query, key, value, proj_key, proj_value, key_padding_mask)
-    if short is not None and is_causal is False:
+    if short is not None and is_causal is False and key_bias is None:
         try:
             factor = _plain_factor(query, dropout_p, scale)
             if factor is not None:
                 mask = key_padding_mask
                 return short.attention(
-                    query, key, value, proj_key, proj_value, mask, None, None, None, 0.0, factor, False
+                    query, key, value, proj_key, proj_value, None, mask, None, None, None, 0.0, factor, False
                 )[0]
         except REFUSALS:
             pass  # the long way has words for it, or copies
@@ -88,6 +101,7 @@ def linformer_attention(
         value,
         proj_key,
         proj_value,
+        key_bias,
         key_padding_mask,
         None,
         None,
@@ -108,6 +122,7 @@ def linformer_attention_varlen(
     *,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
+    key_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     is_causal: bool = False,
@@ -127,6 +142,7 @@ def linformer_attention_varlen(
             queries of sequence b. Starts at 0, never decreases, ends with total_q. The values are checked on CPU
             tensors in eager mode; elsewhere reading them would break a compiled graph or stall the device.
         cu_seqlens_k: the same for keys and values. A sequence without keys gives zeros.
+        key_bias: as in `linformer_attention`, for B sequences.
         dropout_p: as in `linformer_attention`.
         scale: as in `linformer_attention`.
         is_causal: refused if true, as in `linformer_attention`.
@@ -144,6 +160,7 @@ def linformer_attention_varlen(
         value,
         proj_key,
         proj_value,
+        key_bias,
         None,
         cu_seqlens_q,
         cu_seqlens_k,
@@ -208,17 +225,19 @@ def projected_attention(
     key_proj: Tensor,
     value_proj: Tensor,
     *,
+    key_bias: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The second half of Linformer attention: softmax(scale * query @ K'^T) @ V' for given K' and V'.
+    """The second half of Linformer attention: softmax(scale * query @ K'^T + key_bias) @ V' for given K' and V'.
 
     Args:
         query: (B, H, N_q, D), or packed (total_q, H, D) with cu_seqlens_q.
         key_proj: K', (B, H_kv, K, D), from `project_kv`, a pooling or a convolution.
         value_proj: V', (B, H_kv, K, D_v).
+        key_bias: as in `linformer_attention`.
         cu_seqlens_q: as in `linformer_attention_varlen`; makes the query packed.
         dropout_p: as in `linformer_attention`.
         scale: as in `linformer_attention`.
@@ -231,19 +250,20 @@ def projected_attention(
         As `linformer_attention_varlen`.
     """
     short = short_way(backend, query, key_proj, value_proj)
-    if short is not None and cu_seqlens_q is None:
+    if short is not None and cu_seqlens_q is None and key_bias is None:
         try:
             factor = _plain_factor(query, dropout_p, scale)
             if factor is not None:
-                return short.projected_attention(query, key_proj, value_proj, None, None, 0.0, factor, False)
+                return short.projected_attention(query, key_proj, value_proj, None, None, None, 0.0, factor, False)
         except REFUSALS:
             pass  # the long way has words for it, or copies
     query, key_proj, value_proj = _autocast(query, key_proj, value_proj)
-    call = check_projected_attention(query, key_proj, value_proj, cu_seqlens_q, dropout_p, scale)
+    call = check_projected_attention(query, key_proj, value_proj, key_bias, cu_seqlens_q, dropout_p, scale)
     return choose(call, backend).projected_attention(
         call.query,
         call.key_proj,
         call.value_proj,
+        call.key_bias,
         call.cu_seqlens_q,
         _draw_rng_state(call),
         call.dropout_p,
@@ -252,12 +272,95 @@ def projected_attention(
     )
 
 
+def pool_kv(
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    num_segments: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values compressed by means over segments: row k of K' is the mean of the keys whose segment is k.
+
+    E with 1 / count in the columns of a segment, in O(N * D) instead of O(N * K * D). Sums have a fixed order, that of
+    the positions, so that they are bitwise the same from run to run, and for a padded, a packed and a single sequence.
+
+    Args:
+        key: (B, H_kv, N, D), or packed (total_k, H_kv, D) with cu_seqlens_k.
+        value: (B, H_kv, N, D_v), or packed (total_k, H_kv, D_v).
+        segments: int32 or int64, (B, N) for all heads or (B, H_kv, N); packed (total_k,) or (total_k, H_kv). The
+            number of each position's segment, in any order; -1: it takes part nowhere, whatever it holds. Other numbers
+            are an error where values can be read without cost (CPU tensors in eager mode), and as -1 elsewhere.
+        num_segments: K, at least 1.
+        key_padding_mask: as in `linformer_attention`; for padded tensors only. A masked position is as one of -1.
+        cu_seqlens_k: as in `linformer_attention_varlen`; makes key and value packed.
+        backend: as in `linformer_attention`.
+
+    Returns:
+        K' (B, H_kv, K, D), V' (B, H_kv, K, D_v), zero in rows without a position, and count (B, H_kv, K) float32, how
+        many positions each row stands for. All contiguous. Gradients go to key and value: that of a row, over its
+        count, to each of its positions.
+
+    Raises:
+        As `project_kv`; ValueError and TypeError also for segments of a wrong shape, type or number.
+    """
+    key, value = _autocast(key, value)
+    call, number = check_pool(key, value, segments, num_segments, key_padding_mask, cu_seqlens_k)
+    key_proj, value_proj, count = choose(call, backend).pool(
+        call.key, call.value, call.segments, call.cu_seqlens_k, number
+    )
+    return key_proj, value_proj, count
+
+
+def pooled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    num_segments: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention to means over segments: `pool_kv`, then `projected_attention` with key_bias = log(count).
+
+    A mean that stands for `count` keys has the weight of as many; with a segment for each position it is exact
+    attention. In O(N * K) time and memory, with half the multiply-adds of `linformer_attention`.
+
+    Args:
+        query: (B, H, N_q, D), or packed (total_q, H, D) with cu_seqlens_q.
+        key, value, segments, num_segments, key_padding_mask, cu_seqlens_k: as in `pool_kv`.
+        cu_seqlens_q: as in `linformer_attention_varlen`; comes with cu_seqlens_k.
+        dropout_p, scale, backend: as in `linformer_attention`.
+
+    Returns:
+        (B, H, N_q, D_v) in the storage order of the query, or (total_q, H, D_v). Zeros for a sequence without a
+        position that takes part.
+
+    Raises:
+        As `pool_kv` and `projected_attention`; ValueError also for one of cu_seqlens_q and cu_seqlens_k without the
+        other.
+    """
+    check_both_packed(cu_seqlens_q, cu_seqlens_k)
+    options: Any = {"key_padding_mask": key_padding_mask, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
+    key_proj, value_proj, count = pool_kv(key, value, segments, num_segments, **options)
+    options = {"cu_seqlens_q": cu_seqlens_q, "dropout_p": dropout_p, "scale": scale, "backend": backend}
+    return projected_attention(query, key_proj, value_proj, key_bias=count.log(), **options)
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     proj_key: Tensor,
     proj_value: Tensor | None,
+    key_bias: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -268,7 +371,7 @@ def _attention(
     backend: str | None,
 ) -> Tensor:
     query, key, value, proj_key, proj_value = _autocast(query, key, value, proj_key, proj_value)
-    tensors = query, key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_q, cu_seqlens_k
+    tensors = query, key, value, proj_key, proj_value, key_bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k
     call = check_attention(*tensors, dropout_p, scale, is_causal, packed)
     out, _, _ = choose(call, backend).attention(
         call.query,
@@ -276,6 +379,7 @@ def _attention(
         call.value,
         call.proj_key,
         call.proj_value,
+        call.key_bias,
         call.key_padding_mask,
         call.cu_seqlens_q,
         call.cu_seqlens_k,

@@ -19,6 +19,7 @@ def attention(
     value: Tensor,
     proj_key: Tensor,
     proj_value: Tensor | None,
+    key_bias: Tensor | None,
     key_padding_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -29,7 +30,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, K' and V'."""
     key_proj, value_proj = project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k, allow_tf32)
-    out = projected_attention(query, key_proj, value_proj, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32)
+    rows = query, key_proj, value_proj, key_bias
+    out = projected_attention(*rows, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32)
     return out, key_proj, value_proj
 
 
@@ -48,29 +50,70 @@ def project(
         return _compress(proj_key, key, key_padding_mask), _compress(proj_value, value, key_padding_mask)
     batch = cu_seqlens_k.size(0) - 1
     spans = _spans(cu_seqlens_k) or [(0, 0)]  # torch.stack wants at least one; an empty batch is cut back to size 0
-    key_proj = [_compress(proj_key, key[start:stop].transpose(0, 1), None) for start, stop in spans]
-    value_proj = [_compress(proj_value, value[start:stop].transpose(0, 1), None) for start, stop in spans]
-    return torch.stack(key_proj)[:batch], torch.stack(value_proj)[:batch]
+    key_proj, value_proj = (
+        torch.stack(
+            [
+                _compress(proj[b] if proj.dim() == 4 and batch else proj, rows[start:stop].transpose(0, 1), None)
+                for b, (start, stop) in enumerate(spans)
+            ]
+        )[:batch]
+        for proj, rows in ((proj_key, key), (proj_value, value))
+    )
+    return key_proj, value_proj
 
 
 def projected_attention(
     query: Tensor,
     key_proj: Tensor,
     value_proj: Tensor,
+    key_bias: Tensor | None,
     cu_seqlens_q: Tensor | None,
     rng_state: Tensor | None,
     dropout_p: float,
     scale: float,
     allow_tf32: bool,
 ) -> Tensor:
-    """softmax(scale * query @ K'^T) @ V', with dropout after the softmax."""
+    """softmax(scale * query @ K'^T + key_bias) @ V', with dropout after the softmax."""
+    rows, numbers = (key_proj, value_proj, key_bias), (rng_state, dropout_p, scale)
     if cu_seqlens_q is None:
-        return _attend(query, key_proj, value_proj, rng_state, dropout_p, scale)
+        return _attend(query, *rows, *numbers)
     outs = [
-        _attend(query[start:stop].transpose(0, 1)[None], key_proj[[b]], value_proj[[b]], rng_state, dropout_p, scale, b)
+        _attend(query[start:stop].transpose(0, 1)[None], *(None if t is None else t[[b]] for t in rows), *numbers, b)
         for b, (start, stop) in enumerate(_spans(cu_seqlens_q))
-    ] or [_attend(query.transpose(0, 1)[None][:0], key_proj, value_proj, rng_state, dropout_p, scale)]
+    ] or [_attend(query.transpose(0, 1)[None][:0], *rows, *numbers)]
     return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs])
+
+
+def pool(
+    key: Tensor, value: Tensor, segments: Tensor, cu_seqlens_k: Tensor | None, num_segments: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row k of K' and V' is the mean of the rows whose segment is k, and `count` is how many those are."""
+    if cu_seqlens_k is None:
+        return _pool(key, value, segments, num_segments)
+    batch = cu_seqlens_k.size(0) - 1
+    made = [
+        _pool(*(t[start:stop].transpose(0, 1)[None] for t in (key, value, segments)), num_segments)
+        for start, stop in _spans(cu_seqlens_k) or [(0, 0)]
+    ]
+    key_proj, value_proj, count = (torch.cat(parts)[:batch] for parts in zip(*made, strict=True))
+    return key_proj, value_proj, count
+
+
+def _pool(key: Tensor, value: Tensor, segments: Tensor, num_segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    inside = (segments >= 0) & (segments < num_segments)
+    # What takes part nowhere goes to one row more, as zeros, so that no NaN of it reaches a gradient.
+    at = torch.where(inside, segments, num_segments).long().expand(*key.shape[:-1])
+    wide = torch.promote_types(key.dtype, torch.float32)
+    count = inside.new_zeros((*key.shape[:2], num_segments + 1), dtype=wide)
+    count = count.scatter_add(2, at, torch.ones_like(at, dtype=wide))[..., :-1]
+
+    def mean(rows: Tensor) -> Tensor:
+        rows = torch.where(inside[..., None], rows, 0).to(wide)
+        total = rows.new_zeros((*rows.shape[:2], num_segments + 1, rows.size(-1)))
+        total = total.scatter_add(2, at[..., None].expand_as(rows), rows)[..., :-1, :]
+        return (total / count.clamp(min=1)[..., None]).to(key.dtype)
+
+    return mean(key), mean(value), count.float()
 
 
 def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
@@ -92,6 +135,7 @@ def _attend(
     query: Tensor,
     key_proj: Tensor,
     value_proj: Tensor,
+    key_bias: Tensor | None,
     rng_state: Tensor | None,
     dropout_p: float,
     scale: float,
@@ -100,7 +144,14 @@ def _attend(
     group = query.size(1) // key_proj.size(1)
     if group != 1:
         key_proj, value_proj = (t.repeat_interleave(group, dim=1) for t in (key_proj, value_proj))
-    probs = torch.softmax(query @ key_proj.transpose(-2, -1) * scale, dim=-1)
+    scores = query @ key_proj.transpose(-2, -1) * scale
+    if key_bias is None:
+        probs = torch.softmax(scores, dim=-1)
+    else:
+        bias = key_bias.repeat_interleave(group, dim=1)[:, :, None]
+        some = (bias != -math.inf).any(-1, keepdim=True)
+        probs = torch.softmax(torch.where(some, scores + bias, 0), dim=-1)
+        probs = torch.where(some, probs, 0).to(query.dtype)
     if rng_state is not None:
         keep = dropout_mask(rng_state, dropout_p, probs.shape, first_sequence)
         probs = torch.where(keep, probs * (1.0 / (1.0 - dropout_p)), 0)

@@ -39,13 +39,42 @@ LINFORMER_INLINE float headroom(int64_t k) {
   return k > 1 ? static_cast<float>(64 - __builtin_clzll(static_cast<uint64_t>(k - 1))) : 0.0f;
 }
 
-LINFORMER_INLINE RowMask mask_of(const Problem& p, int64_t b, int64_t row) {
-  if (p.mask == nullptr) return {};
-  return {p.mask + b * p.mask_batch_stride + row * p.mask_row_stride, p.mask_row_stride};
+// The bias of K' of one head, padded with zeros; null without one.
+const float* padded_bias(const Problem& p, int64_t b, int64_t h_kv, int64_t padded, float* target) {
+  if (p.key_bias == nullptr) return nullptr;
+  const float* source = p.key_bias + b * p.key_bias_batch_stride + h_kv * p.key_bias_head_stride;
+  std::memcpy(target, source, static_cast<size_t>(p.proj_dim) * sizeof(float));
+  for (int64_t k = p.proj_dim; k < padded; ++k) target[k] = 0.0f;
+  return target;
 }
+
+// What makes probabilities of exponentials with this sum: all rows may be taken out, by a bias of -inf.
+LINFORMER_INLINE float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+LINFORMER_INLINE VecF inverse_of(VecF sum) { return select((VecI)(sum == VecF{}), VecF{}, splat(1.0f) / sum); }
 
 LINFORMER_INLINE std::byte* partial_of(const Plan& plan, int64_t bh, int64_t split, int64_t splits) {
   return plan.workspace + plan.partials + (bh * splits + split) * Partial(plan, nullptr).bytes;
+}
+
+// A tile's gradient of the bias to that of its split.
+LINFORMER_INLINE void add_bias_of_tile(const Plan& plan, const float* tile, float* sum, bool first) {
+  for (int64_t j = 0; j < plan.padded_k; j += kWidth)
+    store(sum + j, first ? load(tile + j) : load(sum + j) + load(tile + j));
+}
+
+// The gradient of the bias, out from the partials of its part of K'.
+void finish_bias(const Plan& plan, const FinishPart& part) {
+  if (plan.problem.grad_key_bias == nullptr || part.value) return;
+  float* target = plan.problem.grad_key_bias + part.bh * plan.problem.proj_dim + part.first;
+  for (int64_t s = 0; s < plan.backward_splits; ++s) {
+    const float* more = Partial(plan, partial_of(plan, part.bh, s, plan.backward_splits)).bias + part.first;
+    for (int64_t i = 0; i < part.rows; ++i) target[i] = s ? target[i] + more[i] : more[i];
+  }
+}
+
+LINFORMER_INLINE RowMask mask_of(const Problem& p, int64_t b, int64_t row) {
+  if (p.mask == nullptr) return {};
+  return {p.mask + b * p.mask_batch_stride + row * p.mask_row_stride, p.mask_row_stride};
 }
 
 // fp32 rows of K', V' or their gradients.

@@ -148,9 +148,10 @@ const KernelTable& kernel_table() { return chosen_by_thread ? *chosen_by_thread 
 
 void use_capability(const char* name) { chosen_by_thread = *name ? choose(name).table : nullptr; }
 
-const KernelTable& kernel_table_for(const Problem& problem) {
+const KernelTable& kernel_table_for(const Problem& problem, unsigned stages) {
   static const bool demanded = wanted_build() != nullptr;
   const KernelTable& table = kernel_table();
+  if (table.without_tiles && (stages & (kPool | kPoolBackward))) return *table.without_tiles;
   const bool named = demanded || chosen_by_thread;    // a build that is named computes everything
   return table.without_tiles && !named && !tiles_pay(problem) ? *table.without_tiles : table;
 }

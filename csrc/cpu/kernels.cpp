@@ -7,6 +7,9 @@
 // Backward, with P recomputed and nothing of size N x K kept:
 //   attend_backward  dP = dO V'^T; dS = P (dP - rowsum(P dP)) scale; dQ = dS K'; dK' += dS^T Q; dV' += P^T dO
 //   project_backward dK = E^T dK'; dE += dK' K^T, held as its transpose so that key is read as it lies
+// Pooling, which stands for project and project_backward where E is an average over segments:
+//   pool             keys added to the row of their segment, in the order of the sequence, then divided by their number
+//   pool_backward    the gradient of a row, over its number, to each of its keys
 #include "kernels.h"
 
 #include "common.h"
@@ -73,20 +76,25 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
 // next whole vector; returns the sum before dropout. The difference comes first: of the fused row * c - max * c the
 // rounding of max * c alone exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit
 // values are written behind what has been read.
-template <class Out>
+template <class Out, bool kBiased>
 LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_t k, float c, float max,
                                            const float* keep) {
   const int64_t whole = k / kWidth * kWidth;
   const VecF top = splat(max);
   const float down = headroom(k);
+  const auto power = [&](int64_t j) {
+    const VecF score = load(row + j), e = exp2_nonpositive((score - top) * c, down);
+    if constexpr (!kBiased) return e;
+    return select((VecI)(score == splat(-__builtin_inff())), VecF{}, e);
+  };
   VecF sum = {};
   for (int64_t j = 0; j < whole; j += kWidth) {
-    const VecF e = exp2_nonpositive((load(row + j) - top) * c, down);
+    const VecF e = power(j);
     store(target + j, keep ? e * load(keep + j) : e);
     sum += e;
   }
   if (whole < k) {
-    const VecF e = select(tail_lanes(k), exp2_nonpositive((load(row + whole) - top) * c, down), VecF{});
+    const VecF e = select(tail_lanes(k), power(whole), VecF{});
     store(target + whole, keep ? e * load(keep + whole) : e);
     sum += e;
   }
@@ -95,15 +103,30 @@ LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_
 
 // Rows of scores to exponentials of type Out, unnormalised, in place; inverse_sum gets what makes them probabilities.
 // All maxima come first, so that no row waits for the end of its own reduction. keep_row(i) is null or row i's dropout
-// factors.
+// factors. A bias is added to the scaled scores before all that.
 template <class Out, class KeepRow>
-void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scale, float* inverse_sum,
-                  const KeepRow& keep_row) {
+void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scale, const float* bias,
+                  float* inverse_sum, const KeepRow& keep_row) {
+  if (bias) {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = scores + i * ld;
+      for (int64_t j = 0; j < k; j += kWidth) store(row + j, load(row + j) * scale + load(bias + j));
+      const float max = max_of_row(row, k, 1.0f);
+      inverse_sum[i] = max == -__builtin_inff() ? 0.0f : max;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = scores + i * ld;
+      Out* out = reinterpret_cast<Out*>(row);
+      inverse_sum[i] = inverse_of(exponentials_of_row<Out, true>(row, out, k, kLog2E, inverse_sum[i], keep_row(i)));
+    }
+    return;
+  }
   const float c = scale * kLog2E;
   for (int64_t i = 0; i < rows; ++i) inverse_sum[i] = max_of_row(scores + i * ld, k, c);
   for (int64_t i = 0; i < rows; ++i) {
     float* row = scores + i * ld;
-    inverse_sum[i] = 1.0f / exponentials_of_row(row, reinterpret_cast<Out*>(row), k, c, inverse_sum[i], keep_row(i));
+    Out* out = reinterpret_cast<Out*>(row);
+    inverse_sum[i] = 1.0f / exponentials_of_row<Out, false>(row, out, k, c, inverse_sum[i], keep_row(i));
   }
 }
 
@@ -138,7 +161,7 @@ struct Tasks {
       const auto multiply_heads = [&](const Rows& rows, const Rows& proj, bool copy, int64_t width, int64_t padded,
                                       float* Partial::* sum, const Prefetch& next) {
         if (copy) {
-          copy_rows<Math>(scratch.proj, scratch.ld, row_of<const T>(proj, 0, head0, 0) + n0, proj.row_stride,
+          copy_rows<Math>(scratch.proj, scratch.ld, row_of<const T>(proj, b, head0, 0) + n0, proj.row_stride,
                           p.proj_dim, n);
         }
         for (int64_t h = head0; h < head1; ++h) {
@@ -195,7 +218,9 @@ struct Tasks {
     const AttendScratch<Word> scratch(plan, memory);
     const int64_t blocks = (p.len_q + plan.query_block - 1) / plan.query_block;
     const int64_t block = task % blocks, h = task / blocks % p.heads, b = task / blocks / p.heads;
-    const Panels<Word> panels = panels_of(plan, b * p.heads_kv + h / (p.heads / p.heads_kv));
+    const int64_t h_kv = h / (p.heads / p.heads_kv);
+    const Panels<Word> panels = panels_of(plan, b * p.heads_kv + h_kv);
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
     const int64_t end = smaller(p.query_length(b), (block + 1) * plan.query_block);
     for (int64_t m0 = block * plan.query_block; m0 < end; m0 += plan.query_tile) {
       const int64_t rows = smaller(plan.query_tile, end - m0);
@@ -208,7 +233,7 @@ struct Tasks {
                             scratch.ld_scores, false,
                             Prefetch(query + rows * p.query.row_stride, p.query.row_stride,
                                      smaller(plan.query_tile, p.query_length(b) - m0 - rows), p.head_dim));
-      exponentials<typename Math::Value>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale,
+      exponentials<typename Math::Value>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, bias,
                                          scratch.inverse_sum, [&](int64_t i) -> const float* {
                                            if (p.dropout_p == 0) return nullptr;
                                            dropout_factors(p, b, h, m0 + i, scratch.keep, 0, p.proj_dim, plan.padded_k);
@@ -271,14 +296,19 @@ struct Tasks {
     }
     LINFORMER_INLINE VecF probability(int64_t j) const { return load(e + j) * inverse_sum; }
     LINFORMER_INLINE VecF dropped(int64_t j) const { return keep ? probability(j) * load(keep + j) : probability(j); }
-    LINFORMER_INLINE VecF grad_score(int64_t j) const { return probability(j) * (grad_probability(j) - delta) * scale; }
+    // Also adds it to the gradient of the bias, where that is wanted.
+    LINFORMER_INLINE VecF grad_score(int64_t j, float* grad_bias) const {
+      const VecF gradient = probability(j) * (grad_probability(j) - delta);
+      if (grad_bias) store(grad_bias + j, load(grad_bias + j) + gradient);
+      return gradient * scale;
+    }
   };
 
   // P after dropout and dS of the rows, as operands: fp32 in place of e and dP; else words of both by columns and of dS
   // by rows, two rows at a time.
   template <class KeepRow>
   static void differentiate_rows(const AttendBackwardScratch<Word>& scratch, int64_t rows, int64_t k, float scale,
-                                 const KeepRow& keep_row) {
+                                 float* grad_bias, const KeepRow& keep_row) {
     const int64_t ld = scratch.ld_scores;
     if constexpr (Math::kValues == 2) {
       if (rows % 2) {    // there is room for the row that makes a pair: backward_tile is even
@@ -295,7 +325,7 @@ struct Tasks {
       const RowGradient row = gradient(i);
       if constexpr (Math::kValues == 1) {
         for (int64_t j = 0; j < k; j += kWidth) {
-          const VecF p = row.dropped(j), ds = row.grad_score(j);
+          const VecF p = row.dropped(j), ds = row.grad_score(j, grad_bias);
           store(scratch.scores + i * ld + j, p);
           store(scratch.grad_scores + i * ld + j, ds);
         }
@@ -304,7 +334,7 @@ struct Tasks {
         BFloat16* ds_row = reinterpret_cast<BFloat16*>(scratch.grad_scores_rows + i * scratch.ld_rows);
         BFloat16* ds_next = reinterpret_cast<BFloat16*>(scratch.grad_scores_rows + (i + 1) * scratch.ld_rows);
         for (int64_t j = 0; j < k; j += kWidth) {
-          const VecF ds0 = row.grad_score(j), ds1 = next.grad_score(j);
+          const VecF ds0 = row.grad_score(j, grad_bias), ds1 = next.grad_score(j, grad_bias);
           store_raw(scratch.scores_columns + i / 2 * ld + j, Math::pair(row.dropped(j), next.dropped(j)));
           store_raw(scratch.grad_scores_columns + i / 2 * ld + j, Math::pair(ds0, ds1));
           store(ds_row + j, ds0);
@@ -326,11 +356,13 @@ struct Tasks {
     const int64_t tiles_a_head = (length + plan.backward_tile - 1) / plan.backward_tile;
     const int64_t tiles = tiles_a_head * group;
     const int64_t first = split * tiles / plan.backward_splits, last = (split + 1) * tiles / plan.backward_splits;
-    const bool need_scores_gradient = p.grad_query.data || plan.need_grad_key_proj;
+    const bool need_scores_gradient = p.needs_grad_scores();
     if (first == last) {
       zero_words(partial.key, Partial(plan, nullptr).bytes / 4);
       return;
     }
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
+    float* grad_bias = p.grad_key_bias ? scratch.grad_bias : nullptr;
     for (int64_t t = first; t < last; ++t) {
       const int64_t h = h_kv * group + t / tiles_a_head;
       const int64_t m0 = t % tiles_a_head * plan.backward_tile;
@@ -351,14 +383,16 @@ struct Tasks {
       } else {
         zero_words(scratch.grad_scores, rows * scratch.ld_scores);
       }
-      exponentials<float>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, scratch.inverse_sum,
+      exponentials<float>(scratch.scores, scratch.ld_scores, rows, p.proj_dim, p.scale, bias, scratch.inverse_sum,
                           [](int64_t) { return nullptr; });
-      differentiate_rows(scratch, rows, p.proj_dim, p.scale, [&](int64_t i) -> const float* {
+      if (grad_bias) zero_words(grad_bias, plan.padded_k);
+      differentiate_rows(scratch, rows, p.proj_dim, p.scale, grad_bias, [&](int64_t i) -> const float* {
         if (p.dropout_p == 0) return nullptr;
         float* factor = scratch.keep + i % 2 * plan.padded_k;
         dropout_factors(p, b, h, m0 + i, factor, 0, p.proj_dim, plan.padded_k);
         return factor;
       });
+      if (grad_bias) add_bias_of_tile(plan, grad_bias, partial.bias, t == first);
       // fp32 rows that serve as A serve as B too; pairs along the other dimension are made of the tensor.
       const auto add_product = [&](const Word* a, const Operand<Word>& words_by_rows, const T* source, int64_t stride,
                                    int64_t width, float* sum, int64_t padded) {
@@ -393,6 +427,7 @@ struct Tasks {
   static void finish_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
     const FinishPart part(plan, task);
+    finish_bias(plan, part);
     const Rows& tensor = part.value ? p.grad_value_proj : p.grad_key_proj;
     const int64_t width = part.value ? p.value_dim : p.head_dim;
     T* rows = tensor.data ? row_of<T>(tensor, part.b, part.h, part.first) : nullptr;
@@ -412,20 +447,14 @@ struct Tasks {
   static void project_backward(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
     const ProjectBackwardScratch<Word> scratch(plan, memory);
-    const int64_t chunks = plan.project_backward_chunks();
-    const int64_t n0 = task % chunks * plan.backward_chunk;
-    const int64_t head0 = p.per_head_proj ? task / chunks % p.heads_kv : 0;
-    const int64_t head1 = p.per_head_proj ? head0 + 1 : p.heads_kv;
+    const MatrixPart matrix(plan, task);
+    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0, head1 = matrix.head1;
     // With F = E one task serves both, and their gradients meet in one sum; else one task each.
-    const int64_t part = task / chunks / (p.per_head_proj ? p.heads_kv : 1);
-    const bool with_key = p.shared_kv || part == 0, with_value = p.shared_kv || part == 1;
-    const Rows& proj = part == 0 ? p.proj_key : p.proj_value;
-    const Rows& grad_proj = part == 0 ? p.grad_proj_key : p.grad_proj_value;
-
-    const int64_t columns = smaller(plan.backward_chunk, p.seq_len_max - n0);
-    const int64_t used = smaller(columns, p.len_k - n0);
+    const bool with_key = p.shared_kv || !matrix.value, with_value = p.shared_kv || matrix.value;
+    const Rows& proj = matrix.value ? p.proj_value : p.proj_key;
+    const Rows& grad_proj = matrix.value ? p.grad_proj_value : p.grad_proj_key;
     if (used > 0) {
-      const T* source = row_of<const T>(proj, 0, head0, 0) + n0;
+      const T* source = row_of<const T>(proj, matrix.b0, head0, 0) + n0;
       copy_columns(scratch.proj, scratch.ld_proj, source, proj.row_stride, p.proj_dim, used, used);
     }
     if (grad_proj.data) zero_words(scratch.grad_proj_t, columns * plan.padded_k);
@@ -449,7 +478,7 @@ struct Tasks {
                            grad_rows.row_stride, width, mask, streamed, grad_proj.data ? next : Prefetch());
       }
     };
-    for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t b = matrix.b0; b < matrix.b1; ++b) {
       const int64_t n = smaller(used, p.key_length(b) - n0);
       for (int64_t h = head0; n > 0 && h < head1; ++h) {
         const Panels<Word> panels = panels_of(plan, b * p.heads_kv + h);
@@ -467,16 +496,16 @@ struct Tasks {
         }
       }
     }
-    if (grad_proj.data) store_transposed(grad_proj, head0, n0, columns, scratch.grad_proj_t, plan);
+    if (grad_proj.data)
+      store_transposed(row_of<T>(grad_proj, matrix.b0, head0, 0) + n0, grad_proj.row_stride, columns, scratch.grad_proj_t,
+                       plan);
     end_streams();
   }
 
   // dE^T of some columns, out as columns of dE, square by square.
-  static void store_transposed(const Rows& grad_proj, int64_t head, int64_t n0, int64_t columns, const float* source,
-                               const Plan& plan) {
+  static void store_transposed(T* target, int64_t stride, int64_t columns, const float* source, const Plan& plan) {
     constexpr int64_t kSide = 16;
-    T* target = row_of<T>(grad_proj, 0, head, 0) + n0;
-    const bool streamed = streams(plan, target, grad_proj.row_stride, kSide);
+    const bool streamed = streams(plan, target, stride, kSide);
     float square[kSide * kSide];
     for (int64_t k = 0; k < plan.problem.proj_dim; k += kSide) {
       const int64_t rows = smaller(kSide, plan.problem.proj_dim - k);
@@ -492,10 +521,86 @@ struct Tasks {
             for (int q = 0; q < kWidth; ++q) store(square + (r + q) * kSide + i, block[q]);
           }
         }
-        store_rows(target + k * grad_proj.row_stride + j, grad_proj.row_stride, square, kSide, rows, count, nullptr, {},
+        store_rows(target + k * stride + j, stride, square, kSide, rows, count, nullptr, {},
                    streamed && count == kSide);
       }
     }
+  }
+
+  // The segments of one head of a sequence.
+  static const int32_t* segments_of(const Problem& p, int64_t b, int64_t h) {
+    return p.segments + b * p.segments_batch_stride + h * p.segments_head_stride +
+           p.key_row(b, 0) * p.segments_row_stride;
+  }
+
+  // Each row adds up its keys in the order of the sequence, and no task shares a row with another: the same bits
+  // however the rows are divided between tasks, and wherever the sequence lies in its batch.
+  static void pool(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const PoolScratch scratch(plan, memory);
+    const FinishPart part(plan, task);
+    const Rows& source = part.value ? p.value : p.key;
+    const int64_t width = part.value ? p.value_dim : p.head_dim, length = p.key_length(part.b);
+    const int64_t whole = width / kWidth * kWidth;
+    const int32_t* segments = segments_of(p, part.b, part.h);
+    const T* rows = row_of<const T>(source, part.b, part.h, p.key_row(part.b, 0));
+    zero_words(scratch.rows, part.rows * scratch.ld);
+    zero_words(scratch.count, part.rows);
+    for (int64_t n = 0; n < length; ++n) {
+      const auto k = static_cast<uint64_t>(segments[n * p.segments_row_stride] - part.first);
+      if (k >= static_cast<uint64_t>(part.rows)) continue;
+      scratch.count[k] += 1.0f;
+      float* sum = scratch.rows + k * static_cast<uint64_t>(scratch.ld);
+      const T* row = rows + n * source.row_stride;
+      for (int64_t j = 0; j < whole; j += kWidth) store(sum + j, load(sum + j) + load(row + j));
+      if (whole < width) store(sum + whole, load(sum + whole) + load_part(row + whole, width - whole));
+    }
+    const Rows& target = part.value ? p.value_proj : p.key_proj;
+    for (int64_t k = 0; k < part.rows; ++k) {
+      const float count = scratch.count[k];
+      if (count > 1) {
+        float* sum = scratch.rows + k * scratch.ld;
+        for (int64_t j = 0; j < width; j += kWidth) store(sum + j, load(sum + j) / count);
+      }
+      if (!part.value) p.count[part.bh * p.proj_dim + part.first + k] = count;
+    }
+    store_rows(row_of<T>(target, part.b, part.h, part.first), target.row_stride, scratch.rows, scratch.ld, part.rows,
+               width);
+  }
+
+  static void pool_backward(const Plan& plan, int64_t task, std::byte* memory) {
+    const Problem& p = plan.problem;
+    const PoolScratch scratch(plan, memory);
+    const int64_t blocks = (p.len_k + plan.pool_block - 1) / plan.pool_block;
+    const int64_t first = task % blocks * plan.pool_block;
+    const bool value = task / blocks % 2 != 0;
+    const int64_t bh = task / blocks / 2, b = bh / p.heads_kv, h = bh % p.heads_kv;
+    const Rows& source = value ? p.grad_value_proj : p.grad_key_proj;
+    const Rows& target = value ? p.grad_value : p.grad_key;
+    const int64_t width = value ? p.value_dim : p.head_dim;
+    const int64_t last = smaller(p.key_length(b), first + plan.pool_block);
+    if (target.data == nullptr || first >= last) return;
+    for (int64_t k = 0; k < p.proj_dim; ++k) {
+      const float count = p.count[bh * p.proj_dim + k];
+      const T* row = row_of<const T>(source, b, h, k);
+      float* out = scratch.rows + k * scratch.ld;
+      int64_t j = 0;
+      for (; j + kWidth <= width; j += kWidth) store(out + j, load(row + j) / count);
+      if (j < width) store(out + j, load_part(row + j, width - j) / count);
+    }
+    const int32_t* segments = segments_of(p, b, h);
+    T* rows = row_of<T>(target, b, h, p.key_row(b, 0));
+    const bool streamed = streams(plan, rows, target.row_stride, width);
+    for (int64_t n = first; n < last; ++n) {
+      const auto k = static_cast<uint64_t>(static_cast<int64_t>(segments[n * p.segments_row_stride]));
+      T* row = rows + n * target.row_stride;
+      if (k >= static_cast<uint64_t>(p.proj_dim)) {
+        std::memset(static_cast<void*>(row), 0, static_cast<size_t>(width) * sizeof(T));
+      } else {
+        store_rows(row, 0, scratch.rows + k * static_cast<uint64_t>(scratch.ld), 0, 1, width, nullptr, {}, streamed);
+      }
+    }
+    end_streams();
   }
 };
 
@@ -541,9 +646,10 @@ double peak_gflops(DType type) {
 
 double probe_gflops() { return multiply_add_gflops(false, 9000); }
 
-#define LINFORMER_TASKS(T)                                                                                      \
-  {Tasks<T>::project,         Tasks<T>::finish_project,  Tasks<T>::attend,          Tasks<T>::prepare_backward, \
-   Tasks<T>::attend_backward, Tasks<T>::finish_backward, Tasks<T>::project_backward}
+#define LINFORMER_TASKS(T)                                                                                       \
+  {Tasks<T>::project,         Tasks<T>::finish_project,  Tasks<T>::attend,           Tasks<T>::prepare_backward, \
+   Tasks<T>::attend_backward, Tasks<T>::finish_backward, Tasks<T>::project_backward, Tasks<T>::pool,             \
+   Tasks<T>::pool_backward}
 
 }    // namespace
 

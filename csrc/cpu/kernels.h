@@ -27,8 +27,9 @@ const KernelTable& kernel_table();
 // bench, which times builds side by side.
 void use_capability(const char* name);
 
-// The table for a problem: that one, or, where nobody named it, the one without tiles if they would be slower.
-const KernelTable& kernel_table_for(const Problem& problem);
+// The table for a problem: that one, or, where nobody named it, the one without tiles if they would be slower. Pooling
+// has no products, and none of tiles.
+const KernelTable& kernel_table_for(const Problem& problem, unsigned stages);
 
 // Why the system does not let this process use the AMX that the processor has; empty where it does, or was not asked.
 std::string amx_refusal();

@@ -31,12 +31,28 @@ constexpr int64_t padded_row(int64_t count) { return (count + 15) / 16 * 16 + 16
 // fp32 K' and V', or dK' and dV', of one split.
 struct Partial {
   float *key, *value;
+  float* bias;    // gradient of the key bias
   int64_t bytes;
   Partial(const Plan& plan, std::byte* base) {
     Carver carver(base);
     const int64_t rows = plan.terms ? plan.padded_k : plan.problem.proj_dim;    // tiles are whole
     key = carver.take<float>(rows * plan.padded_d);
     value = carver.take<float>(rows * plan.padded_dv);
+    bias = carver.take<float>(plan.problem.grad_key_bias ? plan.padded_k : 0);
+    bytes = carver.used();
+  }
+};
+
+// Sums of a part of K' or V', or its gradients over their counts.
+struct PoolScratch {
+  float *rows, *count;
+  int64_t ld, bytes;
+  PoolScratch(const Plan& plan, std::byte* base) {
+    Carver carver(base);
+    ld = plan.widest();
+    const int64_t k = plan.stages & kPool ? plan.finish_rows : plan.problem.proj_dim;
+    rows = carver.take<float>(k * ld);
+    count = carver.take<float>(k);
     bytes = carver.used();
   }
 };
@@ -99,7 +115,7 @@ struct FinishScratch {
 template <class Word>
 struct AttendScratch {
   Word* query;
-  float *scores, *out, *keep, *inverse_sum;
+  float *scores, *out, *keep, *inverse_sum, *bias;
   int64_t ld_query, ld_scores, bytes;
   AttendScratch(const Plan& plan, std::byte* base) {
     Carver carver(base);
@@ -110,6 +126,7 @@ struct AttendScratch {
     out = carver.take<float>(plan.query_tile * plan.padded_dv);
     keep = carver.take<float>(plan.padded_k);
     inverse_sum = carver.take<float>(plan.query_tile);
+    bias = carver.take<float>(plan.padded_k);
     bytes = carver.used();
   }
 };
@@ -120,6 +137,7 @@ struct AttendBackwardScratch {
   Word* panel;               // of query or grad_out, summed over the query rows
   float *scores, *grad_scores, *grad_query, *inverse_sum;
   float* keep;                                                      // dropout factors of two rows
+  float *bias, *grad_bias;                                          // of the rows of K'; the tile's sum
   Word *scores_columns, *grad_scores_columns, *grad_scores_rows;    // P and dS as operands
   int64_t ld_query, ld_grad_out, ld_scores, ld_rows, bytes;
   AttendBackwardScratch(const Plan& plan, std::byte* base) {
@@ -137,6 +155,8 @@ struct AttendBackwardScratch {
     grad_query = carver.take<float>(tile * plan.padded_d);
     keep = carver.take<float>(2 * plan.padded_k);
     inverse_sum = carver.take<float>(tile);
+    bias = carver.take<float>(plan.padded_k);
+    grad_bias = carver.take<float>(plan.padded_k);
     if (plan.words_per_value == 1) {    // fp32 rows are operands as they stand, both ways
       ld_rows = ld_scores;
       scores_columns = reinterpret_cast<Word*>(scores);
@@ -238,6 +258,7 @@ struct TileFinishScratch {
 struct TileAttendScratch {
   std::byte *query, *scores, *out;    // all of a tile of queries; 16 rows, a block of K; the tile's sums, or 16 rows
   float *keep, *reference, *sum;      // 16 rows of dropout factors; a number a query
+  float* bias;                        // of the rows of K'
   int64_t bytes;
   TileAttendScratch(const Plan& plan, std::byte* base) {
     TileCarver carver(plan, base);
@@ -247,6 +268,7 @@ struct TileAttendScratch {
     keep = carver.floats(16 * plan.k_block);
     reference = carver.floats(plan.query_tile);
     sum = carver.floats(plan.query_tile);
+    bias = carver.floats(plan.padded_k);
     bytes = carver.used();
   }
 };
@@ -257,7 +279,7 @@ struct TileAttendBackwardScratch {
   std::byte *scores, *grad_scores;    // 16 rows
   std::byte *p_pairs, *ds_pairs;      // a tile of queries: P and dS as B
   std::byte *out, *square;            // 16 rows of dQ; a pair of tiles before it is transposed
-  float* keep;
+  float *keep, *bias, *grad_bias;
   int64_t bytes;
   TileAttendBackwardScratch(const Plan& plan, std::byte* base) {
     TileCarver carver(plan, base);
@@ -272,6 +294,8 @@ struct TileAttendBackwardScratch {
     out = carver.result(16, plan.padded_d);
     square = carver.operand(32, plan.widest());
     keep = carver.floats(16 * plan.padded_k);
+    bias = carver.floats(plan.padded_k);
+    grad_bias = carver.floats(plan.padded_k);
     bytes = carver.used();
   }
 };

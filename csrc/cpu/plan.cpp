@@ -60,6 +60,7 @@ int64_t bytes_of_rows(const Problem& p, unsigned stages) {
   if (stages & kAttend) values += query * (p.head_dim + p.value_dim);
   if (stages & kAttendBackward) values += query * (2 * p.head_dim + p.value_dim);
   if (stages & kProjectBackward) values += 2 * key * (p.head_dim + p.value_dim);
+  if (stages & (kPool | kPoolBackward)) values += key * (p.head_dim + p.value_dim);
   return values * (p.dtype == DType::kFloat32 ? 4 : 2);
 }
 
@@ -74,6 +75,7 @@ int64_t tile_scratch_bytes(const Plan& plan) {
 
 template <class Word>
 int64_t scratch_bytes(const Plan& plan) {
+  if (plan.stages & (kPool | kPoolBackward)) return PoolScratch(plan, nullptr).bytes;
   int64_t bytes = FinishScratch<Word>(plan, nullptr).bytes;
   if (plan.stages & kProject) bytes = std::max(bytes, ProjectScratch<Word>(plan, nullptr).bytes);
   if (plan.stages & kAttend) bytes = std::max(bytes, AttendScratch<Word>(plan, nullptr).bytes);
@@ -84,10 +86,11 @@ int64_t scratch_bytes(const Plan& plan) {
 
 }    // namespace
 
-int threads_for(const Problem& problem, int threads) {
+int threads_for(const Problem& problem, unsigned stages, int threads) {
   const Problem& p = problem;
+  const int64_t times = stages & (kPool | kPoolBackward) ? 8 : p.proj_dim;    // each value is moved, and no more
   const double rows = static_cast<double>(p.batch) * static_cast<double>(p.heads * p.len_q + p.heads_kv * p.len_k);
-  const double operations = 2.0 * rows * static_cast<double>(p.proj_dim * (p.head_dim + p.value_dim));
+  const double operations = 2.0 * rows * static_cast<double>(times * (p.head_dim + p.value_dim));
   constexpr double kOperationsPerThread = 2e6;    // some tens of microseconds on one thread; chosen by judgment
   return static_cast<int>(std::clamp(operations / kOperationsPerThread, 1.0, static_cast<double>(threads)));
 }
@@ -137,7 +140,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
   const int64_t query_tiles = p.batch * p.heads * ceil_div(p.len_q, plan.query_tile);
   plan.query_block = plan.query_tile * std::clamp(query_tiles / (4 * wanted), int64_t{1}, int64_t{8});
   plan.backward_tile = rows_of_block(kBlockValues / 2, p.proj_dim, 16, 192);
-  const int64_t parts = (p.shared_kv ? 1 : 2) * (p.per_head_proj ? p.heads_kv : 1);
+  const int64_t parts = (p.shared_kv ? 1 : 2) * plan.matrices();
   const int64_t even_share = ceil_div(p.len_k, ceil_div(wanted, std::max<int64_t>(parts, 1)));
   plan.backward_chunk =
       std::min(round_to(std::max<int64_t>(even_share, 32), 16), rows_of_block(kBlockValues, p.proj_dim, 64, 256));
@@ -153,6 +156,9 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
   const int64_t finish_parts =
       std::clamp(ceil_div(wanted, std::max<int64_t>(2 * pairs, 1)), int64_t{1}, ceil_div(p.proj_dim, finish_unit));
   plan.finish_rows = round_to(ceil_div(p.proj_dim, finish_parts), finish_unit);
+  // Gradients of K' are divided by their counts once a block.
+  plan.pool_block = std::max(round_to(ceil_div(p.len_k, ceil_div(wanted, std::max<int64_t>(2 * pairs, 1))), 16),
+                             2 * round_to(p.proj_dim, 16));
 
   plan.stream = bytes_of_rows(p, stages) > (shape.tiles ? kStreamedByTiles : kStreamedBytes);
 
@@ -170,6 +176,8 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
   }
   if (stages & (kAttendBackward | kProjectBackward)) add(kFinishBackwardTask, finish_tasks);
   if (stages & kProjectBackward) add(kProjectBackwardTask, parts * plan.project_backward_chunks());
+  if (stages & kPool) add(kPoolTask, finish_tasks);
+  if (stages & kPoolBackward) add(kPoolBackwardTask, 2 * pairs * ceil_div(p.len_k, plan.pool_block));
 
   // Splits need a partial each; the finishing task reads them in order.
   const int64_t partials =

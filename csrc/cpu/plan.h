@@ -27,7 +27,9 @@ enum TaskKind {
   kPrepareBackwardTask,    // a FinishPart: panels of K' or V' for kAttendBackwardTask
   kAttendBackwardTask,     // (b, kv head, split): dQ, partial dK' and dV'
   kFinishBackwardTask,     // a FinishPart: sum of the partials, dK' or dV' written, panels for kProjectBackwardTask
-  kProjectBackwardTask,    // (which of E and F, head, chunk): dK or dV of the chunk, dE or dF of its columns
+  kProjectBackwardTask,    // (which of E and F, sequence, head, chunk): dK or dV of the chunk, dE or dF of its columns
+  kPoolTask,               // a FinishPart: rows of K' or V' and their counts
+  kPoolBackwardTask,       // (b, kv head, key or value, block of the sequence): dK or dV
   kTaskKinds
 };
 
@@ -59,6 +61,7 @@ struct Plan {
   int64_t backward_tile = 0;     // as query_tile, in kAttendBackwardTask
   int64_t backward_splits = 1;
   int64_t backward_chunk = 0;         // rows of the sequence in kProjectBackwardTask
+  int64_t pool_block = 0;             // and in kPoolBackwardTask
   bool stream = false;                // results are too large to stay in the caches
   bool need_grad_key_proj = false;    // dK' or dV' is wanted by somebody
   bool need_grad_value_proj = false;
@@ -83,6 +86,9 @@ struct Plan {
     const bool all = problem.grad_proj_key.data || problem.grad_proj_value.data;
     return ((all ? problem.seq_len_max : problem.len_k) + backward_chunk - 1) / backward_chunk;
   }
+  // Independent parts of kProjectBackwardTask: of E, or of F, of a sequence and a head where they have their own.
+  int64_t matrices() const { return (problem.per_batch_proj ? problem.batch : 1) * heads_of_matrices(); }
+  int64_t heads_of_matrices() const { return problem.per_head_proj ? problem.heads_kv : 1; }
   int64_t group_count() const { return (problem.heads_kv + heads_in_group - 1) / heads_in_group; }
   int64_t finish_parts() const { return (problem.proj_dim + finish_rows - 1) / finish_rows; }
 };
@@ -104,8 +110,29 @@ struct FinishPart {
   }
 };
 
+// Which heads of which sequences a kProjectBackwardTask serves, and with which rows of the sequence.
+struct MatrixPart {
+  int64_t n0, columns, used;    // columns of E from n0 on; those that the longest sequence has
+  int64_t head0, head1, b0, b1;
+  bool value;    // F and not E
+  MatrixPart(const Plan& plan, int64_t task) {
+    const Problem& p = plan.problem;
+    const int64_t chunks = plan.project_backward_chunks(), heads = plan.heads_of_matrices();
+    const int64_t matrix = task / chunks % plan.matrices();
+    n0 = task % chunks * plan.backward_chunk;
+    const int64_t left = p.seq_len_max - n0, rows = p.len_k - n0;
+    columns = left < plan.backward_chunk ? left : plan.backward_chunk;
+    used = rows < columns ? rows : columns;
+    head0 = p.per_head_proj ? matrix % heads : 0;
+    head1 = p.per_head_proj ? head0 + 1 : p.heads_kv;
+    b0 = p.per_batch_proj ? matrix / heads : 0;
+    b1 = p.per_batch_proj ? b0 + 1 : p.batch;
+    value = task / chunks / plan.matrices() != 0;
+  }
+};
+
 // Threads worth waking: a problem of microseconds is done sooner than a second thread is there.
-int threads_for(const Problem& problem, int threads);
+int threads_for(const Problem& problem, unsigned stages, int threads);
 
 Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table, int threads);
 

@@ -216,7 +216,7 @@ struct TileTasks {
       const auto multiply_heads = [&](const Rows& rows, const Rows& proj, bool copy, int64_t width, int64_t padded,
                                       float* Partial::* sum, const Prefetch& after) {
         if (copy) {
-          pack_rows<kTermCount>(proj_tiles, row_of<const T>(proj, 0, head0, 0) + n0, proj.row_stride, p.proj_dim, n,
+          pack_rows<kTermCount>(proj_tiles, row_of<const T>(proj, b, head0, 0) + n0, proj.row_stride, p.proj_dim, n,
                                 plan.padded_k, count * kPair);
         }
         // A pair of columns of tiles is packed into L1 just before E streams past it.
@@ -403,6 +403,25 @@ struct TileTasks {
     return reduce_rows(rows, [](VecF a, VecF b) { return a + b; });
   }
 
+  // Scores of 16 rows times scale, plus the bias of their columns.
+  static LINFORMER_INLINE void add_bias(std::byte* scores, int64_t pairs, VecF scale, const float* bias) {
+    for (int64_t j = 0; j < pairs; ++j) {
+      const VecF low = load(bias + j * kPair), high = load(bias + j * kPair + kSide);
+      std::byte* pair = scores + j * kScores;
+      for (int64_t r = 0; r < kSide; ++r) {
+        store_raw(pair + r * 64, tile_row(pair, r) * scale + low);
+        store_raw(pair + kTileBytes + r * 64, tile_row(pair + kTileBytes, r) * scale + high);
+      }
+    }
+  }
+
+  // e, or zero where a bias of minus infinity has taken the column out.
+  template <bool kBiased>
+  static LINFORMER_INLINE VecF unless_out(VecF score, VecF e) {
+    if constexpr (!kBiased) return e;
+    return select((VecI)(score == splat(-__builtin_inff())), VecF{}, e);
+  }
+
   static constexpr float kLowest = -0x1.fffffep127f;
 
   static void attend(const Plan& plan, int64_t task, std::byte* memory) {
@@ -411,11 +430,13 @@ struct TileTasks {
     const Tiles tiles;
     const int64_t blocks = (p.len_q + plan.query_block - 1) / plan.query_block;
     const int64_t block = task % blocks, h = task / blocks % p.heads, b = task / blocks / p.heads;
-    const TilePanels panels = panels_of(plan, b * p.heads_kv + h / (p.heads / p.heads_kv));
+    const int64_t h_kv = h / (p.heads / p.heads_kv);
+    const TilePanels panels = panels_of(plan, b * p.heads_kv + h_kv);
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
     const int64_t end = smaller(p.query_length(b), (block + 1) * plan.query_block);
     const int64_t count = steps(p.head_dim), value_tiles = plan.padded_dv / kSide;
     const TileMatrix keys = {panels.key_t, kStep, count * kStep}, values = operand(panels.value, value_tiles);
-    const float c = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
+    const float scale = p.scale < 0 ? -p.scale : p.scale, c = bias ? kLog2E : scale * kLog2E;
     const bool one_block = p.proj_dim <= plan.k_block;
     const T* all_queries = row_of<const T>(p.query, b, h, p.query_row(b, 0));
     Out out(row_of<T>(p.out, b, h, p.query_row(b, 0)), p.out.row_stride, p.value_dim, plan.stream);
@@ -437,6 +458,7 @@ struct TileTasks {
                                 : RowsOfA(tile);
           multiply_scores(q, {keys.at(0, k0 / kSide), keys.row, keys.column}, 2 * pairs, count, scratch.scores);
 
+          if (bias) add_bias(scratch.scores, pairs, splat(scale), bias + k0);
           float* reference = scratch.reference + m;
           float* sum = scratch.sum + m;
           std::byte* sums = scratch.out + (one_block ? 0 : m / kSide * value_tiles * kTileBytes);
@@ -454,8 +476,9 @@ struct TileTasks {
               dropout_factors(p, b, h, m0 + m + r, scratch.keep + r * plan.k_block, k0, columns, pairs * kPair);
             }
           }
-          const VecF part = exponentials(scratch.scores, columns, reference, c,
-                                         p.dropout_p > 0 ? scratch.keep : nullptr, plan.k_block, headroom(p.proj_dim));
+          const auto make = bias ? exponentials<true> : exponentials<false>;
+          const VecF part = make(scratch.scores, columns, reference, c, p.dropout_p > 0 ? scratch.keep : nullptr,
+                                 plan.k_block, headroom(p.proj_dim));
           store(sum, first ? part : load(sum) + part);
 
           const TileMatrix rows_of_v = {values.at(k0 / kPair, 0), values.row, values.column};
@@ -468,7 +491,7 @@ struct TileTasks {
           };
           multiply_columns(value_tiles, pairs, scratch.scores, kScores, 64, rows_of_v, begin,
                            [&](int64_t j, auto number) { store_tiles(number, sums + j * kTileBytes, kTileBytes); });
-          if (last) out.rows(m0 + m, n, {sums, 0, kTileBytes}, splat(1.0f) / load(sum));
+          if (last) out.rows(m0 + m, n, {sums, 0, kTileBytes}, inverse_of(load(sum)));
         }
       }
     }
@@ -492,14 +515,16 @@ struct TileTasks {
 
   // Scores to exponentials, as the first operand of the next product, in place; returns the sums of the rows, before
   // dropout.
-  static LINFORMER_INLINE VecF exponentials(std::byte* scores, int64_t columns, const float* reference, float c,
-                                            const float* keep, int64_t keep_stride, float down) {
+  template <bool kBiased>
+  static VecF exponentials(std::byte* scores, int64_t columns, const float* reference, float c, const float* keep,
+                           int64_t keep_stride, float down) {
     VecF sums[kSide];
     const int64_t whole = columns / kPair;
     const VecI low_lanes = first_lanes(columns % kPair), high_lanes = first_lanes(columns % kPair - kSide);
     const auto row = [&](int64_t r, auto with_keep, auto power) {
       VecF low_sum = {}, high_sum = {};
       std::byte* at = scores + r * 64;
+      const auto raised = [&](VecF score) { return unless_out<kBiased>(score, exp2_for<T>(power(score))); };
       const auto put = [&](int64_t j, VecF low, VecF high) {
         low_sum += low;
         high_sum += high;
@@ -511,10 +536,10 @@ struct TileTasks {
         at += kScores;
       };
       for (int64_t j = 0; j < whole; ++j) {
-        put(j, exp2_for<T>(power(tile_row(at, 0))), exp2_for<T>(power(tile_row(at + kTileBytes, 0))));
+        put(j, raised(tile_row(at, 0)), raised(tile_row(at + kTileBytes, 0)));
       }
       if (columns % kPair) {
-        const VecF low = exp2_for<T>(power(tile_row(at, 0))), high = exp2_for<T>(power(tile_row(at + kTileBytes, 0)));
+        const VecF low = raised(tile_row(at, 0)), high = raised(tile_row(at + kTileBytes, 0));
         put(whole, select(low_lanes, low, VecF{}), select(high_lanes, high, VecF{}));
       }
       sums[r] = low_sum + high_sum;
@@ -592,9 +617,11 @@ struct TileTasks {
 
   // From scores and dP of 16 rows: P after dropout and dS / scale, as B in the rows m of their pairs, and dS as A in
   // the place of the scores. What stands beyond `columns` becomes zero.
-  static LINFORMER_INLINE void differentiate(std::byte* scores, const std::byte* grad_scores, int64_t columns, float c,
-                                             const float* keep, int64_t keep_stride, const TileMatrix& p_pairs,
-                                             const TileMatrix& ds_pairs, int64_t m, int64_t rows) {
+  // dS / scale is added to grad_bias, column by column, where that is wanted.
+  template <bool kBiased>
+  static void differentiate(std::byte* scores, const std::byte* grad_scores, int64_t columns, float c,
+                            const float* keep, int64_t keep_stride, const TileMatrix& p_pairs,
+                            const TileMatrix& ds_pairs, int64_t m, int64_t rows, float* grad_bias) {
     const int64_t pairs = steps(columns);
     const VecI low_lanes = columns % kPair ? first_lanes(columns % kPair) : ~VecI{};
     const VecI high_lanes = columns % kPair ? first_lanes(columns % kPair - kSide) : ~VecI{};
@@ -603,10 +630,11 @@ struct TileTasks {
     VecF sums[kSide], dots[kSide];
     const auto row = [&](int64_t r, auto with_keep, auto power) {
       VecF low_sum = {}, high_sum = {}, low_dot = {}, high_dot = {};
+      const auto raised = [&](VecF score) { return unless_out<kBiased>(score, exp2_for<T>(power(score))); };
       for (int64_t j = 0; j < pairs; ++j) {
         std::byte* at = scores + j * kScores + r * 64;
         const std::byte* grad = grad_scores + j * 2 * kTileBytes + r * 64;
-        VecF low = exp2_for<T>(power(tile_row(at, 0))), high = exp2_for<T>(power(tile_row(at + kTileBytes, 0)));
+        VecF low = raised(tile_row(at, 0)), high = raised(tile_row(at + kTileBytes, 0));
         if (j + 1 == pairs) {
           low = select(low_lanes, low, VecF{});
           high = select(high_lanes, high, VecF{});
@@ -627,7 +655,7 @@ struct TileTasks {
       dots[r] = low_dot + high_dot;
     };
     each_row(top, c, keep != nullptr, columns, headroom(columns), row);
-    const VecF by = splat(1.0f) / sum_rows(sums);
+    const VecF by = inverse_of(sum_rows(sums));
     store(inverse, by);
     store(delta, sum_rows(dots) * by);
     const int64_t word = m % kPair / 2 * 64;
@@ -658,6 +686,13 @@ struct TileTasks {
         if (r + 1 >= rows) {
           p[2] = p[3] = ds[2] = ds[3] = VecF{};
           if (r >= rows) p[0] = p[1] = ds[0] = ds[1] = VecF{};
+        }
+        if constexpr (kBiased) {
+          if (grad_bias) {
+            float* sum = grad_bias + j * kPair;
+            store(sum, load(sum) + (ds[0] + ds[2]));
+            store(sum + kSide, load(sum + kSide) + (ds[1] + ds[3]));
+          }
         }
         const int64_t step = m / kPair;
         store_pair_terms<kTermCount>(p_pairs.at(step, 2 * j) + word + r * 32, p[0], p[2]);
@@ -690,7 +725,7 @@ struct TileTasks {
     const int64_t tiles_a_head = (length + plan.backward_tile - 1) / plan.backward_tile;
     const int64_t all = tiles_a_head * group;
     const int64_t first = split * all / plan.backward_splits, last = (split + 1) * all / plan.backward_splits;
-    const bool need_scores_gradient = p.grad_query.data || plan.need_grad_key_proj;
+    const bool need_scores_gradient = p.needs_grad_scores();
     if (first == last) {
       zero_words(partial.key, Partial(plan, nullptr).bytes / 4);
       return;
@@ -700,8 +735,11 @@ struct TileTasks {
     const TileMatrix keys_t = {panels.key_t, kStep, key_steps * kStep};
     const TileMatrix values_t = {panels.value_t, kStep, value_steps * kStep};
     const TileMatrix keys = operand(panels.key, plan.padded_d / kSide);
-    const float c = (p.scale < 0 ? -p.scale : p.scale) * kLog2E;
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
+    float* grad_bias = p.grad_key_bias ? scratch.grad_bias : nullptr;
+    const float scale = p.scale < 0 ? -p.scale : p.scale, c = bias ? kLog2E : scale * kLog2E;
     const float* keep = p.dropout_p > 0 ? scratch.keep : nullptr;
+    const auto differentiate_16 = bias ? differentiate<true> : differentiate<false>;
     VecI wrong = {};
     bool streamed = false;
     for (int64_t t = first; t < last; ++t) {
@@ -722,11 +760,13 @@ struct TileTasks {
       }
       Out out(p.grad_query.data ? row_of<T>(p.grad_query, b, h, p.query_row(b, m0)) : nullptr, p.grad_query.row_stride,
               p.head_dim, plan.stream);
+      if (grad_bias) zero_words(grad_bias, plan.padded_k);
       for (int64_t m = 0; m < rows; m += kSide) {
         const int64_t n = smaller(kSide, rows - m);
         const RowsOfA q(scratch.query, query + m * p.query.row_stride, p.query.row_stride, n, p.head_dim,
                         plan.padded_d);
         multiply_scores(q, keys_t, k_tiles, key_steps, scratch.scores);
+        if (bias) add_bias(scratch.scores, plan.padded_k / kPair, splat(scale), bias);
         if (need_scores_gradient) {
           const RowsOfA g(scratch.grad_out, grad_out + m * p.grad_out.row_stride, p.grad_out.row_stride, n, p.value_dim,
                           plan.padded_dv);
@@ -742,7 +782,8 @@ struct TileTasks {
           }
           zero_words(scratch.keep + n * plan.padded_k, (kSide - n) * plan.padded_k);
         }
-        differentiate(scratch.scores, scratch.grad_scores, p.proj_dim, c, keep, plan.padded_k, p_pairs, ds_pairs, m, n);
+        differentiate_16(scratch.scores, scratch.grad_scores, p.proj_dim, c, keep, plan.padded_k, p_pairs, ds_pairs, m,
+                         n, grad_bias);
         if (p.grad_query.data) {
           multiply_columns(
               plan.padded_d / kSide, plan.padded_k / kPair, scratch.scores, kScores, 64, keys, FromZero(),
@@ -750,6 +791,7 @@ struct TileTasks {
           out.rows(m, n, {scratch.out, 0, kTileBytes}, splat(p.scale));
         }
       }
+      if (grad_bias) add_bias_of_tile(plan, grad_bias, partial.bias, t == first);
       if ((rows + kSide - 1) / kSide % 2) {
         zero_half(p_pairs, count - 1, k_tiles);
         zero_half(ds_pairs, count - 1, k_tiles);
@@ -796,6 +838,7 @@ struct TileTasks {
     const Problem& p = plan.problem;
     const Tiles tiles;
     const FinishPart part(plan, task);
+    finish_bias(plan, part);
     const TileFinishScratch scratch(plan, memory);
     const Rows& tensor = part.value ? p.grad_value_proj : p.grad_key_proj;
     const int64_t width = part.value ? p.value_dim : p.head_dim;
@@ -828,22 +871,17 @@ struct TileTasks {
     const Problem& p = plan.problem;
     const TileProjectBackwardScratch scratch(plan, memory);
     const Tiles tiles;
-    const int64_t chunks = plan.project_backward_chunks();
-    const int64_t n0 = task % chunks * plan.backward_chunk;
-    const int64_t head0 = p.per_head_proj ? task / chunks % p.heads_kv : 0;
-    const int64_t head1 = p.per_head_proj ? head0 + 1 : p.heads_kv;
-    const int64_t part = task / chunks / (p.per_head_proj ? p.heads_kv : 1);
-    const bool with_key = p.shared_kv || part == 0, with_value = p.shared_kv || part == 1;
-    const Rows& proj = part == 0 ? p.proj_key : p.proj_value;
-    const Rows& grad_proj = part == 0 ? p.grad_proj_key : p.grad_proj_value;
-    const int64_t columns = smaller(plan.backward_chunk, p.seq_len_max - n0);
-    const int64_t used = smaller(columns, p.len_k - n0);
+    const MatrixPart matrix(plan, task);
+    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0, head1 = matrix.head1;
+    const bool with_key = p.shared_kv || !matrix.value, with_value = p.shared_kv || matrix.value;
+    const Rows& proj = matrix.value ? p.proj_value : p.proj_key;
+    const Rows& grad_proj = matrix.value ? p.grad_proj_value : p.grad_proj_key;
     const int64_t k_tiles = plan.padded_k / kSide, k_steps = plan.padded_k / kPair;
     const bool want_key = with_key && p.grad_key.data, want_value = with_value && p.grad_value.data;
 
     const TileMatrix proj_t = operand(scratch.proj_t, k_steps);
     if (used > 0 && (want_key || want_value)) {
-      const T* source = row_of<const T>(proj, 0, head0, 0) + n0;
+      const T* source = row_of<const T>(proj, matrix.b0, head0, 0) + n0;
       pack_transposed_columns(proj_t, scratch.out, source, proj.row_stride, p.proj_dim, used, plan.padded_k);
     }
     const TileMatrix sums = result(scratch.grad_proj_t, k_tiles);
@@ -922,7 +960,7 @@ struct TileTasks {
         }
       }
     };
-    for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t b = matrix.b0; b < matrix.b1; ++b) {
       const int64_t n = smaller(used, p.key_length(b) - n0);
       for (int64_t h = head0; n > 0 && h < head1; h += plan.heads_in_group) {
         const int64_t h1 = smaller(head1, h + plan.heads_in_group);
@@ -938,7 +976,7 @@ struct TileTasks {
     }
     if (grad_proj.data) {
       if (!summed) std::memset(sums.tiles, 0, static_cast<size_t>(steps(columns) * 2 * sums.row));
-      Out out(row_of<T>(grad_proj, 0, head0, 0) + n0, grad_proj.row_stride, columns, plan.stream);
+      Out out(row_of<T>(grad_proj, matrix.b0, head0, 0) + n0, grad_proj.row_stride, columns, plan.stream);
       write_transposed(out, sums, p.proj_dim, columns, scratch.out);
       wrong |= out.wrong;
       streamed |= out.stream;
@@ -1036,10 +1074,16 @@ double peak_gflops(DType type) {
 
 double probe_gflops() { return tile_gflops(LINFORMER_CPU_AMX ? 1500 : 1); }
 
-#define LINFORMER_TASKS(T)                                                                       \
-  {TileTasks<T>::project,          TileTasks<T>::finish_project,  TileTasks<T>::attend,          \
-   TileTasks<T>::prepare_backward, TileTasks<T>::attend_backward, TileTasks<T>::finish_backward, \
-   TileTasks<T>::project_backward}
+#define LINFORMER_TASKS(T)         \
+  {TileTasks<T>::project,          \
+   TileTasks<T>::finish_project,   \
+   TileTasks<T>::attend,           \
+   TileTasks<T>::prepare_backward, \
+   TileTasks<T>::attend_backward,  \
+   TileTasks<T>::finish_backward,  \
+   TileTasks<T>::project_backward, \
+   nullptr,                        \
+   nullptr}
 
 }    // namespace
 
