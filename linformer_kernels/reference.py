@@ -77,10 +77,11 @@ def projected_attention(
     rows, numbers = (key_proj, value_proj, key_bias), (rng_state, dropout_p, scale)
     if cu_seqlens_q is None:
         return _attend(query, *rows, *numbers)
-    outs = [
-        _attend(query[start:stop].transpose(0, 1)[None], *(None if t is None else t[[b]] for t in rows), *numbers, b)
-        for b, (start, stop) in enumerate(_spans(cu_seqlens_q))
-    ] or [_attend(query.transpose(0, 1)[None][:0], *rows, *numbers)]
+    outs = []
+    for b, (start, stop) in enumerate(_spans(cu_seqlens_q)):
+        of_one = query[start:stop].transpose(0, 1)[None], key_proj[[b]], value_proj[[b]]
+        outs.append(_attend(*of_one, None if key_bias is None else key_bias[[b]], *numbers, b))
+    outs = outs or [_attend(query.transpose(0, 1)[None][:0], *rows, *numbers)]
     return torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outs])
 
 
@@ -91,9 +92,10 @@ def pool(
     if cu_seqlens_k is None:
         return _pool(key, value, segments, num_segments)
     batch = cu_seqlens_k.size(0) - 1
+    turned = lambda rows, start, stop: rows[start:stop].transpose(0, 1)[None]  # noqa: E731
     made = [
-        _pool(*(t[start:stop].transpose(0, 1)[None] for t in (key, value, segments)), num_segments)
-        for start, stop in _spans(cu_seqlens_k) or [(0, 0)]
+        _pool(turned(key, *span), turned(value, *span), turned(segments, *span), num_segments)
+        for span in _spans(cu_seqlens_k) or [(0, 0)]
     ]
     key_proj, value_proj, count = (torch.cat(parts)[:batch] for parts in zip(*made, strict=True))
     return key_proj, value_proj, count

@@ -35,7 +35,7 @@ def tune(
     Raises:
         As `linformer_attention` with backend="triton".
     """
-    call = check_attention(query, key, value, proj_key, proj_value, None, None, None, 0.0, None, False, False)
+    call = check_attention(query, key, value, proj_key, proj_value, None, None, None, None, 0.0, None, False, False)
     choose(call, "triton")
     from .triton_kernels import tune as tuner
 
