@@ -256,8 +256,8 @@ def _(grad_key_proj, grad_value_proj, count, segments, cu_seqlens_k, heads_inner
     return empty_pool_grads(grad_key_proj, grad_value_proj, segments, heads_inner, needs)
 
 
-# Of tokens alone and in windows (`segments`); not differentiable. No overload of Triton's: the native library has it for
-# CPUs, PyTorch's own operators for all else.
+# Of tokens alone and in windows; not differentiable. No overload of Triton's: the native library has it for CPUs, and
+# PyTorch's own operators make it for all else.
 _CHOOSE = (
     "choose_segments(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "int num_segments, int singles, int first, int last) -> Tensor"

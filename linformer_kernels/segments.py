@@ -23,7 +23,7 @@ def ranks(
     key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None, shape: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Rank of each position among those that take part, -1 for the others, and how many there are: int64, (B or 1, N)
-    and (B or 1, 1); packed (total,) and, for each row, the length of its sequence. `shape`: (B, N), packed (1, total)."""
+    and (B or 1, 1); packed (total,) and, for each row, the length of its sequence. `shape`: (B, N), or (1, total)."""
     position = torch.arange(shape[1], device=device)
     if cu_seqlens_k is not None:
         sequence = torch.searchsorted(cu_seqlens_k[1:], position, right=True).clamp(
