@@ -72,6 +72,27 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   return c < 0 ? -most : most;
 }
 
+// The row becomes row * scale + bias; returns its largest value, or 0 where all are minus infinity.
+LINFORMER_INLINE float max_of_biased_row(float* row, int64_t k, float scale, const float* bias) {
+  const VecF lowest = splat(-__builtin_inff());
+  const auto value = [&](int64_t j) {
+    const VecF score = load(row + j) * scale + load(bias + j);
+    store(row + j, score);
+    return score;
+  };
+  const int64_t whole = k / kWidth * kWidth;
+  VecF max[4] = {lowest, lowest, lowest, lowest};
+  int64_t j = 0;
+  for (; j + 4 * kWidth <= whole; j += 4 * kWidth) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) max[i] = lanes_max(value(j + i * kWidth), max[i]);
+  }
+  for (; j < whole; j += kWidth) max[0] = lanes_max(value(j), max[0]);
+  if (whole < k) max[1] = lanes_max(select(tail_lanes(k), value(whole), lowest), max[1]);
+  const float most = max_of_lanes(lanes_max(lanes_max(max[0], max[1]), lanes_max(max[2], max[3])));
+  return most == -__builtin_inff() ? 0.0f : most;
+}
+
 // target = exp2((row - max) * c - headroom(k)), times the dropout factors where there are any, zero from k up to the
 // next whole vector; returns the sum before dropout. The difference comes first: of the fused row * c - max * c the
 // rounding of max * c alone exceeds the range of exponents from scores of 2^31 on. The target may be the row: 16-bit
@@ -109,10 +130,7 @@ void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scal
                   float* inverse_sum, const KeepRow& keep_row) {
   if (bias) {
     for (int64_t i = 0; i < rows; ++i) {
-      float* row = scores + i * ld;
-      for (int64_t j = 0; j < k; j += kWidth) store(row + j, load(row + j) * scale + load(bias + j));
-      const float max = max_of_row(row, k, 1.0f);
-      inverse_sum[i] = max == -__builtin_inff() ? 0.0f : max;
+      inverse_sum[i] = max_of_biased_row(scores + i * ld, k, scale, bias);
     }
     for (int64_t i = 0; i < rows; ++i) {
       float* row = scores + i * ld;
@@ -448,7 +466,8 @@ struct Tasks {
     const Problem& p = plan.problem;
     const ProjectBackwardScratch<Word> scratch(plan, memory);
     const MatrixPart matrix(plan, task);
-    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0, head1 = matrix.head1;
+    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0,
+                  head1 = matrix.head1;
     // With F = E one task serves both, and their gradients meet in one sum; else one task each.
     const bool with_key = p.shared_kv || !matrix.value, with_value = p.shared_kv || matrix.value;
     const Rows& proj = matrix.value ? p.proj_value : p.proj_key;
@@ -497,8 +516,8 @@ struct Tasks {
       }
     }
     if (grad_proj.data)
-      store_transposed(row_of<T>(grad_proj, matrix.b0, head0, 0) + n0, grad_proj.row_stride, columns, scratch.grad_proj_t,
-                       plan);
+      store_transposed(row_of<T>(grad_proj, matrix.b0, head0, 0) + n0, grad_proj.row_stride, columns,
+                       scratch.grad_proj_t, plan);
     end_streams();
   }
 
@@ -546,9 +565,18 @@ struct Tasks {
     const T* rows = row_of<const T>(source, part.b, part.h, p.key_row(part.b, 0));
     zero_words(scratch.rows, part.rows * scratch.ld);
     zero_words(scratch.count, part.rows);
+    const auto row_of_part = [&](int64_t n) {
+      return static_cast<uint64_t>(segments[n * p.segments_row_stride] - part.first);
+    };
+    const auto rows_here = static_cast<uint64_t>(part.rows);
     for (int64_t n = 0; n < length; ++n) {
-      const auto k = static_cast<uint64_t>(segments[n * p.segments_row_stride] - part.first);
-      if (k >= static_cast<uint64_t>(part.rows)) continue;
+      // Rows of one head lie far apart, so the processor does not guess the next ones.
+      constexpr int64_t kAhead = 16;
+      if (n + kAhead < length && row_of_part(n + kAhead) < rows_here) {
+        Prefetch(rows + (n + kAhead) * source.row_stride, 0, 1, width).fetch(1);
+      }
+      const uint64_t k = row_of_part(n);
+      if (k >= rows_here) continue;
       scratch.count[k] += 1.0f;
       float* sum = scratch.rows + k * static_cast<uint64_t>(scratch.ld);
       const T* row = rows + n * source.row_stride;
