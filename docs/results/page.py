@@ -281,7 +281,12 @@ KEPT_KINDS = {
     "exact": "exact", "adaptive": "adaptive", "valid": "windows over the text", "windows": "windows over N = 512",
     "gaussian": "learned, as it starts", "none": "no attention",
 }  # fmt: skip
-KEPT_TASKS = {"sentences": "sentences of QNLI", "passages": "passages of 512 tokens", "reviews": "reviews of IMDB"}
+KEPT_TASKS = {
+    "sentences": "sentences of QNLI",
+    "pairs": "pairs of QNLI",
+    "passages": "passages of 512 tokens",
+    "reviews": "reviews of IMDB",
+}
 
 
 def kept_rows(name: str = "kept") -> list[Record]:
@@ -327,12 +332,14 @@ def kept(_: Path) -> str:
                 continue
             if None in mine:
                 mine = dict.fromkeys(sizes, mine[None])
-            cells = [f"{mine[k]['cosine']:.4f}" if k in mine else "-" for k in sizes]
+            same = "cosine" if "cosine" in rows[0] else "same_as_exact"
+            cells = [f"{mine[k][same]:.4f}" if k in mine else "-" for k in sizes]
             cells += [f"{100 * mine[k]['accuracy']:.1f}" if k in mine else "-" for k in sizes]
             lines.append([label, *cells])
         if lines:
             what = ", ".join(f"{count} {name}" for name, count in counts(rows).items())
-            head = ["", *(f"cosine, K = {k}" for k in sizes), *(f"%, K = {k}" for k in sizes)]
+            kept_as = "cosine" if "cosine" in rows[0] else "same answer"
+            head = ["", *(f"{kept_as}, K = {k}" for k in sizes), *(f"%, K = {k}" for k in sizes)]
             parts.append(f"### {title[0].upper()}{title[1:]}\n\n{what}.\n\n{table(head, lines)}")
     return "\n".join(parts) or "Not run yet.\n"
 
@@ -462,8 +469,9 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
         "embeddings to those of exact attention, and a task. Sentences and passages: a question of QNLI finds the "
         "sentence, or the passage, that answers it among all others, by its embedding. A passage is filled with "
         "sentences of QNLI up to 512 tokens. Reviews: the sign of a linear classifier that was fitted to embeddings of "
-        "the exact model, on other reviews, and stays as it is. Reviews have up to 512 tokens, sentences mostly less "
-        "than 64. *Adaptive*: `linformerize(projection=\"adaptive\")`; windows over the text: `projection=\"mean\", "
+        "the exact model, on other reviews, and stays as it is. Pairs: whether a sentence answers a question, both "
+        "in one text, by MiniLM as fine-tuned on that with exact attention, and the share of answers that stay the "
+        "same. Reviews have up to 512 tokens, sentences mostly less than 64. *Adaptive*: `linformerize(projection=\"adaptive\")`; windows over the text: `projection=\"mean\", "
         "windows=\"valid\"`; windows over N: `projection=\"mean\"`; learned, as it starts: a Gaussian E with "
         "`length_norm`.",
         kept,
