@@ -471,7 +471,8 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
         "sentences of QNLI up to 512 tokens. Reviews: the sign of a linear classifier that was fitted to embeddings of "
         "the exact model, on other reviews, and stays as it is. Pairs: whether a sentence answers a question, both "
         "in one text, by MiniLM as fine-tuned on that with exact attention, and the share of answers that stay the "
-        "same. Reviews have up to 512 tokens, sentences mostly less than 64. *Adaptive*: `linformerize(projection=\"adaptive\")`; windows over the text: `projection=\"mean\", "
+        "same. Reviews have up to 512 tokens, sentences mostly less than 64.\n\n*Adaptive*: "
+        "`linformerize(projection=\"adaptive\")`; windows over the text: `projection=\"mean\", "
         "windows=\"valid\"`; windows over N: `projection=\"mean\"`; learned, as it starts: a Gaussian E with "
         "`length_norm`.",
         kept,
