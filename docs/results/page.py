@@ -167,8 +167,8 @@ def in_short(_: Path) -> str:
             "K = 128 comes near exact attention at N = 512",
             f"MiniLM as a masked language model has a held-out perplexity of {listed(perplexity, mlm_runs(), '.0f')}. "
             f"Fine-tuned, it has an accuracy of {tasks}. QNLI alone is about pairs of texts. From scratch, where a "
-            "masked byte has to be found elsewhere in the window, it does not, in the steps that exact attention "
-            f"needs for it; bits for each masked byte: {bits or '(not run yet)'}.",
+            f"masked byte has to be found elsewhere in the window, bits for each after {COPIES_STEPS} steps: "
+            f"{bits or '(not run yet)'}.",
         ),
         (
             "One matrix for all layers is as good as more",
@@ -338,6 +338,9 @@ def kept(_: Path) -> str:
             lines.append([label, *cells])
         if lines:
             what = ", ".join(f"{count} {name}" for name, count in counts(rows).items())
+            share = next((r["accuracy"] for r in rows if r["kind"] == "exact"), 0.5)
+            error = 100 * math.sqrt(share * (1 - share) / next(iter(counts(rows).values())))
+            what += f"; the standard error of the share that exact attention has right is {error:.1f} points"
             kept_as = "cosine" if "cosine" in rows[0] else "same answer"
             head = ["", *(f"{kept_as}, K = {k}" for k in sizes), *(f"%, K = {k}" for k in sizes)]
             parts.append(f"### {title[0].upper()}{title[1:]}\n\n{what}.\n\n{table(head, lines)}")
