@@ -87,13 +87,14 @@ def minilm() -> Path:
 
 
 def copies_runs(seed: int) -> Iterator[Run]:
-    """From scratch, at equal steps; K = 128 goes on until it has had the time of exact attention."""
+    """From scratch, at equal steps; K = 128 goes on until it has had about the time of exact attention, and the control
+    as many steps."""
     for n, longer in COPIES.items():
         common = ["--seq-len", str(n), "--seed", str(seed)]
         models = {"exact": ["--attention", "exact"], "none": ["--attention", "none"]}
         models |= {f"k{k}": ["--proj-dim", str(k)] for k in (128, 256, 64)}
         for name, arguments in models.items():
-            steps = ["--steps", str(longer if name == "k128" else COPIES_STEPS)]
+            steps = ["--steps", str(longer if name in ("k128", "none") else COPIES_STEPS)]
             yield Run(f"copies-n{n}-{name}-{seed}", "copies.py", [*common, *arguments, *steps])
 
 
