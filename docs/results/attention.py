@@ -63,8 +63,11 @@ def conversions(sizes: tuple[int, ...]) -> Iterator[Converted]:
     yield Converted("gaussian", sizes[0])
 
 
-# For reviews alone.
-CHOICES = [Converted("adaptive", 128, singles) for singles in (0.2, 0.6)]
+# Other parts of K for single tokens.
+CHOICES = {
+    "reviews": [Converted("adaptive", 128, singles) for singles in (0.2, 0.6)],
+    "pairs": [Converted("adaptive", 32, singles) for singles in (0.07, 0.2, 0.6)],
+}
 
 
 def convert(model: Any, to: Converted) -> Any:
@@ -228,7 +231,7 @@ def kept(data: Path, work: Path, only: str) -> None:
     rows = Rows("kept")
     for task, prepared in MEASURES.items():
         folder = work / FINE_TUNED[task] if task in FINE_TUNED else minilm()
-        wanted = [*conversions(SIZES[task]), *(CHOICES if task == "reviews" else [])]
+        wanted = [*conversions(SIZES[task]), *CHOICES.get(task, [])]
         cells = [to for to in wanted if not rows.has(task=task, **to._asdict()) and only in (task, to.kind, "")]
         if task in FINE_TUNED:
             cells = cells if (folder / "config.json").exists() else []

@@ -300,16 +300,28 @@ def kept_in_short() -> str:
         cosine = kept_value("reviews", "adaptive", k, "cosine")
         passages = kept_value("passages", "adaptive", k, "accuracy")
         if cosine is not None and passages is not None:
-            parts.append(f"with K = {k} a cosine similarity of {cosine:.3f} and {100 * passages:.0f} %")
+            parts.append(f"with K = {k} a cosine similarity of {cosine:.3f} and {100 * passages:.1f} %")
     exact, none = (kept_value("passages", kind, None, "accuracy") for kind in ("exact", "none"))
     if not parts or exact is None or none is None:
         return "Not run yet: what a conversion keeps without training.\n"
     return (
         'MiniLM converted by `linformerize(model, proj_dim=K, projection="adaptive")`, without any training, keeps '
         "of its embeddings of reviews, and finds of the passages for questions about them, "
-        f"{', '.join(parts)}; exact attention finds {100 * exact:.0f} %, no attention {100 * none:.0f} %. A text of up "
-        "to K tokens is kept exactly.\n"
+        f"{', '.join(parts)}; exact attention finds {100 * exact:.1f} %, no attention {100 * none:.1f} %. A text of up "
+        f"to K tokens is kept exactly. {pairs_in_short()}\n"
     )
+
+
+def pairs_in_short() -> str:
+    """Where fewer rows than tokens cost most: each kind beside exact attention, at the smallest K on record."""
+    rows = [r for r in kept_rows() if r["task"] == "pairs"]
+    sizes = [r["k"] for r in rows if r["k"]]
+    if not sizes:
+        return ""
+    k = min(sizes)
+    right = {r["kind"]: f"{100 * r['accuracy']:.1f} %" for r in rows if r["k"] in (k, None)}
+    listed = [f"{right[kind]} ({KEPT_KINDS[kind]})" for kind in KEPT_KINDS if kind in right]
+    return f"Fine-tuned for pairs of texts before, and converted to K = {k}, it is right in {', '.join(listed)}."
 
 
 def kept(_: Path) -> str:
@@ -347,9 +359,22 @@ def counts(rows: list[Record]) -> dict[str, int]:
 
 
 def choices(_: Path) -> str:
-    rows = [r for r in kept_rows() if r.get("singles") is not None]
-    lines = [[r["task"], r["k"], r["singles"], f"{r['cosine']:.4f}"] for r in rows]
-    return table(["", "K", "part for single tokens", "cosine"], lines) if lines else "Not run yet.\n"
+    tried = {(r["task"], r["k"]) for r in kept_rows() if r.get("singles") is not None}
+    rows = [r for r in kept_rows() if r["kind"] == "adaptive" and (r["task"], r["k"]) in tried]
+    rows.sort(key=lambda r: (r["task"], r["k"], r["singles"] or 0))
+    lines = [
+        [
+            r["task"],
+            r["k"],
+            r["singles"] or "by default",
+            f"{r['cosine']:.4f}" if "cosine" in r else "",
+            100 * r["accuracy"],
+        ]
+        for r in rows
+    ]
+    for line in lines:
+        line[-1] = f"{line[-1]:.1f}"
+    return table(["", "K", "part for single tokens", "cosine", "%"], lines) if lines else "Not run yet.\n"
 
 
 def taught(_: Path) -> str:
@@ -474,8 +499,8 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
     ),
     (
         "Single tokens in an adaptive projection",
-        "Which part of K is for single tokens, `singles`; the rest is for windows over the other tokens. Reviews as "
-        "above.",
+        "Which part of K is for single tokens, `singles`; the rest is for windows over the other tokens; measured "
+        "as above.",
         choices,
     ),
     (
