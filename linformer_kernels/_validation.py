@@ -194,10 +194,12 @@ def check_adaptive(
         if query_shape[0] != shape[0]:
             _fail_batch("query has batch size", query_shape[0], "key", shape[0])
         _check_mask(key_padding_mask, key)
+    # Choices are made in float32.
+    query, key = (x.detach().float() if x.dtype == torch.float64 else x.detach() for x in (query, key))
     return Call(
         *_kind(query),
-        query=unit_stride(query.detach()),
-        key=unit_stride(key.detach()),
+        query=unit_stride(query),
+        key=unit_stride(key),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
