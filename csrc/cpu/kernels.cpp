@@ -448,7 +448,8 @@ struct Tasks {
     const Problem& p = plan.problem;
     const ProjectBackwardScratch<Word> scratch(plan, memory);
     const MatrixPart matrix(plan, task);
-    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0, head1 = matrix.head1;
+    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0,
+                  head1 = matrix.head1;
     // With F = E one task serves both, and their gradients meet in one sum; else one task each.
     const bool with_key = p.shared_kv || !matrix.value, with_value = p.shared_kv || matrix.value;
     const Rows& proj = matrix.value ? p.proj_value : p.proj_key;
@@ -497,8 +498,8 @@ struct Tasks {
       }
     }
     if (grad_proj.data)
-      store_transposed(row_of<T>(grad_proj, matrix.b0, head0, 0) + n0, grad_proj.row_stride, columns, scratch.grad_proj_t,
-                       plan);
+      store_transposed(row_of<T>(grad_proj, matrix.b0, head0, 0) + n0, grad_proj.row_stride, columns,
+                       scratch.grad_proj_t, plan);
     end_streams();
   }
 

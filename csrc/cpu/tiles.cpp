@@ -872,7 +872,8 @@ struct TileTasks {
     const TileProjectBackwardScratch scratch(plan, memory);
     const Tiles tiles;
     const MatrixPart matrix(plan, task);
-    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0, head1 = matrix.head1;
+    const int64_t n0 = matrix.n0, columns = matrix.columns, used = matrix.used, head0 = matrix.head0,
+                  head1 = matrix.head1;
     const bool with_key = p.shared_kv || !matrix.value, with_value = p.shared_kv || matrix.value;
     const Rows& proj = matrix.value ? p.proj_value : p.proj_key;
     const Rows& grad_proj = matrix.value ? p.grad_proj_value : p.grad_proj_key;
