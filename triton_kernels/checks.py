@@ -78,18 +78,19 @@ def check(
         good = key_padding_mask.dtype == torch.bool and key_padding_mask.device == like.device
         require(good and cu_seqlens_k is None, "key_padding_mask must be a bool tensor, for padded tensors")
         fit("key_padding_mask", key_padding_mask.shape, "bn")
-    for name, tensor in (("key_bias", key_bias), ("count", count)):
-        if tensor is not None:
-            require(tensor.dtype == torch.float32 and tensor.device == like.device, f"{name} must be a float32 tensor")
-            fit(name, tensor.shape, "bgk")
-            require(tensor.size(-1) == 1 or tensor.stride(-1) == 1, f"{name} needs adjacent elements")
+    for name, numbers in (("key_bias", key_bias), ("count", count)):
+        if numbers is not None:
+            good = numbers.dtype == torch.float32 and numbers.device == like.device
+            require(good, f"{name} must be a float32 tensor on the device of {like_name}")
+            fit(name, numbers.shape, "bgk")
+            require(numbers.size(-1) == 1 or numbers.stride(-1) == 1, f"{name} needs adjacent elements in a row")
     require(1 <= num_segments < 2**31, "num_segments must be at least 1 and below 2^31")
     require(count is None or count.is_contiguous(), "count must be as pool returns it")
     if segments is not None:
         good = segments.dtype == torch.int32 and segments.device == like.device
-        require(good, "segments must be an int32 tensor")
-        heads = "1" if segments.dim() > 1 and segments.size(1) == 1 else "g"
-        fit("segments", segments.shape, f"b{heads}n" if cu_seqlens_k is None else f"n{heads}")
+        require(good, f"segments must be an int32 tensor on the device of {like_name}")
+        of_heads = "1" if segments.dim() > 1 and segments.size(1) == 1 else "g"
+        fit("segments", segments.shape, f"b{of_heads}n" if cu_seqlens_k is None else f"n{of_heads}")
     require(0.0 <= dropout_p < 1.0, "dropout_p must be in [0, 1)")
     if dropout_p > 0:
         good = rng_state is not None and rng_state.dtype == torch.int64 and rng_state.numel() == 2

@@ -221,8 +221,8 @@ def _forward(call: _Call, mask: Tensor | None, softmax: dict[str, Any], project:
         "counters": call.counters(1 + sizes.batch * call.units + tiles), "partial": partial,
         "project_tiles": tickets, "splits": splits, "units": call.units, "SPLIT": splits > 1,
         "PROJECT": project, "ATTEND": attend, "PRECISION": call.precision, "BLOCK_K": config.block_k,
-        "BLOCK_C": config.block_c, "BLOCK_N": config.block_n, "PROJECT_STAGES": config.project_stages, "BLOCK_Q": config.block_q,
-        "BLOCK_S": config.block_s, "ATTEND_STAGES": config.attend_stages,
+        "BLOCK_C": config.block_c, "BLOCK_N": config.block_n, "PROJECT_STAGES": config.project_stages,
+        "BLOCK_Q": config.block_q, "BLOCK_S": config.block_s, "ATTEND_STAGES": config.attend_stages,
     }  # fmt: skip
     call.launch(forward, tickets + queries, arguments, config.num_warps)
 

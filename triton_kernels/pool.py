@@ -3,8 +3,8 @@
 Keys are sorted by segment first, stably, which torch does (`members`). A program then sums the members of one row, in
 the order of the sequence, BLOCK_N at a time in float32: O(N D) altogether, and always the same bits, as nobody adds to
 what another adds to. A sort is the price: without it a program would search the whole sequence for its members, or add
-with atomics, in whatever order they come. Backward needs no order: each key has the gradient of its row, over the number
-of its members.
+with atomics, in whatever order they come. Backward needs no order: each key has the gradient of its row, over the
+number of its members.
 """
 
 from __future__ import annotations
