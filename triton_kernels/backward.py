@@ -206,12 +206,12 @@ def column_tile(
             b_p = b_p * inverse(tl.sum(b_p, 0), 1.0, BIASED)[None, :]
         else:
             p_most, p_one, p_delta = statistics_of(statistics, sizes, cu_seqlens_q, b, head, first + o_q)
+            # A query that is not there has the bias for scores, which may be of any size.
+            b_most = tl.load(p_most, mask=m_q, other=float("inf") if BIASED else 0.0)
             b_one = tl.load(p_one, mask=m_q, other=0.0)
-            if BIASED:  # a query that is not there has the bias for scores, which may be of any size
-                b_most = tl.load(p_most, mask=m_q, other=float("inf"))
+            if BIASED:
                 b_p = biased_powers(b_s, b_most[None, :], HEADROOM) * b_one[None, :]
             else:
-                b_most = tl.load(p_most, mask=m_q, other=0.0)
                 b_p = powers(b_s, exponent, b_most[None, :]) * b_one[None, :]
         b_kept = b_p
         if rng_state is not None:
