@@ -89,7 +89,7 @@ def row_tile(
                 b_s = -b_s
             if BIASED:
                 b_s = tl.fma(b_s, exponent, bias_of(key_bias, b, head_kv, k + o_k, K)[None, :])
-            b_p, b_new, b_change = add_scores(b_s, b_most, m_k, exponent, K, BIASED, HEADROOM)
+            b_p, b_new, b_change = add_scores(b_s, b_most, m_k, exponent, K % BLOCK_S == 0, BIASED, HEADROOM)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
             b_most = b_new
             if WANT_QUERY or WANT_DELTA:

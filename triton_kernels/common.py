@@ -204,20 +204,20 @@ def biased_powers(b_s, b_most, HEADROOM: tl.constexpr):
 
 
 @triton.jit
-def add_scores(b_s, b_most, m_k, exponent, K: tl.constexpr, BIASED: tl.constexpr, HEADROOM: tl.constexpr):
+def add_scores(b_s, b_most, m_k, exponent, WHOLE: tl.constexpr, BIASED: tl.constexpr, HEADROOM: tl.constexpr):
     """A step of the softmax over blocks of rows of K': powers of the scores of one more block, the most of them so far,
-    and by what to multiply what was summed before."""
+    and by what to multiply what was summed before. WHOLE: no block reaches beyond K."""
     if BIASED:
         b_new = tl.maximum(b_most, tl.max(b_s, 1))
         b_p = biased_powers(b_s, b_new[:, None], HEADROOM)
         b_change = tl.exp2((b_most - b_new) * LOG2_E)
-    elif K % b_s.shape[1]:
-        b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent + HEADROOM)
-        b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
-        b_change = tl.exp2(b_most - b_new)
-    else:
+    elif WHOLE:
         b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent + HEADROOM)
         b_p = powers(b_s, exponent, b_new[:, None])
+        b_change = tl.exp2(b_most - b_new)
+    else:
+        b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent + HEADROOM)
+        b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
         b_change = tl.exp2(b_most - b_new)
     return b_p, b_new, b_change
 

@@ -143,7 +143,7 @@ def attend_tile(
                 b_s = -b_s
             if BIASED:
                 b_s = tl.fma(b_s, exponent, bias_of(key_bias, b, head_kv, k + o_k, K)[None, :])
-            b_p, b_new, b_change = add_scores(b_s, b_most, m_k, exponent, K, BIASED, HEADROOM)
+            b_p, b_new, b_change = add_scores(b_s, b_most, m_k, exponent, K % BLOCK_S == 0, BIASED, HEADROOM)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
             if rng_state is not None:
                 m_kept = kept_scores(rng_state, b * sizes.heads + head, o_q, k, threshold, BLOCK_S, False)
