@@ -299,7 +299,9 @@ def _attend_backward(
         "BLOCK_K": config.block_k, "BLOCK_Q": config.block_q,
         "ROW_STAGES": config.row_stages, "COLUMN_STAGES": config.column_stages,
     }  # fmt: skip
-    call.launch(backward, rows + tiles * splits, arguments, config.num_warps)
+    # A bias takes registers; with all of K' in them too, four warps have too few.
+    warps = 8 if config.fused and softmax["key_bias"].data is not None else config.num_warps
+    call.launch(backward, rows + tiles * splits, arguments, warps)
 
 
 def _project_backward(call: _Call, mask: Tensor | None) -> None:
