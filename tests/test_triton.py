@@ -398,6 +398,7 @@ def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
 # Bytes of stores and loads that no choice of tiles has avoided yet.
 KNOWN_SPILLS = {
     ("forward", BF16, 64, 100): 8,  # with a bias
+    ("backward", BF16, 64, 100): 16,  # with a bias
     ("backward", torch.float32, 128, 120): 48,
     ("backward", torch.float32, 96, 90): 400,
     ("backward", torch.float32, 96, 100): 88,
