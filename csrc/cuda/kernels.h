@@ -41,6 +41,17 @@ namespace linformer::cuda {
 #define LINFORMER_PROJECT_BACKWARD_KERNELS(X) \
   LINFORMER_PROJECT_BACKWARD_fp16(X) LINFORMER_PROJECT_BACKWARD_bf16(X) LINFORMER_PROJECT_BACKWARD_fp32(X)
 
+#define LINFORMER_POOL_fp16(X) X(linformer_pool_fp16, kFloat16)
+#define LINFORMER_POOL_bf16(X) X(linformer_pool_bf16, kBFloat16)
+#define LINFORMER_POOL_fp32(X) X(linformer_pool_fp32, kFloat32)
+#define LINFORMER_POOL_KERNELS(X) LINFORMER_POOL_fp16(X) LINFORMER_POOL_bf16(X) LINFORMER_POOL_fp32(X)
+
+#define LINFORMER_POOL_BACKWARD_fp16(X) X(linformer_pool_backward_fp16, kFloat16)
+#define LINFORMER_POOL_BACKWARD_bf16(X) X(linformer_pool_backward_bf16, kBFloat16)
+#define LINFORMER_POOL_BACKWARD_fp32(X) X(linformer_pool_backward_fp32, kFloat32)
+#define LINFORMER_POOL_BACKWARD_KERNELS(X) \
+  LINFORMER_POOL_BACKWARD_fp16(X) LINFORMER_POOL_BACKWARD_bf16(X) LINFORMER_POOL_BACKWARD_fp32(X)
+
 // LINFORMER_KERNELS_OF_TYPE(LINFORMER_FORWARD_, X): those of LINFORMER_CUDA_TYPE.
 #define LINFORMER_PASTE(list, type) list##type
 #define LINFORMER_PASTE_VALUE(list, type) LINFORMER_PASTE(list, type)
