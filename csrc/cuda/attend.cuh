@@ -222,13 +222,15 @@ LINFORMER_DEVICE const float* bias_of(const Problem& p, int64_t b, int64_t head_
   return p.key_bias + b * p.key_bias_batch_stride + head_kv * p.key_bias_head_stride;
 }
 
+LINFORMER_DEVICE float bias_in_bits(float bias) {
+  const float bits = bias * 1.4426950408889634f;
+  return fabsf(bias) <= kLargestFloat ? fminf(fmaxf(bits, -kLargestFloat), kLargestFloat) : bias;
+}
+
 // `count` numbers of a bias to shared memory, in bits; 0 from `existing` on. A function of its own for the sake of
 // registers, as load_tile_apart.
-__device__ __noinline__ void load_bias(float* shared, const float* bias, int existing, int count) {
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const float value = i < existing ? bias[i] : 0.0f, bits = value * 1.4426950408889634f;
-    shared[i] = fabsf(value) <= kLargestFloat ? fminf(fmaxf(bits, -kLargestFloat), kLargestFloat) : value;
-  }
+inline __device__ __noinline__ void load_bias(float* shared, const float* bias, int existing, int count) {
+  for (int i = threadIdx.x; i < count; i += kThreads) shared[i] = i < existing ? bias_in_bits(bias[i]) : 0.0f;
 }
 
 // Which elements of P are dropped; the kept ones count `multiplier` times.

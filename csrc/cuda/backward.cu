@@ -188,9 +188,12 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   // Of the rows, the bias, and its gradient, which one thread adds to: it would take registers from all others.
   float* bias_tile = reinterpret_cast<float*>(stages + Traits::kStages * Traits::kQueryBytes);
   float* bias_sums = bias_tile + kRows;
-  if (p.key_bias) load_bias(bias_tile, bias_of(p, b, head_kv) + first_k, proj_dim - first_k, kRows);
   load_tile_apart<kType, kRows, kDim, kThreads>(key_tile, Traits::kPitch, keys(), first_k, 0, threadIdx.x);
   load_tile_apart<kType, kRows, kDim, kThreads>(value_tile, Traits::kPitch, values(), first_k, 0, threadIdx.x);
+  if (p.key_bias && threadIdx.x < kRows) {
+    const int k = first_k + threadIdx.x;
+    bias_tile[threadIdx.x] = k < proj_dim ? bias_in_bits(bias_of(p, b, head_kv)[k]) : 0.0f;
+  }
   commit_copies();
 
   const int tiles = (sequence.length + kQueries - 1) / kQueries;    // of one head
