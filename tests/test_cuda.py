@@ -79,23 +79,26 @@ def test_tf32_where_torch_allows_it(case, through):
             cases.compare({"TF32": {name: tensor}}, x)
 
 
-BIASED = [
-    Case(bias="normal", n=70, n_q=70, d=64),
-    Case(bias="holes", n=70, n_q=40, k=37, d=17, d_v=9, kv_heads=2, extra=3, mask="random"),
-    Case(bias="out", n=40, n_q=140, k=129, d=40, kv_heads=1, layout="bnhd", sharing="key-value"),
-    Case(bias="holes", bias_shape="11k", lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, k=100),
-    Case(bias="out", bias_shape="b1k", n=30, n_q=50, k=200, d=64, kv_heads=2, dropout_p=0.3, scale=-0.4),
-    Case(bias="holes", n=30, n_q=200, k=70, d=96, heads=2, kv_heads=2, layout="padded", mask="nothing"),
+# Beside those of test_attention.py, for each width of the kernels, and with K in several blocks.
+FOLLOWING = [
+    Case(bias="normal", n=70, n_q=70, d=64), Case(bias="holes", n=30, n_q=200, k=70, d=96, layout="padded"),
+    Case(bias="out", n=30, n_q=50, k=200, d=64, kv_heads=2, dropout_p=0.3, scale=-0.4, bias_shape="b11"),
     Case(bias="out", n=20, n_q=40, k=300, d=128, heads=2, kv_heads=1, layout="offset", dropout_p=0.1),
-    Case(bias="normal", n=20, n_q=40, k=20, d=250, d_v=100, heads=2, kv_heads=2, scale=0.0),
-    Case(bias="normal", n_q=0), Case(bias="out", n=0, n_q=20), Case(bias="normal", batch=0),
+    Case(bias="holes", n=20, n_q=40, k=70, d=250, d_v=100, heads=2, kv_heads=2, scale=0.0, bias_shape="k"),
+    Case(sharing="per-sequence", batch=3, n=70, n_q=40, d=64, extra=5, bias="holes"),
+    Case(sharing="per-sequence-head", batch=3, n=130, n_q=33, k=140, d=96, kv_heads=2, layout="padded"),
+    Case(sharing="per-sequence-head-key-value", lengths=(12, 40), d=250, heads=2, kv_heads=2, k=20, layout="offset"),
+    Case(pooled="random", n=130, n_q=40, k=37, d=64, kv_heads=2),
+    Case(pooled="one", n=150, n_q=30, k=5, d=96, d_v=200, heads=2, kv_heads=1, layout="padded", dropout_p=0.2),
+    Case(pooled="random", lengths=(50, 0, 77), lengths_q=(3, 60, 0), k=20, d=64, kv_heads=2, segments_per_head=True),
+    Case(pooled="windows", lengths=(12, 140), k=30, d=250, d_v=128, heads=2, kv_heads=2, layout="padded"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
-@pytest.mark.parametrize("case", BIASED, ids=str)
-def test_bias(case, dtype):
-    check(dataclasses.replace(case, dtype=dtype))
+@pytest.mark.parametrize("case", FOLLOWING, ids=str)
+def test_projections_that_follow_the_sequence(case, dtype):
+    check(dataclasses.replace(case, dtype=dtype), cases.run_halves)
 
 
 @pytest.mark.parametrize("through", [cases.run, cases.run_halves])
@@ -124,42 +127,6 @@ def test_the_lowest_number_as_bias_is_not_minus_infinity(dtype):
     with emulated.emulated():
         got = cases.run(x, "cpu")
     cases.compare({"": got}, x)
-
-
-PER_SEQUENCE = [
-    Case(sharing="per-sequence", batch=3, n=70, n_q=40, d=64, extra=5),
-    Case(sharing="per-sequence-key-value", n=65, n_q=33, k=37, d=24, d_v=40, kv_heads=2, mask="random"),
-    Case(sharing="per-sequence-head", batch=3, n=130, n_q=33, k=140, d=17, kv_heads=2, layout="padded"),
-    Case(sharing="per-sequence-head-key-value", n=70, n_q=33, k=37, d=96, kv_heads=2, layout="expanded"),
-    Case(sharing="per-sequence", lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, extra=9, bias="holes"),
-    Case(sharing="per-sequence-head-key-value", lengths=(12, 40), d=250, heads=2, kv_heads=2, k=20, layout="offset"),
-    Case(sharing="per-sequence", n=0, n_q=20, extra=3), Case(sharing="per-sequence-head", batch=0),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
-@pytest.mark.parametrize("case", PER_SEQUENCE, ids=str)
-def test_matrices_of_each_sequence(case, dtype):
-    check(dataclasses.replace(case, dtype=dtype), cases.run_halves)
-
-
-POOLED = [
-    Case(pooled="random", n=130, n_q=40, k=37, d=64, kv_heads=2),
-    Case(pooled="random", n=70, n_q=40, k=7, d=17, d_v=9, kv_heads=2, segments_per_head=True, mask="random"),
-    Case(pooled="windows", n=100, n_q=40, k=129, d=40, layout="bnhd", segments_dtype=torch.int32),
-    Case(pooled="one", n=150, n_q=30, k=5, d=96, d_v=200, heads=2, kv_heads=1, layout="padded", dropout_p=0.2),
-    Case(pooled="each", n=60, n_q=60, k=60, d=32, layout="offset"),
-    Case(pooled="none", n=60, n_q=20, k=9, d=128, d_v=8),
-    Case(pooled="random", lengths=(50, 0, 77), lengths_q=(3, 60, 0), k=20, d=64, kv_heads=2, segments_per_head=True),
-    Case(pooled="windows", lengths=(12, 140), k=30, d=250, d_v=128, heads=2, kv_heads=2, layout="padded"),
-    Case(pooled="random", n=0, n_q=20), Case(pooled="random", batch=0), Case(pooled="random", lengths=(0, 0)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
-@pytest.mark.parametrize("case", POOLED, ids=str)
-def test_pooling(case, dtype):
-    check(dataclasses.replace(case, dtype=dtype), cases.run_halves)
 
 
 @pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
