@@ -74,7 +74,7 @@ struct Arguments {
   uint32_t* arrived = nullptr;      // a tile: splits that have delivered
   uint32_t* ready = nullptr;        // a unit, or a (sequence, kv head): tiles that are complete
   float* partial = nullptr;         // (tile, split): accumulators in the order of registers
-  float* partial_bias = nullptr;    // (tile, split, row of the column tile): gradient of the bias
+  float* partial_bias = nullptr;    // (tile, split, row of the tile, 4): gradient of the bias
   float* statistics = nullptr;      // (sequence, head, query row, 4): largest score, 1 / sum, delta, unused
 };
 

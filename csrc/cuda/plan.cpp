@@ -37,20 +37,22 @@ struct BackwardInfo {
   const char* name;
   DType type;
   int dim;
+  bool biased;
   int column_rows, parts, tiles;    // of a column tile: rows, parts of the columns, accumulator tiles of a thread
   int keys, key_bytes, staged_bytes;
   int shared_bytes;    // at the least
 };
-#define LINFORMER_INFO(name, type, dim)      \
-  {#name,                                    \
-   DType::type,                              \
-   dim,                                      \
-   Backward<DType::type, dim>::kColumnRows,  \
-   Backward<DType::type, dim>::kParts,       \
-   2 * Backward<DType::type, dim>::kOut / 8, \
-   Backward<DType::type, dim>::kKeys,        \
-   Backward<DType::type, dim>::kKeyBytes,    \
-   Backward<DType::type, dim>::kStagedBytes, \
+#define LINFORMER_INFO(name, type, dim, biased) \
+  {#name,                                       \
+   DType::type,                                 \
+   dim,                                         \
+   biased,                                      \
+   Backward<DType::type, dim>::kColumnRows,     \
+   Backward<DType::type, dim>::kParts,          \
+   2 * Backward<DType::type, dim>::kOut / 8,    \
+   Backward<DType::type, dim>::kKeys,           \
+   Backward<DType::type, dim>::kKeyBytes,       \
+   Backward<DType::type, dim>::kStagedBytes,    \
    Backward<DType::type, dim>::kSharedBytes},
 constexpr BackwardInfo kBackwardKernels[] = {LINFORMER_BACKWARD_KERNELS(LINFORMER_INFO)};
 #undef LINFORMER_INFO
@@ -247,7 +249,8 @@ void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bo
                           const Device& device, int dim) {
   const BackwardInfo* kernel = nullptr;
   for (const BackwardInfo& one : kBackwardKernels) {
-    if (one.type == problem.dtype && one.dim == dim && one.shared_bytes <= device.shared_bytes) kernel = &one;
+    if (one.type != problem.dtype || one.dim != dim || one.biased != (problem.key_bias != nullptr)) continue;
+    if (one.shared_bytes <= device.shared_bytes) kernel = &one;
   }
   if (!kernel) {
     plan.refusal = kNoMemory;
@@ -275,7 +278,7 @@ void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bo
   plan.counter_bytes = layout.used();
   a.partial = layout.add<float>(a.column_splits > 1 ? tiles * a.column_splits * kernel->tiles * 4 * kThreads * 4 : 0);
   a.partial_bias = layout.add<float>(
-      a.column_splits > 1 && problem.grad_key_bias ? tiles * a.column_splits * kernel->column_rows * 4 : 0);
+      a.column_splits > 1 && problem.grad_key_bias ? tiles * a.column_splits * kernel->column_rows * 4 * 4 : 0);
   const int64_t query_rows = problem.cu_seqlens_q ? problem.total_q : problem.batch * problem.len_q;
   a.statistics = layout.add<float>(query_rows * problem.heads * 16);
   // All of K' and V' if they fit, else one block, with a number of the bias a row.

@@ -96,8 +96,8 @@ struct Backward {
   static constexpr int kParts = kDim / kOut;
   static constexpr int kStages = kDim >= 256 || (kWide && kDim >= 96) ? 1 : 2;
   static constexpr int kQueryBytes = kBytes<kType> * 2 * kQueries * kPitch + 16 * kQueries;
-  static constexpr int kColumnBytes =
-      kBytes<kType> * 2 * kColumnRows * kPitch + kStages * kQueryBytes + 8 * kColumnRows;
+  static constexpr int kColumnBytes = kBytes<kType> * 2 * kColumnRows * kPitch + kStages * kQueryBytes +
+                                      4 * kColumnRows + 16 * kColumnRows;    // the bias, and sums of its gradient
 
   static constexpr int kSharedBytes = larger(kRowBytes, kColumnBytes);    // at the least
 };
