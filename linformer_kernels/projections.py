@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ._masks import readable
-from ._validation import check_pooling, check_project, check_tensor, integer
+from ._validation import check_both_packed, check_pooling, check_project, check_tensor, integer, refuse_both
 from .functional import linformer_attention, linformer_attention_varlen, project_kv, projected_attention
 
 KINDS = ("learned", "fixed", "mean", "max", "conv")
@@ -35,7 +35,7 @@ class LinformerProjection(nn.Module):
 
     Args:
         seq_len: N_max, the longest sequence. A shorter one uses the first N columns.
-        proj_dim: K.
+        proj_dim: K, at most seq_len.
         num_heads: None: one projection for all heads; otherwise one for each of that many key heads.
         kind:
             "learned": E and F are parameters.
@@ -56,7 +56,7 @@ class LinformerProjection(nn.Module):
 
     Raises:
         TypeError: a size is no integer.
-        ValueError: sizes below 1, an unknown kind or init, more windows than positions, num_heads with "mean" or "max",
+        ValueError: sizes below 1, an unknown kind or init, proj_dim above seq_len, num_heads with "mean" or "max",
             head_dim without "conv" or "conv" without head_dim, init for a kind that has a start of its own.
     """
 
@@ -88,8 +88,7 @@ class LinformerProjection(nn.Module):
         pooling = kind in ("mean", "max", "conv")
         if pooling and init != "gaussian":
             raise ValueError(f'init is {init!r} but kind is "{kind}", which has a start of its own; wanted: "gaussian"')
-        if (pooling or init != "gaussian") and proj_dim > seq_len:
-            raise ValueError(f"proj_dim is {proj_dim} but seq_len is {seq_len}; wanted: a position for each window")
+        check_sizes(seq_len, proj_dim)
         if kind in ("mean", "max") and num_heads is not None:
             raise ValueError(f'num_heads is {num_heads} but kind is "{kind}"; wanted: None, as pooling has no weights')
         if (kind == "conv") != (head_dim is not None):
@@ -160,9 +159,16 @@ class LinformerProjection(nn.Module):
             D_v columns.
 
         Raises:
-            As `linformer_attention` and `linformer_attention_varlen`.
+            As `linformer_attention` and `linformer_attention_varlen`; ValueError also for what is of a query, without
+            one.
         """
         check_tensor("key", key)
+        if query is not None:
+            check_both_packed(cu_seqlens_q, cu_seqlens_k)
+        elif cu_seqlens_q is not None or dropout_p != 0.0 or scale is not None:
+            raise ValueError("cu_seqlens_q, dropout_p or scale came without a query; wanted: a query, or none of them")
+        if cu_seqlens_k is not None:
+            refuse_both(key_padding_mask)
         mask, length = key_padding_mask, key.size(-2)
         if query is not None and self.kind in ("learned", "fixed") and self._all_reached(length, mask, cu_seqlens_k):
             key, value, mask = self._turned(key, value, mask)
@@ -170,7 +176,7 @@ class LinformerProjection(nn.Module):
             options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
             if cu_seqlens_k is None:
                 return linformer_attention(*matrices, key_padding_mask=mask, **options)
-            assert cu_seqlens_q is not None  # for mypy: they come together
+            assert cu_seqlens_q is not None  # for mypy: it has been refused
             return linformer_attention_varlen(
                 *matrices, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options
             )
@@ -279,6 +285,15 @@ class LinformerProjection(nn.Module):
         if weight is None:
             return rows.sum(3) / edges.diff(dim=0)
         return torch.einsum(f"bhkwd,{'dw' if weight.dim() == 2 else 'hdw'}->bhkd", rows, weight)
+
+
+def check_sizes(seq_len: int, proj_dim: int) -> None:
+    """That there are fewer rows than positions, or as many: more would cost more than exact attention, for no more."""
+    if proj_dim > seq_len:
+        raise ValueError(
+            f"proj_dim is {proj_dim} but seq_len is {seq_len}; wanted: at most seq_len, as K' of more rows than "
+            "positions holds nothing more and costs more than exact attention"
+        )
 
 
 def _first(key_padding_mask: Tensor) -> Tensor:
