@@ -19,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/choose.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "problem.h"
@@ -230,6 +231,16 @@ Rows projection_rows(const Tensor& proj, const char* name, const Tensor& like, c
           proj.stride(rows)};
 }
 
+void set_mask(Problem& p, const OptionalTensor& mask, const Tensor& key, bool packed) {
+  if (!mask) return;
+  STD_TORCH_CHECK(!packed && same_device(*mask, key) && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
+                      mask->size(0) == p.batch && mask->size(1) == p.len_k,
+                  "linformer_kernels: key_padding_mask must be a bool tensor of shape (batch, key length)");
+  p.mask = static_cast<const bool*>(memory_of(*mask, "key_padding_mask"));
+  p.mask_batch_stride = mask->stride(0);
+  p.mask_row_stride = mask->stride(1);
+}
+
 void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tensor& proj_key,
                   const OptionalTensor& proj_value, const OptionalTensor& mask, const OptionalTensor& cu_seqlens_k) {
   const bool packed = cu_seqlens_k.has_value();
@@ -260,14 +271,7 @@ void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tens
   p.proj_key = projection_rows(proj_key, "proj_key", key, p);
   p.shared_kv = !proj_value.has_value();
   p.proj_value = p.shared_kv ? p.proj_key : projection_rows(*proj_value, "proj_value", key, p);
-  if (mask) {
-    STD_TORCH_CHECK(!packed && same_device(*mask, key) && mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 &&
-                        mask->size(0) == p.batch && mask->size(1) == p.len_k,
-                    "linformer_kernels: key_padding_mask must be a bool tensor of shape (batch, key length)");
-    p.mask = static_cast<const bool*>(memory_of(*mask, "key_padding_mask"));
-    p.mask_batch_stride = mask->stride(0);
-    p.mask_row_stride = mask->stride(1);
-  }
+  set_mask(p, mask, key, packed);
 }
 
 // Sizes of which plans can compute with 64 bits. A tensor may be of any size without having memory: expanded.
@@ -673,6 +677,43 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_key_proj, Tensor grad_value
   return {grad_key, grad_value};
 }
 
+// For the CPU alone; elsewhere linformer_kernels/segments.py computes the same.
+Tensor choose_segments(Tensor query, Tensor key, OptionalTensor key_padding_mask, OptionalTensor cu_seqlens_q,
+                       OptionalTensor cu_seqlens_k, int64_t num_segments, int64_t singles, int64_t first,
+                       int64_t last) {
+  const bool packed = cu_seqlens_k.has_value();
+  cpu::SegmentChoice choice;
+  Problem& p = choice.problem;
+  set_query(p, query, cu_seqlens_q);
+  const View k = view_of(key, "key", query, packed);
+  STD_TORCH_CHECK(k.columns == p.head_dim && batch_of(cu_seqlens_k, k.batch) == p.batch,
+                  "linformer_kernels: query does not match key in batch or head_dim");
+  p.heads_kv = k.heads;
+  p.len_k = p.total_k = k.length;
+  p.key = k.rows;
+  p.proj_dim = num_segments;
+  check_heads(p);
+  set_mask(p, key_padding_mask, key, packed);
+  p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
+  STD_TORCH_CHECK(first >= 0 && last >= 0 && first + last <= singles && singles < num_segments,
+                  "linformer_kernels: wanted: 0 <= first + last <= singles < num_segments");
+  choice.singles = singles;
+  choice.first = first;
+  choice.last = last;
+  constexpr const char* kWhat = "the segments";
+  Tensor segments = packed ? new_empty(kWhat, key, {k.length, p.heads_kv}, ScalarType::Int)
+                           : new_empty(kWhat, key, {p.batch, p.heads_kv, p.len_k}, ScalarType::Int);
+  choice.segments = static_cast<int32_t*>(segments.data_ptr());
+  choice.batch_stride = packed ? 0 : p.heads_kv * p.len_k;
+  choice.head_stride = packed ? 1 : p.len_k;
+  choice.row_stride = packed ? p.heads_kv : 1;
+  if (segments.numel() == 0) return segments;
+  torch::stable::parallel_for(0, p.batch * p.heads_kv, 1, [&choice](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) cpu::choose_segments(choice, i);
+  });
+  return segments;
+}
+
 std::string cpu_capability() {
   check_capability();
   return cpu::kernel_table().name;
@@ -732,11 +773,12 @@ double cpu_probe_gflops() { return cpu::kernel_table().probe_gflops(); }
   m.impl("pool_backward", TORCH_BOX(&linformer::pool_backward));             \
   m.impl("projected_attention_backward", TORCH_BOX(&linformer::projected_attention_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CPU, m){LINFORMER_IMPLEMENT(m)}
-#ifdef LINFORMER_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CPU, m) {
   LINFORMER_IMPLEMENT(m)
+  m.impl("choose_segments", TORCH_BOX(&linformer::choose_segments));
 }
+#ifdef LINFORMER_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CUDA, m) { LINFORMER_IMPLEMENT(m) }
 
 // For tests: launches go to `emulator`, or to the GPU again with nullptr.
 extern "C" __attribute__((visibility("default"))) void linformer_emulate(linformer::Emulator emulator,

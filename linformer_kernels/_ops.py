@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .segments import choose_segments
+
 # torch's counter imports Triton. Where that is broken the counter does not import, but this package does; where it is
 # missing, torch logs so, and importing this package never prints.
 _log = logging.getLogger("torch.utils.flop_counter")
@@ -252,6 +254,21 @@ def empty_pool_grads(
 )
 def _(grad_key_proj, grad_value_proj, count, segments, cu_seqlens_k, heads_inner, needs):  # type: ignore[no-untyped-def]
     return empty_pool_grads(grad_key_proj, grad_value_proj, segments, heads_inner, needs)
+
+
+# Of tokens alone and in windows; not differentiable. No overload of Triton's: the native library has it for CPUs, and
+# PyTorch's own operators make it for all else.
+_CHOOSE = (
+    "choose_segments(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "int num_segments, int singles, int first, int last) -> Tensor"
+)
+LIBRARY.define(_CHOOSE, tags=_TAGS)
+LIBRARY.impl("choose_segments", choose_segments, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("linformer_kernels::choose_segments", lib=LIBRARY)
+def _(query, key, key_padding_mask, cu_seqlens_q, cu_seqlens_k, num_segments, singles, first, last):  # type: ignore[no-untyped-def]
+    return key.new_empty(key.shape[:-1], dtype=torch.int32)
 
 
 # What the CPU kernels will use, how this thread uses another build ("": as before), for bench, and why not the AMX that

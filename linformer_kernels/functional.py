@@ -351,7 +351,8 @@ def pooled_attention(
     options: Any = {"key_padding_mask": key_padding_mask, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
     key_proj, value_proj, count = pool_kv(key, value, segments, num_segments, **options)
     options = {"cu_seqlens_q": cu_seqlens_q, "dropout_p": dropout_p, "scale": scale, "backend": backend}
-    return projected_attention(query, key_proj, value_proj, key_bias=count.log(), **options)
+    weight = count.double() if key_proj.dtype == torch.float64 else count
+    return projected_attention(query, key_proj, value_proj, key_bias=weight.log(), **options)
 
 
 def _attention(

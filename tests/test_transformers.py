@@ -78,6 +78,59 @@ def test_identity_is_exact_attention(family, backend):
     assert all(torch.equal(kept[name], weight) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adaptive_without_data(family, backend, tmp_path):
+    """Exact with a row for each position; with fewer the same numbers for padded, single and loaded."""
+    model, batch = make(family), inputs(family)
+    want = hidden(model, batch)
+    with linformer_kernels.use_backend(backend):
+        exact = linformerize(copy.deepcopy(model), proj_dim=LENGTH, projection="adaptive")
+        assert (hidden(exact, batch) - want).abs().max() <= 1e-5
+        converted = linformerize(copy.deepcopy(model), proj_dim=16, projection="adaptive")
+        together = converted(**batch).last_hidden_state
+        assert not torch.equal(hidden(converted, batch), want)
+        for b in range(3):
+            mask = batch["attention_mask"][b].bool() if "attention_mask" in batch else slice(None)
+            # Positions of a text are embedded as they lie, so one with padding before it is another text alone.
+            if b == 2 and "attention_mask" in batch:
+                continue
+            of_one = {
+                name: x[b : b + 1, mask] if "attention_mask" in batch else x[b : b + 1] for name, x in batch.items()
+            }
+            torch.testing.assert_close(
+                converted(**of_one).last_hidden_state[0], together[b][mask], rtol=1e-4, atol=1e-5
+            )
+    keep = {"pixel_values": (1, 0), "input_features": (0, 0)}.get(model.main_input_name, (1, 1))
+    assert [projection.keep for projection in converted.base_model.linformer] == [keep]
+    assert set(converted.state_dict()) == set(model.state_dict())
+    if family not in ("Bart", "Whisper"):  # an encoder by itself is saved with its whole model
+        converted.save_pretrained(tmp_path)
+        loaded = load(type(model), tmp_path).eval()
+        assert loaded.base_model.linformer[0].keep == keep and loaded.base_model.linformer[0].singles == 6
+        with linformer_kernels.use_backend(backend):
+            torch.testing.assert_close(loaded(**batch).last_hidden_state, together)
+    converted.set_attn_implementation("sdpa")
+    assert torch.equal(hidden(converted, batch), want)
+
+
+def test_adaptive_sizes_of_layers():
+    model = linformerize(make("Bert"), proj_dim=[50, 16, 8], projection="adaptive", keep=(2, 0), singles=0.5)
+    assert [(p.proj_dim, p.keep, p.singles) for p in model.linformer] == [
+        (50, (2, 0), 25),
+        (16, (2, 0), 8),
+        (8, (2, 0), 4),
+    ]
+    assert model(**inputs("Bert")).last_hidden_state.isfinite().all()
+    for windows in ("mean", "max"):
+        model = linformerize(make("Bert"), proj_dim=LENGTH, projection=windows, windows="valid")
+        assert model.linformer[0].seq_len is None and model(**inputs("Bert")).last_hidden_state.isfinite().all()
+    model = linformerize(make("Bert"), 64, 16, length_norm=True)
+    assert model.linformer[0].length_norm and model(**inputs("Bert")).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match=r"keep is \(9, 9\) but proj_dim is 16; wanted: "):
+        linformerize(make("Bert"), proj_dim=16, projection="adaptive", keep=(9, 9))
+
+
 @pytest.mark.parametrize("init", ["gaussian", "mean", "identity", "svd"])
 @pytest.mark.parametrize("sharing", ["none", "headwise", "key_value", "layerwise"])
 def test_attention_is_the_formula(sharing, init):
@@ -726,6 +779,17 @@ def test_pretrained_minilm(minilm, backend):
             converted = torch.compile(converted, fullgraph=True)
         with linformer_kernels.use_backend("cpu" if backend == "compiled" else backend):
             assert (hidden(converted, batch) - want).abs().max() <= 1e-5
+
+
+def test_adaptive_keeps_more_of_minilm(minilm):
+    model, batch = minilm
+    with torch.no_grad():
+        want = hidden(model, batch)
+        kept = {}
+        for kind in ("adaptive", "mean", "learned"):
+            converted = linformerize(copy.deepcopy(model), 128, 32, projection=kind)
+            kept[kind] = nn.functional.cosine_similarity(hidden(converted, batch), want, dim=-1).mean()
+    assert kept["adaptive"] > 0.9 and kept["adaptive"] > kept["mean"] > kept["learned"]
 
 
 def test_starts_of_e_on_minilm(minilm):

@@ -34,13 +34,17 @@ from .._masks import of_scores  # noqa: E402
 from .._validation import integer, refuse_causal  # noqa: E402
 from ..encoders import sizes_by_layer  # noqa: E402
 from ..modules import SHARINGS  # noqa: E402
-from ..projections import LinformerProjection, check_sizes, from_the_first  # noqa: E402
+from ..projections import SINGLES, WEIGHTLESS, LinformerProjection, check_sizes, from_the_first  # noqa: E402
 
 NAME = "linformer"
 PLACE = "linformer_place"
 _MOMENTS = "linformer_moments"
 INITS = ("gaussian", "mean", "identity", "svd")
 SETTINGS = ("seq_len", "proj_dim", "sharing", "projection", "init")  # of config.linformer
+# There too, since it has kinds of projections with them; as in LinformerProjection where they are missing.
+MORE_SETTINGS = ("windows", "keep", "singles", "length_norm")
+# Inputs of models whose sequence has no special token at its end: patches behind a class token; spectra.
+_KEEP = {"pixel_values": (1, 0), "input_features": (0, 0), "input_values": (0, 0)}
 # Options that transformers hands to attention functions and that mean nothing to one without weights and cache.
 HARMLESS = {
     "position_ids", "max_length_q", "max_length_k", "num_items_in_batch", "output_hidden_states",
@@ -52,15 +56,23 @@ _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revisio
 
 def linformerize(
     model: PreTrainedModel,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     proj_dim: int | Sequence[int] = 128,
     sharing: str = "layerwise",
     *,
     init: str = "gaussian",
     projection: str = "learned",
+    windows: str = "seq_len",
+    keep: tuple[int, int] | None = None,
+    singles: float = SINGLES,
+    length_norm: bool = False,
     calibration: Iterable[dict[str, Tensor]] | None = None,
 ) -> PreTrainedModel:
     """Replace the attention of an encoder of transformers by Linformer attention, in place.
+
+    `linformerize(model, proj_dim=128, projection="adaptive")` converts a trained model without data: its rows of K'
+    follow each sequence, and keep most of what the model knows (docs/results.md). The default, a learned E, is for
+    training from scratch, or further.
 
     Takes every encoder whose attention goes through transformers' attention interface: BERT, RoBERTa, XLM-R,
     DistilBERT, ViT and their like, with any head on top, and `model.get_encoder()` of an encoder-decoder model, as BART
@@ -72,7 +84,8 @@ def linformerize(
     Args:
         model: on any device, in any dtype; E and F are made like its weights.
         seq_len: N_max, the longest sequence in tokens (for ViT: patches and the class token). Shorter ones use the
-            first columns of E. Longer ones raise ValueError when the model is called.
+            first columns of E. Longer ones raise ValueError when the model is called. None: 512, and any length for
+            projections that are made for none ("adaptive", and windows="valid").
         proj_dim: K, for all layers or one number a layer.
         sharing: section 4 of the paper. "layerwise": one matrix for all heads, keys, values and layers. "key_value":
             one matrix a layer, E = F. "headwise": one E and one F a layer. "none": an E and an F a head.
@@ -83,7 +96,10 @@ def linformerize(
             "svd": the rows of "identity", projected onto the K strongest singular directions (over positions) of the
             model's keys and values on the calibration data: what a position shares with its neighbours goes with it.
             Rows of positions that no calibration data reaches stay as those of "identity".
-        projection: kind of the projection, see LinformerProjection: "learned", "fixed", "mean", "max" or "conv".
+        projection: kind of the projection, see LinformerProjection: "learned", "fixed", "mean", "max", "conv" or
+            "adaptive".
+        windows, singles, length_norm: see LinformerProjection.
+        keep: the same. None: the first and the last token of a text, the class token of an image.
         calibration: for init="svd": batches of the model's inputs, as dict of tensors; the model sees each once.
     Returns:
         The model itself.
@@ -96,15 +112,18 @@ def linformerize(
         ValueError: arguments that do not fit each other or the model.
     """
     layers = _attention_layers(model)
-    settings = _check(len(layers), seq_len, proj_dim, sharing, init, projection, calibration)
+    settings = _check(len(layers), seq_len, proj_dim, sharing, init, projection, windows, calibration)
+    if keep is None and projection == "adaptive":
+        keep = _KEEP.get(model.main_input_name, (1, 1))
+        keep = keep if max(sum(keep), 1) < min(sizes_of(settings, len(layers))) else (0, 0)
+    settings |= {"windows": windows, "keep": keep, "singles": singles, "length_norm": length_norm}
     if getattr(model.config, "output_attentions", False):
         raise NotImplementedError(
             "model.config.output_attentions is True, but Linformer has no attention over positions to return; wanted: "
             "False"
         )
-    seq_len = settings["seq_len"]
     _own_configs(model)
-    moments = None if calibration is None else _position_moments(model, layers, seq_len, calibration)
+    moments = None if calibration is None else _position_moments(model, layers, settings["seq_len"], calibration)
     made = _install(model, layers, settings)
     if moments is not None:
         for index, matrices in enumerate(made):
@@ -320,7 +339,14 @@ def _forward(module: nn.Module) -> Any:
 
 
 def _check(
-    layers: int, seq_len: int, proj_dim: int | Sequence[int], sharing: str, init: str, kind: str, calibration: object
+    layers: int,
+    seq_len: int | None,
+    proj_dim: int | Sequence[int],
+    sharing: str,
+    init: str,
+    kind: str,
+    windows: str,
+    calibration: object,
 ) -> dict[str, Any]:
     """The settings as `model.config.linformer` holds them. What LinformerProjection checks itself is left to it."""
     for name, value, known in (("sharing", sharing, SHARINGS), ("init", init, INITS)):
@@ -328,12 +354,18 @@ def _check(
             raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(known)}")
     if not isinstance(kind, str):
         raise TypeError(f'projection is a {type(kind).__name__}; wanted: the name of a kind, as "learned" or "mean"')
-    seq_len, sizes = integer("seq_len", seq_len), sizes_by_layer(proj_dim, layers, sharing)
+    # What has no weights is shared in any case, and may yet have a size a layer.
+    one_size = sharing if kind not in WEIGHTLESS or isinstance(proj_dim, int) else "key_value"
+    sizes = sizes_by_layer(proj_dim, layers, one_size)
+    if seq_len is None and kind != "adaptive" and windows != "valid":
+        seq_len = 512
+    seq_len = None if seq_len is None else integer("seq_len", seq_len)
     if init != "gaussian" and kind not in ("learned", "fixed"):
         raise ValueError(
             f'init is {init!r} but projection is {kind!r}, which has a start of its own; wanted: "gaussian"'
         )
-    check_sizes(seq_len, max(sizes))
+    if seq_len is not None and kind != "adaptive" and windows != "valid":
+        check_sizes(seq_len, max(sizes))
     if (init == "svd") != (calibration is not None):
         raise ValueError(
             f"init is {init!r} and calibration is {'missing' if calibration is None else 'given'}; wanted: calibration "
@@ -342,10 +374,16 @@ def _check(
     return {
         "seq_len": seq_len,
         "proj_dim": sizes[0] if len(set(sizes)) == 1 else sizes,
-        "sharing": sharing,
+        "sharing": one_size if len(set(sizes)) > 1 else sharing,
         "projection": kind,
         "init": "identity" if init == "svd" else init,  # of which it is a projection, row by row
     }
+
+
+def sizes_of(settings: dict[str, Any], layers: int) -> list[int]:
+    """K of each layer."""
+    size: int | list[int] = settings["proj_dim"]
+    return size if isinstance(size, list) else [size] * layers
 
 
 def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str, Any]) -> list[LinformerProjection]:
@@ -359,7 +397,8 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
             'sharing="key_value"'
         )
     like = next(model.parameters())
-    sizes = settings["proj_dim"] if isinstance(settings["proj_dim"], list) else [settings["proj_dim"]] * len(layers)
+    sizes = sizes_of(settings, len(layers))
+    more = {name: settings[name] for name in MORE_SETTINGS if settings.get(name) is not None}
     count = 1 if settings["sharing"] == "layerwise" else len(layers)
     made = []
     for layer, size in zip(layers[:count], sizes, strict=False):
@@ -371,6 +410,7 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
                 num_heads=heads if settings["sharing"] == "none" else None,
                 kind=settings["projection"],
                 share_kv=settings["sharing"] in ("key_value", "layerwise"),
+                **more,
                 head_dim=head_dim if settings["projection"] == "conv" else None,
                 init=settings["init"],
                 device=like.device,
