@@ -600,9 +600,10 @@ void set_segments(Problem& p, const Tensor& segments, const Tensor& like, int64_
 }
 
 void check_pool_sizes(const Problem& p) {
-  STD_TORCH_CHECK(
-      p.proj_dim >= 1 && p.proj_dim < int64_t{1} << 31 && p.head_dim >= 1 && p.value_dim >= 1 && p.heads_kv >= 1,
-      "linformer_kernels: num_segments, heads and head dimensions must be at least 1");
+  STD_TORCH_CHECK(p.proj_dim >= 1 && p.head_dim >= 1 && p.value_dim >= 1 && p.heads_kv >= 1,
+                  "linformer_kernels: num_segments, heads and head dimensions must be at least 1");
+  STD_TORCH_CHECK(p.proj_dim < int64_t{1} << 31, "linformer_kernels: num_segments is ", p.proj_dim,
+                  ", beyond what can be computed: segments are int32");
   check_sizes(p);
 }
 

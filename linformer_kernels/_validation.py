@@ -78,12 +78,7 @@ def check_attention(
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
         batch, source = cu_seqlens_k.size(0) - 1, "cu_seqlens_k describes"
-        if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
-            _fail(
-                f"cu_seqlens_q has {cu_seqlens_q.size(0)} entries but cu_seqlens_k has {cu_seqlens_k.size(0)}",
-                "B + 1 entries in both",
-                "give a sequence without queries or keys a length of 0 by repeating an entry",
-            )
+        _check_same_batch(cu_seqlens_q, cu_seqlens_k)
     else:
         if query_shape[0] != shape[0]:
             _fail_batch("query has batch size", query_shape[0], "key", shape[0])
@@ -152,8 +147,9 @@ def check_pool(
     packed = cu_seqlens_k is not None
     shape = _check_key_value(key, value, packed, "packed tensors come with cu_seqlens_k, padded ones without")
     number = integer("num_segments", num_segments, "an integer, the number K of segments")
-    if number < 1:
-        _fail(f"num_segments is {number}", "at least 1", "pass the number K of segments, so that they are 0 to K - 1")
+    if not 1 <= number < 2**31:
+        remedy = "pass the number K of segments, so that they are 0 to K - 1"
+        _fail(f"num_segments is {number}", "at least 1, and less than 2^31", remedy)
     if cu_seqlens_k is None:
         _check_mask(key_padding_mask, key)
     else:
@@ -247,11 +243,28 @@ def check_projected_attention(
     )
 
 
-def check_both_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
-    """That query and keys are packed, or neither is."""
+def check_pooled_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> None:
+    """That the query fits the keys; the halves check the rest, and of the keys the second knows K' alone."""
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         came, lacks = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_q is None else ("cu_seqlens_q", "cu_seqlens_k")
         _fail(f"{came} came without {lacks}", "both or neither", "pack query, key and value alike")
+    _check_floating(query=query, key=key, value=value)
+    packed, remedy = (
+        cu_seqlens_k is not None,
+        "packed tensors come with cu_seqlens_q and cu_seqlens_k, padded ones without",
+    )
+    _check_rank("query", query, packed, remedy)
+    shape = _check_key_value(key, value, packed, remedy)
+    query_shape = _check_query(query, "key", shape)
+    if packed:
+        _check_same_batch(
+            _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None),
+            _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None),
+        )
+    elif query_shape[0] != shape[0]:
+        _fail_batch("query has batch size", query_shape[0], "key", shape[0])
 
 
 def check_pooling(
@@ -282,6 +295,8 @@ def check_pooling(
 
 def integer(name: str, value: SupportsIndex, wanted: str = "an integer") -> int:
     """A size: Python's integers, numpy's, what torch.compile has for them."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]  # the compiler cannot trace what follows for a size that may change
     if not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {value!r}; wanted: {wanted}")
     return operator.index(value)
@@ -305,6 +320,15 @@ def _fail(got: str, wanted: str, remedy: str, error: type[Exception] = ValueErro
 def _fail_batch(source: str, batch: int, name: str, other: int) -> NoReturn:
     remedy = "expand the smaller one with .expand(B, -1, -1, -1)"
     _fail(f"{source} {batch} but {name} has batch size {other}", "the same number of sequences in both", remedy)
+
+
+def _check_same_batch(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
+        _fail(
+            f"cu_seqlens_q has {cu_seqlens_q.size(0)} entries but cu_seqlens_k has {cu_seqlens_k.size(0)}",
+            "B + 1 entries in both",
+            "give a sequence without queries or keys a length of 0 by repeating an entry",
+        )
 
 
 def _shape(name: str, tensor: Tensor) -> str:
@@ -449,7 +473,8 @@ def _checked_segments(segments: Tensor, number: int, key: Tensor, shape: torch.S
     _check_device("segments", segments, "key", key)
     wanted = (shape[0], shape[1]) if packed else (shape[0], shape[1], shape[2])
     one_for_all = (shape[0],) if packed else (shape[0], shape[2])
-    if tuple(segments.shape) not in (wanted, one_for_all):
+    # By rank: of tuples of two lengths a compiler would compare the sequence with the heads, and guard on that.
+    if tuple(segments.shape) != (wanted if segments.dim() == len(wanted) else one_for_all):
         names = ("(total_k,)", "(total_k, H_kv)") if packed else ("(B, N)", "(B, H_kv, N)")
         _fail(
             _shape("segments", segments),

@@ -31,8 +31,8 @@ from ._backends import REFUSALS, choose, short_way
 from ._validation import (
     Call,
     check_attention,
-    check_both_packed,
     check_pool,
+    check_pooled_attention,
     check_project,
     check_projected_attention,
 )
@@ -347,7 +347,8 @@ def pooled_attention(
         As `pool_kv` and `projected_attention`; ValueError also for one of cu_seqlens_q and cu_seqlens_k without the
         other.
     """
-    check_both_packed(cu_seqlens_q, cu_seqlens_k)
+    query, key, value = _autocast(query, key, value)
+    check_pooled_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"key_padding_mask": key_padding_mask, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
     key_proj, value_proj, count = pool_kv(key, value, segments, num_segments, **options)
     options = {"cu_seqlens_q": cu_seqlens_q, "dropout_p": dropout_p, "scale": scale, "backend": backend}

@@ -141,7 +141,7 @@ def test_results_of_the_ops_are_poisoned(device, native):
     """The poison of conftest.py reaches what C++ allocates: every result is filled before the kernel writes."""
     x = Inputs(Case(), device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.ops.linformer_kernels.attention(*x.positional(), None, None, None, None, 0.0, 1.0, False)
+        torch.ops.linformer_kernels.attention(*x.positional(), None, None, None, None, None, 0.0, 1.0, False)
     names = [event.name for event in profile.events()]
     assert names.count("aten::fill_") >= 3 and names.count("aten::empty") + names.count("aten::new_empty") >= 3, names
 
