@@ -107,8 +107,8 @@ Tensor new_empty(const char* what, const Tensor& like, std::initializer_list<int
   return allocate(what, sizes, dtype == ScalarType::Float ? 4 : 2, like, [&] {
     int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle result = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-        like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &type, nullptr, nullptr, 0, nullptr, &result));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
+                                                     &type, nullptr, nullptr, 0, nullptr, &result));
     return Tensor(result);
   });
 }

@@ -120,7 +120,7 @@ def check_project(
         _check_mask(key_padding_mask, key)
         _check_batch_of_projection(proj_key, shape[0], "key has")
     else:
-        _refuse_both(key_padding_mask)
+        refuse_both(key_padding_mask)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
         _check_batch_of_projection(proj_key, cu_seqlens_k.size(0) - 1, "cu_seqlens_k describes")
     return Call(
@@ -153,7 +153,7 @@ def check_pool(
     if cu_seqlens_k is None:
         _check_mask(key_padding_mask, key)
     else:
-        _refuse_both(key_padding_mask)
+        refuse_both(key_padding_mask)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None)
     segments = _checked_segments(segments, number, key, shape, packed)
     if key_padding_mask is not None:
@@ -175,7 +175,7 @@ def check_adaptive(
     """What chooses segments by a query."""
     check_pooled_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_k is not None:
-        _refuse_both(key_padding_mask)
+        refuse_both(key_padding_mask)
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None)
     else:
@@ -426,7 +426,7 @@ def _check_batch_of_projection(proj_key: Tensor, batch: int, source: str) -> Non
         _fail(got, _PROJ, "give each sequence its matrix, or one to all as (K, N_max) or (H_kv, K, N_max)")
 
 
-def _refuse_both(key_padding_mask: Tensor | None) -> None:
+def refuse_both(key_padding_mask: Tensor | None) -> None:
     if key_padding_mask is not None:
         _fail("key_padding_mask came with cu_seqlens_k", "one of the two", "leave the masked rows out when packing")
 

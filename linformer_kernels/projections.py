@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ._masks import readable
-from ._validation import check_adaptive, check_pooling, check_project, check_tensor, integer
+from ._validation import (
+    check_adaptive,
+    check_both_packed,
+    check_pooling,
+    check_project,
+    check_tensor,
+    integer,
+    refuse_both,
+)
 from .functional import (
     linformer_attention,
     linformer_attention_varlen,
@@ -49,7 +57,7 @@ class LinformerProjection(nn.Module):
     Args:
         seq_len: N_max, the longest sequence. A shorter one uses the first N columns. None: any length, for "adaptive"
             and with windows="valid".
-        proj_dim: K.
+        proj_dim: K. At most seq_len, but where windows follow the sequence.
         num_heads: None: one projection for all heads; otherwise one for each of that many key heads.
         kind:
             "learned": E and F are parameters.
@@ -83,7 +91,7 @@ class LinformerProjection(nn.Module):
 
     Raises:
         TypeError: a size is no integer.
-        ValueError: sizes below 1, an unknown kind, init or windows, more windows than positions, num_heads with "mean",
+        ValueError: sizes below 1, an unknown kind, init or windows, proj_dim above seq_len, num_heads with "mean",
             "max" or "adaptive", head_dim without "conv" or "conv" without head_dim, init for a kind that has a start of
             its own, windows, keep, singles or length_norm for a kind without them, keep larger than K.
     """
@@ -125,8 +133,8 @@ class LinformerProjection(nn.Module):
             raise ValueError(f'seq_len is None but kind is "{kind}"; wanted: the longest sequence')
         if pooling and init != "gaussian":
             raise ValueError(f'init is {init!r} but kind is "{kind}", which has a start of its own; wanted: "gaussian"')
-        if seq_len is not None and not follows and (pooling or init != "gaussian") and proj_dim > seq_len:
-            raise ValueError(f"proj_dim is {proj_dim} but seq_len is {seq_len}; wanted: a position for each window")
+        if seq_len is not None and not follows:
+            check_sizes(seq_len, proj_dim)
         if weightless and num_heads is not None:
             raise ValueError(f'num_heads is {num_heads} but kind is "{kind}"; wanted: None, as pooling has no weights')
         if (kind == "conv") != (head_dim is not None):
@@ -208,9 +216,16 @@ class LinformerProjection(nn.Module):
             D_v columns.
 
         Raises:
-            As `linformer_attention` and `linformer_attention_varlen`; ValueError also for "adaptive" without a query.
+            As `linformer_attention` and `linformer_attention_varlen`; ValueError also for what is of a query, without
+            one, and for "adaptive" without a query.
         """
         check_tensor("key", key)
+        if query is not None:
+            check_both_packed(cu_seqlens_q, cu_seqlens_k)
+        elif cu_seqlens_q is not None or dropout_p != 0.0 or scale is not None:
+            raise ValueError("cu_seqlens_q, dropout_p or scale came without a query; wanted: a query, or none of them")
+        if cu_seqlens_k is not None:
+            refuse_both(key_padding_mask)
         mask, length = key_padding_mask, key.size(-2)
         options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
         packed: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
@@ -226,7 +241,7 @@ class LinformerProjection(nn.Module):
             options["key_bias"] = self._bias(length, mask, cu_seqlens_k, key.device)
             if cu_seqlens_k is None:
                 return linformer_attention(*matrices, key_padding_mask=mask, **options)
-            assert cu_seqlens_q is not None  # for mypy: they come together
+            assert cu_seqlens_q is not None  # for mypy: it has been refused
             return linformer_attention_varlen(
                 *matrices, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options
             )
@@ -412,6 +427,15 @@ class LinformerProjection(nn.Module):
         rows = functional.pad(rows, (0, 0, 0, absent))[:, :, windows]  # (B, H, K, width, D)
         rows = torch.where(taken, rows, 0)
         return torch.einsum(f"bhkwd,{'dw' if weight.dim() == 2 else 'hdw'}->bhkd", rows, weight)
+
+
+def check_sizes(seq_len: int, proj_dim: int) -> None:
+    """That there are fewer rows than positions, or as many: more would cost more than exact attention, for no more."""
+    if proj_dim > seq_len:
+        raise ValueError(
+            f"proj_dim is {proj_dim} but seq_len is {seq_len}; wanted: at most seq_len, as K' of more rows than "
+            "positions holds nothing more and costs more than exact attention"
+        )
 
 
 def _checked_keep(keep: Any, proj_dim: int, adaptive: bool) -> tuple[int, int]:

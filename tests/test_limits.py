@@ -198,6 +198,26 @@ def test_values_near_the_largest_number(case, backend, dtype, device):
     cases.compare({case: cases.run(x, backend)}, x)
 
 
+@pytest.mark.parametrize("build", ["generic", "avx2", "avx512", "avx512_bf16", "emulate_avx512_bf16", "emulate_amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_a_row_far_below_the_others_has_no_part(dtype, build):
+    """Without AVX-512 its exponential was 2^-126 of the largest, or more where there are many rows, and times a number
+    near the largest that is thousands: behind a bias of -10,000 lies whatever was in memory."""
+    query, key, value = (torch.rand(1, 2, rows, 16, dtype=dtype) for rows in (30, 200, 200))
+    far, bias, low = torch.arange(200) % 2 == 0, torch.zeros(200), key.clone()
+    value[:, :, far], low[:, :, far], bias[far] = 3e38, -3e38, -1e4
+    try:
+        if ops.cpu_use_capability(build) != build:
+            pytest.skip(f"this machine has no {build}")
+        by_bias = lk.projected_attention(query, key, value, key_bias=bias)
+        by_score = lk.projected_attention(query, low, value)
+        want = lk.projected_attention(query, key[:, :, ~far], value[:, :, ~far])
+    finally:
+        ops.cpu_use_capability("")
+    torch.testing.assert_close(by_bias, want)
+    torch.testing.assert_close(by_score, want)
+
+
 def test_the_library_has_no_path_of_the_machine_that_built_it():
     """Errors of the stable ABI carried the paths of its headers, with the home of who built them, and so did ours."""
     path = _library.path()

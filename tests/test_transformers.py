@@ -618,6 +618,23 @@ def test_load_hands_options_to_both_readers(tmp_path):
         load(AutoModel, tmp_path / "older")
 
 
+def test_loaded_with_exact_attention(tmp_path):
+    """`attn_implementation` was overruled in silence. What a folder says is that the model was converted: it is loaded
+    so, whatever it was set to when it was saved."""
+    model, batch = make("Bert"), inputs("Bert")
+    exact = hidden(model, batch)
+    approximate = hidden(linformerize(model, LENGTH, 16), batch)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hidden(load(AutoModel, tmp_path).eval(), batch), approximate)
+    again = load(AutoModel, tmp_path, attn_implementation="sdpa").eval()
+    assert torch.equal(hidden(again, batch), exact)
+    again.set_attn_implementation("linformer")
+    assert torch.equal(hidden(again, batch), approximate)
+    again.config._attn_implementation = "sdpa"
+    assert torch.equal(hidden(load(AutoModel, tmp_path, config=again.config).eval(), batch), exact)
+
+
 def test_proj_dim_by_layer():
     model = linformerize(make("Bert"), np.int64(LENGTH), np.array((16, 8, 4)), "key_value")
     assert model.config.linformer["seq_len"] == LENGTH and model.config.to_json_string()
@@ -672,7 +689,7 @@ def test_another_sequence_is_refused_when_it_comes():
     (dict(proj_dim=[4, 4]), "2 numbers but the model has 3 layers"),
     (dict(proj_dim=[4, 4, 8]), "one matrix for all layers"),
     (dict(proj_dim=0), "proj_dim is 0"),
-    (dict(proj_dim=600, init="mean"), "proj_dim is 600 but seq_len 512"),
+    (dict(proj_dim=600), "proj_dim is 600 but seq_len is 512; wanted: at most seq_len"),
     (dict(projection="mean", init="identity"), "a start of its own"),
     (dict(init="svd"), "calibration is missing"),
     (dict(calibration=[]), "calibration is given"),
