@@ -243,13 +243,18 @@ def check_projected_attention(
     )
 
 
+def check_both_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+    """That query and keys are packed, or neither is."""
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        came, lacks = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_q is None else ("cu_seqlens_q", "cu_seqlens_k")
+        _fail(f"{came} came without {lacks}", "both or neither", "pack query, key and value alike")
+
+
 def check_pooled_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> None:
     """That the query fits the keys; the halves check the rest, and of the keys the second knows K' alone."""
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        came, lacks = ("cu_seqlens_k", "cu_seqlens_q") if cu_seqlens_q is None else ("cu_seqlens_q", "cu_seqlens_k")
-        _fail(f"{came} came without {lacks}", "both or neither", "pack query, key and value alike")
+    check_both_packed(cu_seqlens_q, cu_seqlens_k)
     _check_floating(query=query, key=key, value=value)
     packed, remedy = (
         cu_seqlens_k is not None,
