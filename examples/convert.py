@@ -1,12 +1,19 @@
-"""A trained encoder goes over to Linformer attention: the original teaches its converted copy, on text without labels.
+"""A trained encoder goes over to Linformer attention: the original teaches its converted copy.
 
     python examples/convert.py --model roberta-base --data PATH --seq-len 512 --proj-dim 128 --output runs/converted
     python examples/finetune.py --task imdb --data aclImdb --checkpoint runs/converted --output runs/imdb
 
+    python examples/finetune.py --task imdb --data aclImdb --checkpoint roberta --output runs/teacher
+    python examples/convert.py --task imdb --data aclImdb --model runs/teacher --projection adaptive --output ...
+
+The first way is on text without labels, the second on a task: its teacher is fine-tuned already, and the loss is the
+task's plus the mean square of what the copy's hidden states, of every layer, lack of the teacher's, as in CALD
+(arXiv 2410.06846).
+
 The model is a folder or a name that transformers' from_pretrained takes, with its tokenizer. The copy starts with the
-original's weights and learns to give its hidden states; the word embeddings stay as they are. Each batch is cut to a
-random length from --shortest to --seq-len, so that E learns short texts too. A tenth of the text (see corpus.py) is
-held out: what is printed is the cosine similarity of hidden states there, of each token and of their mean over a
+original's weights. On text it learns to give its hidden states; the word embeddings stay as they are. Each batch is cut
+to a random length from --shortest to --seq-len, so that E learns short texts too. A tenth of the text (see corpus.py)
+is held out: what is printed is the cosine similarity of hidden states there, of each token and of their mean over a
 sequence. With --repeat-positions a model that was trained on 512 tokens reads more: original and copy get its table of
 positions several times over, as Longformer did (Beltagy et al., 2020, section 5). The output loads with
 `linformer_kernels.integrations.transformers.load`. `torchrun`, `--resume` and `--record FILE` work as in
@@ -24,8 +31,10 @@ import torch
 from checkpoints import WholeCheckpoints
 from corpus import read_corpus
 from encoder import add_projection
+from finetune import Encoded, Pad, accuracy_and_f1, characters, subset
 from pretrain_mlm import Blocks
 from recording import Recorder, arguments, machine
+from tasks import TASKS, Task, read_task
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import Subset
@@ -44,11 +53,19 @@ from training import (
     train,
     trainer_arguments,
 )
-from transformers import AutoConfig, AutoModel, AutoTokenizer, EvalPrediction, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    set_seed,
+)
 
 from linformer_kernels.integrations.transformers import linformerize
 
-NOT_RECORDED = ("corpus", "tokenizer", "teacher", "student")
+NOT_RECORDED = ("read", "tokenizer", "teacher", "student")
 
 
 class Teaching(WholeCheckpoints):
@@ -83,6 +100,32 @@ class Teaching(WholeCheckpoints):
         return 1 - cosines[:, 0].mean(), cosines, cosines  # the last as labels, without which there are no metrics
 
 
+class TeachingTask(WholeCheckpoints):
+    """The loss is the task's, plus the mean square of the difference to the teacher's hidden states in every layer."""
+
+    def __init__(self, teacher: PreTrainedModel, **options: Any) -> None:
+        super().__init__(**options)
+        self.teacher = teacher.to(self.args.device).eval()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """In evaluation the loss of the task alone."""
+        got = model(**inputs, output_hidden_states=model.training)
+        loss = got.loss
+        if model.training:
+            with torch.no_grad():
+                want = self.teacher(**inputs, output_hidden_states=True).hidden_states
+            takes_part = inputs["attention_mask"].bool()
+            # The first are the embeddings, which start alike.
+            squares = [
+                (ours - theirs)[takes_part].float().square().mean()
+                for ours, theirs in zip(got.hidden_states[1:], want[1:], strict=True)
+            ]
+            loss = loss + torch.stack(squares).mean()
+        return (loss, {"loss": loss, "logits": got.logits}) if return_outputs else loss
+
+
 def means(prediction: EvalPrediction) -> dict[str, float]:
     return dict(zip(("token_cosine", "sentence_cosine"), prediction.predictions.mean(0).tolist(), strict=True))
 
@@ -114,14 +157,16 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
 def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Converts a trained encoder to Linformer attention.")
     parser.add_argument("--model", type=Path, required=True, help="a folder, or a name, for from_pretrained")
-    parser.add_argument("--data", type=Path, required=True, help="a text file or a folder of them")
+    parser.add_argument("--task", choices=TASKS, help="teach on a task, for which the model is fine-tuned already")
+    parser.add_argument("--data", type=Path, required=True, help="a text file or a folder of them; the data of --task")
     parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the final model")
     add_projection(parser)
     parser.add_argument("--repeat-positions", action="store_true", help="for more tokens than the model was made for")
     parser.add_argument("--shortest", type=int, help="tokens of the shortest batch; default: an eighth of N")
     parser.add_argument("--init", choices=["gaussian", "mean", "identity"], help="default: mean, of matrices")
+    parser.add_argument("--length-norm", action="store_true", help="of matrices: E times the root of N over the length")
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--evaluation-sequences", type=int, default=64)
+    parser.add_argument("--evaluation-sequences", type=int, default=64, help="of text; with --task, of its examples")
     add_options(parser, batch=8, lr=2e-4, warmup="a twentieth", every="a tenth")
     add_resume(parser)
     options = parser.parse_args(command_line)
@@ -133,7 +178,7 @@ def parse_arguments(command_line: list[str] | None) -> argparse.Namespace:
     if options.shortest > options.seq_len:
         parser.error(f"--shortest is {options.shortest}; wanted: at most --seq-len, {options.seq_len}")
     try:
-        options.corpus = read_corpus(options.data)
+        options.read = read_task(options.task, options.data) if options.task else read_corpus(options.data)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
     try:
@@ -151,7 +196,10 @@ def models(options: argparse.Namespace) -> tuple[Any, PreTrainedModel, PreTraine
         raise ValueError(f"{options.model} has no tokenizer; wanted: its files beside the model's")
     if getattr(AutoConfig.from_pretrained(str(options.model)), "linformer", None) is not None:
         raise ValueError(f"{options.model} has Linformer attention already; wanted: the model that it was made of")
-    teacher = AutoModel.from_pretrained(str(options.model), dtype=torch.float32)  # --precision is of the steps
+    model_class = AutoModelForSequenceClassification if options.task else AutoModel
+    if options.task and not _classifies(options):
+        raise ValueError(f"{options.model} is not fine-tuned for {options.task}; wanted: the --output of finetune.py")
+    teacher = model_class.from_pretrained(str(options.model), dtype=torch.float32)  # --precision is of the steps
     longest = longest_sequence(teacher.config.to_dict())
     if options.seq_len > longest:
         if not options.repeat_positions:
@@ -163,36 +211,54 @@ def models(options: argparse.Namespace) -> tuple[Any, PreTrainedModel, PreTraine
         tokenizer.model_max_length = options.seq_len
     set_seed(options.seed)
     student = without_dropout(copy.deepcopy(teacher))
-    kind = {"init": options.init, "projection": options.projection}
+    kind = {"init": options.init, "projection": options.projection, "length_norm": options.length_norm}
     linformerize(student, options.seq_len, options.proj_dim, options.sharing, **kind)
     student.get_input_embeddings().requires_grad_(False)
     return tokenizer, teacher, student
 
 
+def _classifies(options: argparse.Namespace) -> bool:
+    """Whether the model says that its labels are those of the task, as finetune.py writes them."""
+    return AutoConfig.from_pretrained(str(options.model)).id2label == dict(enumerate(options.read.labels))
+
+
+def _of_text(options: argparse.Namespace) -> tuple[int, Any, Any]:
+    """How many special tokens end a sequence, the text to train on, and what is held out of it."""
+    before, *after = options.tokenizer("")["input_ids"]  # [CLS] and [SEP], or what the model has for them
+    texts = options.read.texts()
+    blocks, held_out = (Blocks(text, options.tokenizer, options.seq_len, [before], after) for text in texts)
+    if MAIN_PROCESS:
+        sizes = f"{blocks.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
+        print(f"Text: {options.read.name}, {sizes}")
+    return len(after), blocks, Subset(held_out, range(min(options.evaluation_sequences, len(held_out))))
+
+
+def _of_task(options: argparse.Namespace) -> tuple[int, Any, Any]:
+    """The same of a task, whose batches are not cut."""
+    task: Task = options.read
+    count = min(options.evaluation_sequences, len(task.evaluation))
+    evaluation = sorted(subset(task.evaluation, count, seed=0), key=characters)  # batches hold little padding
+    segments = getattr(options.teacher.config, "type_vocab_size", 1) > 1
+    encoded = [Encoded(part, options.tokenizer, options.seq_len, segments) for part in (task.train, evaluation)]
+    if MAIN_PROCESS:
+        print(f"Task: {options.task}, {len(task.train):,} examples to train on, {count:,} for evaluation")
+    return 0, *encoded
+
+
 def main(command_line: list[str] | None = None) -> dict[str, Any]:
     options = parse_arguments(command_line)
     tokenizer, student = options.tokenizer, options.student
-    before, *after = tokenizer("")["input_ids"]  # [CLS] and [SEP], or what the model has for them
-    texts = options.corpus.texts()
     with refusals():
-        blocks, held_out = (Blocks(text, tokenizer, options.seq_len, [before], after) for text in texts)
+        special, train_data, held_out = _of_task(options) if options.task else _of_text(options)
     weights = count_weights(student)
     if MAIN_PROCESS:
-        print(
-            f"Text: {options.corpus.name}, {blocks.ids.numel():,} tokens to train on, {held_out.ids.numel():,} held out"
-        )
         print(f"Model: {options.model}, {count_in_words(weights)}")
-    record = {
-        "arguments": arguments(options, *NOT_RECORDED), "tokens": blocks.ids.numel(),
-        **weights, "machine": machine(),
-    }  # fmt: skip
+    size = {"train_examples": len(train_data)} if options.task else {"tokens": train_data.ids.numel()}
+    record = {"arguments": arguments(options, *NOT_RECORDED), **size, **weights, "machine": machine()}
     recorder = Recorder(record, options.record)
-    trainer = Teaching(
-        options.teacher,
-        options.shortest,
-        len(after),
-        model=student,
-        args=trainer_arguments(
+    common: dict[str, Any] = {
+        "model": student,
+        "args": trainer_arguments(
             options,
             every=max(1, options.steps // 10),
             warmup=options.steps // 20,
@@ -201,17 +267,26 @@ def main(command_line: list[str] | None = None) -> dict[str, Any]:
             weight_decay=0.0,
             ddp_find_unused_parameters=True,  # a pooler has no gradient
         ),
-        train_dataset=blocks,
-        eval_dataset=Subset(held_out, range(min(options.evaluation_sequences, len(held_out)))),
-        processing_class=tokenizer,
-        compute_metrics=means,
-        callbacks=[recorder],
-    )
+        "train_dataset": train_data,
+        "eval_dataset": held_out,
+        "processing_class": tokenizer,
+        "callbacks": [recorder],
+    }
+    if options.task:
+        pad = Pad(tokenizer.pad_token_id)
+        trainer = TeachingTask(options.teacher, data_collator=pad, compute_metrics=accuracy_and_f1, **common)
+    else:
+        trainer = Teaching(options.teacher, options.shortest, special, compute_metrics=means, **common)
     train(trainer, options)
     if MAIN_PROCESS:
         first, last = record["held_out"][0], record["held_out"][-1]
-        for name, title in (("token_cosine", "each token"), ("sentence_cosine", "mean of a sequence")):
-            print(f"Cosine similarity with the original, {title}: {first[name]:.3f} before, {last[name]:.3f} after")
+        titles = {
+            "token_cosine": "Cosine similarity with the original, each token",
+            "sentence_cosine": "Cosine similarity with the original, mean of a sequence",
+            "accuracy": "Accuracy",
+        }
+        for name in titles.keys() & last.keys():
+            print(f"{titles[name]}: {first[name]:.3f} before, {last[name]:.3f} after")
         print(f"{recorder.seconds / 60:.1f} minutes of steps. Saved: {options.output}")
     return record
 

@@ -37,7 +37,7 @@ SHAPE = {
 LINFORMER = {"proj_dim": 128, "sharing": "layerwise", "projection": "learned", "init": "gaussian"}
 CHOICES = {
     "attention": ("linformer", "exact", "none"), "sharing": SHARINGS,
-    "projection": ("learned", "fixed", "mean", "max", "conv"), "init": ("gaussian", "mean", "identity"),
+    "projection": ("learned", "fixed", "mean", "max", "conv", "adaptive"), "init": ("gaussian", "mean", "identity"),
 }  # fmt: skip
 MEANING = {"proj_dim": "K; ", "initializer_range": "standard deviation of new weights; "}
 SEQ_LEN = 512

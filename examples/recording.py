@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -81,5 +82,17 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "processor": processor(), "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def processor() -> str:
+    """As the system names it, with family and number, since machines for rent have names without either."""
+    try:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    except OSError:
+        return platform.processor()
+    first = {name.strip(): value.strip() for name, value in reversed(lines)}
+    if "model name" not in first:
+        return platform.processor()
+    return f"{first['model name']} (family {first['cpu family']}, model {first['model']}), {os.cpu_count()} cores"

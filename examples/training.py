@@ -182,4 +182,4 @@ def longest_sequence(config: dict[str, Any]) -> int:
     if positions is None or padding is None:
         raise ValueError("its config has no max_position_embeddings or no pad_token_id; wanted: an encoder of text")
     longest = positions - padding - 1 if config.get("model_type") in POSITIONS_AFTER_PADDING else positions
-    return min(longest, config["linformer"]["seq_len"]) if config.get("linformer") else longest
+    return min(longest, (config.get("linformer") or {}).get("seq_len") or longest)  # None: any length

@@ -173,22 +173,12 @@ def check_adaptive(
     cu_seqlens_k: Tensor | None,
 ) -> Call:
     """What chooses segments by a query."""
-    _check_floating(query=query, key=key, value=value)
-    check_both_packed(cu_seqlens_q, cu_seqlens_k)
-    packed = cu_seqlens_k is not None
-    other = "packed tensors come with cu_seqlens_q and cu_seqlens_k, padded ones without"
-    _check_rank("query", query, packed, other)
-    shape = _check_key_value(key, value, packed, other)
-    query_shape = _check_query(query, "key", shape)
+    check_pooled_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_k is not None:
         refuse_both(key_padding_mask)
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None)
-        if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
-            _fail_batch("cu_seqlens_q describes", cu_seqlens_q.size(0) - 1, "cu_seqlens_k", cu_seqlens_k.size(0) - 1)
     else:
-        if query_shape[0] != shape[0]:
-            _fail_batch("query has batch size", query_shape[0], "key", shape[0])
         _check_mask(key_padding_mask, key)
     # Choices are made in float32.
     query, key = (x.detach().float() if x.dtype == torch.float64 else x.detach() for x in (query, key))
@@ -256,10 +246,8 @@ def check_pooled_attention(
     """That the query fits the keys; the halves check the rest, and of the keys the second knows K' alone."""
     check_both_packed(cu_seqlens_q, cu_seqlens_k)
     _check_floating(query=query, key=key, value=value)
-    packed, remedy = (
-        cu_seqlens_k is not None,
-        "packed tensors come with cu_seqlens_q and cu_seqlens_k, padded ones without",
-    )
+    packed = cu_seqlens_k is not None
+    remedy = "packed tensors come with cu_seqlens_q and cu_seqlens_k, padded ones without"
     _check_rank("query", query, packed, remedy)
     shape = _check_key_value(key, value, packed, remedy)
     query_shape = _check_query(query, "key", shape)

