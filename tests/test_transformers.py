@@ -113,7 +113,7 @@ def test_adaptive_without_data(family, backend, tmp_path):
         assert loaded.base_model.linformer[0].keep == keep and loaded.base_model.linformer[0].singles == 6
         with linformer_kernels.use_backend(backend):
             torch.testing.assert_close(loaded(**batch).last_hidden_state, together)
-    converted.set_attn_implementation("sdpa")
+    converted.set_attn_implementation(model.config._attn_implementation)
     assert torch.equal(hidden(converted, batch), want)
 
 
