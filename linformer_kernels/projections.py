@@ -388,8 +388,9 @@ class LinformerProjection(nn.Module):
             lengths = _lengths(length, key_padding_mask, cu_seqlens_k, device)
             counts = window_counts(lengths, self.proj_dim, self.keep)
             return (counts.log() if self.kind == "mean" else torch.where(counts > 0, 0.0, -torch.inf))[:, None]
-        whole = key_padding_mask is None and cu_seqlens_k is None and length == self.seq_len
-        if whole or not self.rows_are_windows:
+        if not self.rows_are_windows:  # first, or an exported program of a dynamic length would depend on the next
+            return None
+        if key_padding_mask is None and cu_seqlens_k is None and length == self.seq_len:
             return None
         edges = self._edges(device)
         if cu_seqlens_k is not None:
