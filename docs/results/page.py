@@ -485,8 +485,9 @@ SECTIONS: list[tuple[str, str, Callable[[Path], str]]] = [
         "128 bytes again and again, each time from another byte on. A masked byte stands elsewhere in the window, and "
         "attention can find it by its neighbors. On plain text that model learns from its convolution alone for longer "
         "than these runs last, with and without attention. K = 128 "
-        "went on until it had had about the time of exact attention, and the model without attention as many "
-        "steps.\n\n![Bits against steps](results/copies.png)",
+        f"went on until it had had about the time of {COPIES_STEPS} steps of exact attention, and the model without "
+        "attention as many steps; exact attention goes on where it has learned little by then.\n\n"
+        "![Bits against steps](results/copies.png)",
         copies,
     ),
     (

@@ -30,8 +30,8 @@ REVIEWS_APART = 6  # of IMDB's training reviews every sixth is read: a run sees 
 
 TEXTS = {"imdb": "imdb.txt"}
 
-# Masked bytes, see copies.py: N, and the steps in which K = 128 takes as long as exact attention takes in 500.
-COPIES = {512: 900, 1024: 1300, 2048: 2100}
+# Masked bytes, see copies.py: N, the steps of exact attention, and those in which K = 128 takes as long as it in 500.
+COPIES = {512: (500, 900), 1024: (500, 1300), 2048: (1000, 2100)}
 COPIES_STEPS = 500
 
 # MiniLM, converted: N and K; the first two of N = 128 and 512 are fine-tuned. 300 batches of at most 1,024 tokens, or
@@ -89,13 +89,14 @@ def minilm() -> Path:
 def copies_runs(seed: int) -> Iterator[Run]:
     """From scratch, at equal steps; K = 128 goes on until it has had about the time of exact attention, and the control
     as many steps."""
-    for n, longer in COPIES.items():
+    for n, (exact, longer) in COPIES.items():
         common = ["--seq-len", str(n), "--seed", str(seed)]
         models = {"exact": ["--attention", "exact"], "none": ["--attention", "none"]}
         models |= {f"k{k}": ["--proj-dim", str(k)] for k in (128, 256, 64)}
         for name, arguments in models.items():
-            steps = ["--steps", str(longer if name in ("k128", "none") else COPIES_STEPS)]
-            yield Run(f"copies-n{n}-{name}-{seed}", "copies.py", [*common, *arguments, *steps])
+            steps = {"exact": exact, "k128": longer, "none": longer}.get(name, COPIES_STEPS)
+            more = ["--steps", str(steps)]
+            yield Run(f"copies-n{n}-{name}-{seed}", "copies.py", [*common, *arguments, *more])
 
 
 def tuned_sizes(n: int) -> list[int]:
