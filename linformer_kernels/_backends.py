@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _library, _ops, reference
+from . import _autograd, _library, _ops, composed, reference
 from ._validation import Call
 
 ENVIRONMENT_VARIABLE = "LINFORMER_BACKEND"
@@ -64,12 +64,12 @@ def _gpu_limits(call: Call, name: str) -> str | None:
     heads = (call.query, call.key, call.value, call.key_proj, call.value_proj)
     widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
     if widest > _GPU_WIDEST_HEAD:
-        return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "reference"'
+        return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "composed"'
     if call.device_type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(call.device)
     if major < 8:
-        return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "reference"'
+        return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "composed"'
     if name == "cuda" and not _library.has_code_for(_ARCHITECTURES, major, minor):
         return (
             f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
@@ -127,6 +127,15 @@ BACKENDS = {
         _fused("cuda", _cuda_missing(), ("cuda",), _autograd.NATIVE),
         _fused("triton", _triton_missing(), ("cpu", "cuda") if interpreting() else ("cuda", "xpu"), _autograd.TRITON),
         _fused("cpu", _LIBRARY_MISSING, ("cpu",), _autograd.NATIVE),
+        Backend(
+            "composed",
+            None,
+            composed.refusal,
+            composed.attention,
+            composed.project,
+            composed.projected_attention,
+            composed.pool,
+        ),
         Backend(
             "reference",
             None,

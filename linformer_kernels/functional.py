@@ -73,7 +73,8 @@ def linformer_attention(
             in evaluation.
         scale: factor of the scores; None: 1 / sqrt(D).
         is_causal: refused if true. Every row of K' mixes the whole sequence, so no mask on the scores hides the future.
-        backend: "cuda", "triton", "cpu" or "reference"; None: the first that takes the call, see `use_backend`.
+        backend: "cuda", "triton", "cpu", "composed" or "reference"; None: the first that takes the call, see
+            `use_backend`.
 
     Returns:
         (B, H, N_q, D_v), in the storage order of the query: (B, N_q, H, D_v) storage stays that, as a transposed view.

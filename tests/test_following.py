@@ -150,7 +150,7 @@ def test_any_number_of_threads(case, threads, device, native):
 
 
 @pytest.mark.parametrize("length, number", [(1, 1), (7, 7), (50, 64), (130, 130)])
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "composed", "reference"])
 def test_a_segment_for_each_position_is_exact_attention(backend, length, number, device, native):
     backend = native if backend == "native" else backend
     query, key, value = (torch.randn(2, heads, length, 32, device=device, requires_grad=True) for heads in (4, 2, 2))
@@ -174,7 +174,7 @@ def test_equal_keys_in_one_segment_are_exact_attention(device, native):
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "composed", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
 def test_a_bias_of_another_type_and_storage(dtype, backend, device, native):
     """It is float32 for the kernels; the gradient comes in the type that it had."""

@@ -41,7 +41,7 @@ def test_import_prints_nothing():
 def test_info():
     report = json.loads(succeeded(python("-m", "linformer_kernels.info", "--json")))
     text = succeeded(python("-m", "linformer_kernels.info"))
-    for word in (lk.__version__, torch.__version__, "cuda", "triton", "cpu", "reference"):
+    for word in (lk.__version__, torch.__version__, "cuda", "triton", "cpu", "composed", "reference"):
         assert word in text and word in json.dumps(report)
     assert torch.ops.linformer_kernels.cpu_capability() in text
 
