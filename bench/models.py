@@ -4,7 +4,8 @@
     python -m bench.models --shape roberta-base --seq-len 4096 --op fwd,train
 
 `exact` is the model as transformers makes it, with attn_implementation="sdpa"; `linformer` is its copy after
-`linformerize`, and `adaptive` that with projection="adaptive". Weights are random, as time does not depend on them. `train` is a step of AdamW on a sum of outputs.
+`linformerize`, and `adaptive` that with projection="adaptive". Weights are random, as time does not depend on them.
+`train` is a step of AdamW on a sum of outputs.
 """
 
 from __future__ import annotations
