@@ -755,6 +755,14 @@ std::string cuda_architectures() {
 #endif
 }
 
+std::string cuda_driver_problem() {
+#ifdef LINFORMER_WITH_CUDA
+  return cuda::driver_problem();
+#else
+  return "";
+#endif
+}
+
 double cpu_peak_gflops(std::string dtype) {
   check_capability();
   const DType type = dtype == "bfloat16" ? DType::kBFloat16 : dtype == "float16" ? DType::kFloat16 : DType::kFloat32;
@@ -800,4 +808,5 @@ STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
   m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));
+  m.impl("cuda_driver_problem", TORCH_BOX(&linformer::cuda_driver_problem));
 }

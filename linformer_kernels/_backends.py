@@ -78,7 +78,15 @@ def _gpu_limits(call: Call, name: str) -> str | None:
             f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
             f'reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use "triton"'
         )
-    return None
+    return (_driver_problem() or None) if name == "cuda" else None
+
+
+def _driver_problem() -> str:
+    return _library.driver_problem()
+
+
+# The compiler need not trace it: it does not change within a process.
+_driver_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda_missing() -> str | None:

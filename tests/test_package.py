@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,28 @@ def test_rocm_has_no_cuda_kernels(monkeypatch):
     assert "without CUDA" in _backends._cuda_missing()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert _backends._cuda_missing() is None
+
+
+def test_a_driver_too_old_for_the_library_is_refused(monkeypatch):
+    """It was an error in the middle of the first call; Triton needs no runtime."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "_ARCHITECTURES", "90")
+    tensor = types.SimpleNamespace(shape=(1, 1, 4, 8))
+    call = types.SimpleNamespace(query=tensor, key=tensor, value=tensor, key_proj=None, value_proj=None)
+    call.device, call.device_type, call.dtype = torch.device("cuda"), "cuda", torch.float32
+    for problem in ("this driver is for CUDA 12.8", ""):
+        monkeypatch.setattr(_library, "driver_problem", lambda problem=problem: problem)
+        assert _backends.BACKENDS["cuda"].limits(call) == (problem or None)
+        assert _backends.BACKENDS["triton"].limits(call) is None
+
+
+def test_without_a_driver():
+    """Asking the library is no error, and without CUDA in it there is nothing to say."""
+    problem = torch.ops.linformer_kernels.cuda_driver_problem()
+    if not _library.cuda_architectures():
+        assert problem == ""
+    elif not torch.cuda.is_available():
+        assert re.match(r"the native library was built with CUDA \d+\.\d+, and this driver is for CUDA 0\.0", problem)
 
 
 DAMAGED = """

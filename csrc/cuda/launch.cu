@@ -32,8 +32,9 @@ const void* kernel_named(const char* wanted) {
   return nullptr;
 }
 
-// Allows a kernel all the shared memory that the GPU `index` has for one. That is a state of the kernel on the GPU, so it
-// is set once and never to less: a thread whose launch needs little must not take it from one whose launch needs much.
+// Allows a kernel all the shared memory that the GPU `index` has for one. That is a state of the kernel on the GPU, so
+// it is set once and never to less: a thread whose launch needs little must not take it from one whose launch needs
+// much.
 cudaError_t allow_shared(const void* kernel, int index, int bytes) {
   static std::mutex mutex;
   static std::set<std::pair<int, const void*>> allowed;
@@ -64,6 +65,18 @@ Device device_of(int index, std::string* error) {
   device.shared_bytes -= 64;    // the kernels' own variables
   known[index] = device;
   return device;
+}
+
+std::string driver_problem() {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  // A driver runs every runtime of its own major version and of older ones.
+  if (driver / 1000 >= CUDART_VERSION / 1000) return "";
+  const auto name = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  return "the native library was built with CUDA " + name(CUDART_VERSION) + ", and this driver is for CUDA " +
+         name(driver) + ": install a newer driver, or build with an nvcc of that version";
 }
 
 std::string launch(const Plan& plan, std::byte* workspace, int index, int shared_bytes, void* stream) {
