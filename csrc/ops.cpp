@@ -5,6 +5,7 @@
 // What is checked again here is what memory safety needs, because an operator can be called without its public
 // function.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -392,7 +393,9 @@ void run_cuda(const Problem& problem, unsigned stages, const Tensor& like) {
   const Tensor workspace = workspace_of(size.workspace_bytes, kAlign, like, &start);
   const cuda::Plan plan = cuda::make_plan(problem, stages, device, start);
   if (!emulation.launch) {
-    error = cuda::launch(plan, start, index, current_stream(index));
+    // Torch's own guard: on the way back it does not wake a GPU that was current and never used.
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    error = cuda::launch(plan, start, index, device.shared_bytes, current_stream(index));
     STD_TORCH_CHECK(error.empty(), "linformer_kernels: CUDA: ", error);
     return;
   }
@@ -752,6 +755,14 @@ std::string cuda_architectures() {
 #endif
 }
 
+std::string cuda_driver_problem() {
+#ifdef LINFORMER_WITH_CUDA
+  return cuda::driver_problem();
+#else
+  return "";
+#endif
+}
+
 double cpu_peak_gflops(std::string dtype) {
   check_capability();
   const DType type = dtype == "bfloat16" ? DType::kBFloat16 : dtype == "float16" ? DType::kFloat16 : DType::kFloat32;
@@ -797,4 +808,5 @@ STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
   m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));
+  m.impl("cuda_driver_problem", TORCH_BOX(&linformer::cuda_driver_problem));
 }

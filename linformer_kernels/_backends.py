@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
+import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -75,7 +78,15 @@ def _gpu_limits(call: Call, name: str) -> str | None:
             f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
             f'reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use "triton"'
         )
-    return None
+    return (_driver_problem() or None) if name == "cuda" else None
+
+
+def _driver_problem() -> str:
+    return _library.driver_problem()
+
+
+# The compiler need not trace it: it does not change within a process.
+_driver_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda_missing() -> str | None:
@@ -84,7 +95,7 @@ def _cuda_missing() -> str | None:
         return _LIBRARY_MISSING
     if not _ARCHITECTURES:
         return "the native library was built without CUDA kernels; reinstall linformer_kernels with nvcc on PATH"
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:  # torch.backends.cuda.is_built() says yes for ROCm too
         return f"torch {torch.__version__} was built without CUDA"
     return None
 
@@ -110,6 +121,16 @@ def triton_problem() -> str | None:
         for op in (name, f"{name}_backward"):
             _ops.LIBRARY.impl(f"{op}.triton", getattr(ops, op), "CompositeExplicitAutograd")
     return None
+
+
+def unfenced_triton(version: str | None) -> str | None:
+    """Why a version of Triton comes after "composed" on `UNFENCED` GPUs, else None."""
+    if version is None or tuple(map(int, re.findall(r"\d+", version)[:3])) >= (3, 7, 1):
+        return None
+    return (
+        f"Triton {version} leaves out a fence between copies and products (proxy fence, cp.async and wgmma) on compute "
+        "capability 9.x and 10.x, where results may be wrong: it comes after composed there; 3.7.1 has it"
+    )
 
 
 def interpreting() -> bool:
@@ -152,6 +173,9 @@ BACKENDS = {
 # kernels use mma.sync everywhere; Triton compiles products of 16-bit numbers to wgmma on 9.0 and to tcgen05 on 10.0.
 # A choice by the instructions that are used; nobody has timed it.
 TRITON_FIRST = {2: 9}
+# Read once, as above.
+UNFENCED_TRITON = unfenced_triton(getattr(sys.modules.get("triton"), "__version__", None))
+UNFENCED = (9, 10)  # major compute capabilities
 
 # A thread of its own choice; and unlike a ContextVar, torch.compile can read it and guards on what it read.
 _chosen = threading.local()
@@ -177,14 +201,20 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _in_order(call: Call) -> Iterable[Backend]:
-    """The backends as `TRITON_FIRST` has them for this call."""
-    if call.device_type != "cuda" or call.dtype.itemsize not in TRITON_FIRST:
+    """The backends as they are tried for this call."""
+    if call.device_type not in ("cuda", "xpu"):
         return BACKENDS.values()
-    backends = list(BACKENDS.values())
-    major, _ = torch.cuda.get_device_capability(call.device)
-    if major >= TRITON_FIRST[call.dtype.itemsize]:
-        backends[:2] = backends[1::-1]
-    return backends
+    others = [backend for backend in BACKENDS.values() if backend.name != "triton"]
+    at, first, last = 1, 0, 1 + [backend.name for backend in others].index("composed")
+    if call.device_type == "xpu" or torch.version.hip is not None:
+        at = last  # Triton's kernels have not even been compiled for AMD and Intel
+    else:
+        major, _ = torch.cuda.get_device_capability(call.device)
+        if UNFENCED_TRITON is not None and major in UNFENCED:
+            at = last
+        elif major >= TRITON_FIRST.get(call.dtype.itemsize, math.inf):
+            at = first
+    return [*others[:at], BACKENDS["triton"], *others[at:]]
 
 
 def choose(call: Call, backend: str | None) -> Backend:

@@ -12,7 +12,7 @@ Each function validates, chooses a backend (see `use_backend`) and runs it. All 
 * Any strides. Tensors whose last stride is not 1 are copied, all others are read where they lie.
 * Empty batches, sequences and queries give empty or zero results.
 * Differentiable once with respect to every floating tensor; the "reference" backend any number of times.
-* Results do not change from run to run on one device.
+* Results do not change from run to run on one device; where "composed" serves a GPU, as far as torch promises that.
 * float32 is true to float32. On a GPU it is multiplied in TF32 where torch allows that when the forward runs, backward
   too: torch.backends.cuda.matmul.fp32_precision = "tf32", or one of the older ways to say so.
 * Dropout draws one seed from torch's generator of the device, so torch.manual_seed and checkpointing govern it.

@@ -58,6 +58,18 @@ def check(case: Case, through=cases.run, **options) -> emulated_triton.Run:
     return run
 
 
+def test_tiles_are_those_of_the_gpu_of_the_tensor(monkeypatch):
+    """They were those of the current one, for good: the wrong ones where two kinds of GPU are together."""
+    from linformer_kernels.triton_kernels import ops
+
+    with emulated_triton.emulated(arch=90):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (8, 6))[index])
+        assert [ops._device(index).capability for index in (0, 1)] == [90, 86]
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_chosen(case, arch):

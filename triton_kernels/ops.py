@@ -61,7 +61,12 @@ def _device(index: int) -> Device:
     target = driver.get_current_target()
     properties = driver.utils.get_device_properties(index)
     capability = target.arch if target.backend == "cuda" else 0
-    name = torch.cuda.get_device_name(index) if torch.cuda.is_available() else f"{target.backend} {target.arch}"
+    name = f"{target.backend} {target.arch}"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(index)
+        if target.backend == "cuda":  # the target is that of the current GPU, which may be of another kind
+            major, minor = torch.cuda.get_device_capability(index)
+            capability = 10 * major + minor
     return Device(name, target.backend, capability, properties["multiprocessor_count"])
 
 
