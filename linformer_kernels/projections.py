@@ -21,6 +21,7 @@ from ._validation import (
     check_project,
     check_tensor,
     integer,
+    is_known,
     refuse_both,
 )
 from .functional import (
@@ -283,7 +284,7 @@ class LinformerProjection(nn.Module):
             )
         query, key, value = autocast(query, key, value)
         call = check_adaptive(query, key, value, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
-        self._check_length(key.size(-2), cu_seqlens_k)
+        self._check_length(key.size(-2), call.cu_seqlens_k)
         rows = (call.query, call.key, key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
         chosen: Tensor = torch.ops.linformer_kernels.choose_segments(*rows, self.proj_dim, self.singles, *self.keep)
         return chosen
@@ -372,7 +373,11 @@ class LinformerProjection(nn.Module):
         return torch.arange(self.proj_dim + 1, device=device) * self._longest // self.proj_dim
 
     def _check_length(self, length: int, cu_seqlens_k: Tensor | None) -> None:
-        if self.seq_len is not None and cu_seqlens_k is None and length > self.seq_len:
+        if self.seq_len is None:
+            return
+        if cu_seqlens_k is not None:
+            length = max(cu_seqlens_k.diff().tolist(), default=0) if is_known(cu_seqlens_k) else 0
+        if length > self.seq_len:
             raise ValueError(
                 f"key has sequence length N = {length} but the projection is made for seq_len = {self.seq_len}; "
                 "wanted: no more, or a projection of seq_len=None"
@@ -402,7 +407,9 @@ class LinformerProjection(nn.Module):
             lengths = _lengths(length, key_padding_mask, cu_seqlens_k, device)
             counts = window_counts(lengths, self.proj_dim, self.keep).to(_wide(like))
             return (counts.log() if self.kind == "mean" else torch.where(counts > 0, 0.0, -torch.inf))[:, None]
-        whole = key_padding_mask is None and cu_seqlens_k is None and length == self.seq_len
+        # Not asked of a compiler: an exported program of any length up to seq_len would have to exclude that one.
+        asked = key_padding_mask is None and cu_seqlens_k is None and not torch.compiler.is_compiling()
+        whole = asked and length == self.seq_len
         if whole or not self.rows_are_windows:
             return None
         edges = self._edges(device)

@@ -243,6 +243,9 @@ def test_words_for_what_cannot_be():
         projection(key, key)
     with pytest.raises(ValueError, match=r"N = 65 .*seq_len = 64; wanted: "):
         projection(torch.randn(1, 2, 65, 8), torch.randn(1, 2, 65, 8), query=key)
+    long, ends = torch.randn(75, 2, 8), torch.tensor([0, 10, 75])
+    with pytest.raises(ValueError, match=r"N = 65 .*seq_len = 64; wanted: "):
+        projection(long, long, query=long, cu_seqlens_q=ends, cu_seqlens_k=ends)
     with pytest.raises(ValueError, match="query has head width 7 but key has 8"):
         projection(key, key, query=key[..., :7])
     with pytest.raises(TypeError, match=r"keep is 3; wanted: \(first, last\)"):
@@ -302,7 +305,7 @@ def test_autocast_casts_what_comes_in_two_types(name, packed_rows):
 
 @pytest.mark.parametrize("singles", ["half", None, True])
 def test_a_part_that_is_no_number(singles):
-    with pytest.raises(TypeError, match="singles is .*; wanted: a part of K, between 0 and 1"):
+    with pytest.raises(TypeError, match=r"singles is .*; wanted: a part of K, between 0 and 1"):
         LinformerProjection(None, 8, kind="adaptive", singles=singles)
 
 
@@ -328,7 +331,7 @@ def test_onnx_gets_what_it_knows(name, monkeypatch):
 def test_onnx_has_no_choice(monkeypatch):
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     inputs = tuple(torch.randn(2, 2, 70, 16) for _ in range(3))
-    with pytest.raises(NotImplementedError, match='kind is "adaptive" within .*; wanted: '):
+    with pytest.raises(NotImplementedError, match=r'kind is "adaptive" within .*; wanted: '):
         torch.export.export(Called(dict(projections())["adaptive"]), inputs, strict=False)
 
 
@@ -337,3 +340,14 @@ def test_wrong_offsets_stay_inside_where_nobody_reads_them():
     projection, rows = LinformerProjection(None, 8, kind="max", windows="valid"), torch.randn(60, 2, 8)
     compiled = torch.compile(lambda rows, ends: projection(rows, rows, cu_seqlens_k=ends), backend="eager")
     assert compiled(rows, torch.tensor([0, 20, 50, 55]))[0].shape == (3, 2, 8, 8)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_up_to_the_longest(strict):
+    """A length of seq_len itself needs no bias, and a program of any length had to exclude it."""
+    module = Called(dict(projections())["mean over seq_len"])
+    inputs = [torch.randn(3, 1, 2, n, 16).unbind() for n in (70, 96, 20)]
+    length = torch.export.Dim("length", min=2, max=96)
+    program = torch.export.export(module, inputs[0], strict=strict, dynamic_shapes=({2: length},) * 3).module()
+    for given in inputs:
+        torch.testing.assert_close(program(*given), module(*given))
