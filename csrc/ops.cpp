@@ -699,7 +699,8 @@ Tensor choose_segments(Tensor query, Tensor key, OptionalTensor key_padding_mask
   check_heads(p);
   set_mask(p, key_padding_mask, key, packed);
   p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
-  STD_TORCH_CHECK(first >= 0 && last >= 0 && first + last <= singles && singles < num_segments,
+  // Without a sum, which could overflow.
+  STD_TORCH_CHECK(first >= 0 && last >= 0 && first <= singles && last <= singles - first && singles < num_segments,
                   "linformer_kernels: wanted: 0 <= first + last <= singles < num_segments");
   choice.singles = singles;
   choice.first = first;

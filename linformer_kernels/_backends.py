@@ -224,7 +224,7 @@ def choose(call: Call, backend: str | None) -> Backend:
         name, source = getattr(_chosen, "name", None), "use_backend"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
-    if name is None and _for_onnx():
+    if name is None and for_onnx():
         return BACKENDS["reference"]
     if name is None:
         for candidate in _in_order(call):
@@ -274,7 +274,7 @@ def short_way(backend: str | None, first: Any, *others: Any) -> _autograd.Operat
     return None if asked or torch._C._get_tracing_state() is not None else _SHORT
 
 
-def _for_onnx() -> bool:
+def for_onnx() -> bool:
     """Within torch.onnx.export, which has no translation of the ops: the plain formula is what it can write down."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _in_onnx_export()
 

@@ -208,7 +208,7 @@ def project_kv(
             return short.project(key, value, proj_key, proj_value, key_padding_mask, None, False)
         except REFUSALS:
             pass  # the long way has words for it, or copies
-    key, value, proj_key, proj_value = _autocast(key, value, proj_key, proj_value)
+    key, value, proj_key, proj_value = autocast(key, value, proj_key, proj_value)
     call = check_project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k)
     return choose(call, backend).project(
         call.key,
@@ -258,7 +258,7 @@ def projected_attention(
                 return short.projected_attention(query, key_proj, value_proj, None, None, None, 0.0, factor, False)
         except REFUSALS:
             pass  # the long way has words for it, or copies
-    query, key_proj, value_proj = _autocast(query, key_proj, value_proj)
+    query, key_proj, value_proj = autocast(query, key_proj, value_proj)
     call = check_projected_attention(query, key_proj, value_proj, key_bias, cu_seqlens_q, dropout_p, scale)
     return choose(call, backend).projected_attention(
         call.query,
@@ -307,7 +307,7 @@ def pool_kv(
     Raises:
         As `project_kv`; ValueError and TypeError also for segments of a wrong shape, type or number.
     """
-    key, value = _autocast(key, value)
+    key, value = autocast(key, value)
     call, number = check_pool(key, value, segments, num_segments, key_padding_mask, cu_seqlens_k)
     key_proj, value_proj, count = choose(call, backend).pool(
         call.key, call.value, call.segments, call.cu_seqlens_k, number
@@ -348,7 +348,7 @@ def pooled_attention(
         As `pool_kv` and `projected_attention`; ValueError also for one of cu_seqlens_q and cu_seqlens_k without the
         other.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     check_pooled_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"key_padding_mask": key_padding_mask, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
     key_proj, value_proj, count = pool_kv(key, value, segments, num_segments, **options)
@@ -373,7 +373,7 @@ def _attention(
     packed: bool,
     backend: str | None,
 ) -> Tensor:
-    query, key, value, proj_key, proj_value = _autocast(query, key, value, proj_key, proj_value)
+    query, key, value, proj_key, proj_value = autocast(query, key, value, proj_key, proj_value)
     tensors = query, key, value, proj_key, proj_value, key_bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k
     call = check_attention(*tensors, dropout_p, scale, is_causal, packed)
     out, _, _ = choose(call, backend).attention(
@@ -403,7 +403,7 @@ def _plain_factor(query: Tensor, dropout_p: float, scale: float | None) -> float
     return scale if type(scale) is float and math.isfinite(scale) else None
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for an op on its lower-precision list. What is no tensor is left to the checks."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
         return tensors

@@ -349,8 +349,10 @@ def test_raw_ops_refuse_tensors_on_two_devices(device):
             needs=3,
         ),
     }
+    ends = dict(key_padding_mask=torch.rand(1, 3, device=device) < 0.5, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    calls["choose_segments"] = dict(query=query, key=key, **ends, num_segments=5, singles=2, first=1, last=1)
     for name, arguments in calls.items():
-        for overload in ("default", "triton"):
+        for overload in ("default", "triton")[: 1 if name == "choose_segments" else 2]:
             op = getattr(getattr(ops, name), overload)
             for moved in (n for n, a in arguments.items() if isinstance(a, torch.Tensor)):
                 with pytest.raises(ValueError, match=f"{name}: .* is on .*; wanted: all tensors on one device"):

@@ -243,9 +243,111 @@ def test_words_for_what_cannot_be():
         projection(key, key)
     with pytest.raises(ValueError, match=r"N = 65 .*seq_len = 64; wanted: "):
         projection(torch.randn(1, 2, 65, 8), torch.randn(1, 2, 65, 8), query=key)
+    long, ends = torch.randn(75, 2, 8), torch.tensor([0, 10, 75])
+    with pytest.raises(ValueError, match=r"N = 65 .*seq_len = 64; wanted: "):
+        projection(long, long, query=long, cu_seqlens_q=ends, cu_seqlens_k=ends)
     with pytest.raises(ValueError, match="query has head width 7 but key has 8"):
         projection(key, key, query=key[..., :7])
     with pytest.raises(TypeError, match=r"keep is 3; wanted: \(first, last\)"):
         LinformerProjection(64, 32, kind="adaptive", keep=3)
     with pytest.raises(ValueError, match='seq_len is None but kind is "learned"'):
         LinformerProjection(None, 32)
+
+
+@pytest.mark.parametrize("kept", [(2**62, 2**62), (2**63 - 1, 2**63 - 1), (-1, 2), (2, -1), (4, 4)])
+def test_the_op_refuses_more_to_keep_than_there_are_singles(kept):
+    """A sum of two of them overflowed, and what came after wrote past the end."""
+    query = torch.randn(1, 2, 50, 8)
+    with pytest.raises(RuntimeError, match="first"):
+        torch.ops.linformer_kernels.choose_segments(query, query, None, None, None, 10, 5, *kept)
+
+
+@pytest.mark.parametrize("name", ["adaptive", "mean", "mean over seq_len", "learned"])
+def test_float64_is_computed_in_float64(name):
+    """Weights and factors were those of float32, and results wrong in the eighth digit."""
+    projection = dict(projections())[name].double()
+    query, key, value = (torch.randn(2, 2, 70, 16, dtype=torch.float64) for _ in range(3))
+    if name == "learned":
+        matrices = zip(projection.parameters(), (key, value), strict=True)
+        rows, bias = [matrix[:, :70] @ x * (96 / 70) ** 0.5 for matrix, x in matrices], None
+    else:
+        if name == "mean over seq_len":
+            segment = (torch.arange(70) // 4).expand(2, 2, -1)
+        elif name == "mean":
+            rank, length = segments.ranks(None, None, (1, 70), torch.device("cpu"))
+            segment = segments.window_segments(rank, length, 24, projection.keep).expand(2, 2, -1)
+        else:
+            segment = projection.segments(query, key, value)
+        member = (segment[:, :, None] == torch.arange(24)[:, None]).double()
+        count = member.sum(-1, keepdim=True)
+        means = name != "mean over seq_len"
+        rows = [member @ x / (count if means else 4) for x in (key, value)]
+        bias = (count.log() if means else torch.where(count > 0, 0.0, -torch.inf)).mT
+    exact = functional.scaled_dot_product_attention(query, *rows, attn_mask=None if bias is None else bias.double())
+    torch.testing.assert_close(projection(key, value, query=query), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("packed_rows", [False, True])
+@pytest.mark.parametrize("name", [name for name, _ in projections()])
+def test_autocast_casts_what_comes_in_two_types(name, packed_rows):
+    """As of models with rotary positions, whose values are of the lower type and whose queries and keys are not."""
+    projection = dict(projections())[name]
+    query, key, value = (torch.randn(70, 2, 16) if packed_rows else torch.randn(2, 2, 70, 16) for _ in range(3))
+    cu = torch.tensor([0, 30, 70]) if packed_rows else None
+    options = {"query": query, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    exact = projection.bfloat16()(key.bfloat16(), value.bfloat16(), **(options | {"query": query.bfloat16()}))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = projection(key, value.bfloat16(), **options)
+        if "adaptive" not in name:
+            assert projection(key, value, cu_seqlens_k=cu)[0].dtype == torch.bfloat16
+    assert torch.equal(out, exact)
+
+
+@pytest.mark.parametrize("singles", ["half", None, True])
+def test_a_part_that_is_no_number(singles):
+    with pytest.raises(TypeError, match=r"singles is .*; wanted: a part of K, between 0 and 1"):
+        LinformerProjection(None, 8, kind="adaptive", singles=singles)
+
+
+class Called(torch.nn.Module):
+    def __init__(self, projection):
+        super().__init__()
+        self.projection = projection
+
+    def forward(self, query, key, value):
+        return self.projection(key, value, query=query)
+
+
+@pytest.mark.parametrize("name", ["mean", "max", "mean over seq_len", "learned"])
+def test_onnx_gets_what_it_knows(name, monkeypatch):
+    """Windows of seq_len were looked up by searchsorted, which ONNX lacks."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    inputs = tuple(torch.randn(2, 2, 70, 16) for _ in range(3))
+    program = torch.export.export(Called(dict(projections())[name]), inputs, strict=False)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not any("linformer_kernels" in target or "searchsorted" in target for target in targets)
+
+
+def test_onnx_has_no_choice(monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    inputs = tuple(torch.randn(2, 2, 70, 16) for _ in range(3))
+    with pytest.raises(NotImplementedError, match=r'kind is "adaptive" within .*; wanted: '):
+        torch.export.export(Called(dict(projections())["adaptive"]), inputs, strict=False)
+
+
+def test_wrong_offsets_stay_inside_where_nobody_reads_them():
+    """Of "max", whose rows are PyTorch's: an index out of bounds, which on a GPU ends the process."""
+    projection, rows = LinformerProjection(None, 8, kind="max", windows="valid"), torch.randn(60, 2, 8)
+    compiled = torch.compile(lambda rows, ends: projection(rows, rows, cu_seqlens_k=ends), backend="eager")
+    assert compiled(rows, torch.tensor([0, 20, 50, 55]))[0].shape == (3, 2, 8, 8)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_up_to_the_longest(strict):
+    """A length of seq_len itself needs no bias, and a program of any length had to exclude it."""
+    module = Called(dict(projections())["mean over seq_len"])
+    inputs = [torch.randn(3, 1, 2, n, 16).unbind() for n in (70, 96, 20)]
+    length = torch.export.Dim("length", min=2, max=96)
+    program = torch.export.export(module, inputs[0], strict=strict, dynamic_shapes=({2: length},) * 3).module()
+    for given in inputs:
+        torch.testing.assert_close(program(*given), module(*given))
