@@ -12,6 +12,7 @@ FORMULAS = (
     "of FLOP / peak and bytes / copy bandwidth. Extra memory is the peak during a call beyond inputs and outputs."
 )
 LINFORMER_FLOP = {"fwd": 8, "bwd": 18, "full": 26}
+POOLED_FLOP = {"fwd": 4, "bwd": 10, "full": 14}  # means over segments: no products
 EXACT_FLOP = {"fwd": 4, "bwd": 10, "full": 14}
 
 
@@ -19,11 +20,12 @@ def flop(cell: Cell, exact: bool = False) -> int:
     rows = cell.batch * cell.heads * cell.seq_len
     if exact:
         return EXACT_FLOP[cell.op] * cell.seq_len * cell.head_dim * rows
-    return LINFORMER_FLOP[cell.op] * cell.proj_dim * cell.head_dim * rows
+    factor = (POOLED_FLOP if cell.sharing == "pooled" else LINFORMER_FLOP)[cell.op]
+    return factor * cell.proj_dim * cell.head_dim * rows
 
 
 def weighted_bytes(cell: Cell, per_head: int, per_projection: int) -> int:
-    matrices = {"headwise": 2, "key_value": 1, "none": 2 * cell.heads}[cell.sharing]
+    matrices = {"headwise": 2, "key_value": 1, "none": 2 * cell.heads, "pooled": 0}[cell.sharing]
     per_row = per_head * cell.head_dim * cell.batch * cell.heads + per_projection * cell.proj_dim * matrices
     return per_row * cell.seq_len * cell.torch_dtype.itemsize
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody has chosen
 
@@ -29,7 +31,7 @@ from emulator.stats import classify
 
 from bench import cost, options, plot
 from bench.candidates import Inputs, make_inputs
-from linformer_kernels import _backends, linformer_attention
+from linformer_kernels import _backends, linformer_attention, pooled_attention
 from linformer_kernels._library import path
 
 NOTES = """\
@@ -170,7 +172,12 @@ def _count_triton(backend: str, cell: options.Cell, gpu: Gpu) -> tuple[list[Laun
 
 def _call(cell: options.Cell, inputs: Inputs, backend: str, run: Any) -> int:
     """Run the cell; how many launches the forward has."""
-    out = linformer_attention(*inputs.tensors, backend=backend)
+    if cell.sharing == "pooled":  # windows, and so a bias: log(count)
+        segments = torch.arange(cell.seq_len) * min(cell.proj_dim, cell.seq_len) // cell.seq_len
+        rows, k = inputs.tensors[:3], cell.proj_dim
+        out = pooled_attention(*rows, segments.expand(cell.batch, -1), k, backend=backend)
+    else:
+        out = linformer_attention(*inputs.tensors, backend=backend)
     forward = len(run.kernels)
     if cell.op == "full":
         out.backward(inputs.grad_out)
@@ -289,7 +296,7 @@ def main() -> int:
     parser.add_argument("--head-dim", type=options.sizes, default=[64])
     parser.add_argument("--batch", type=options.sizes, default=[1])
     parser.add_argument("--heads", type=options.sizes, default=[8])
-    parser.add_argument("--sharing", type=options.names("headwise key_value none"), default=["headwise"])
+    parser.add_argument("--sharing", type=options.names("headwise key_value none pooled"), default=["headwise"])
     parser.add_argument("--gpu", choices=[gpu.name for gpu in GPUS], default="A100")
     parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--plot", help="picture to write, of the counts against N")

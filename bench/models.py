@@ -4,7 +4,8 @@
     python -m bench.models --shape roberta-base --seq-len 4096 --op fwd,train
 
 `exact` is the model as transformers makes it, with attn_implementation="sdpa"; `linformer` is its copy after
-`linformerize`. Weights are random, as time does not depend on them. `train` is a step of AdamW on a sum of outputs.
+`linformerize`, and `adaptive` that with projection="adaptive". Weights are random, as time does not depend on them.
+`train` is a step of AdamW on a sum of outputs.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def make_models(options: argparse.Namespace) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     exact = model_class(config).to(options.device, getattr(torch, options.dtype))
     linformer = linformerize(copy.deepcopy(exact), options.seq_len, options.proj_dim, options.sharing)
-    return {"exact": exact, "linformer": linformer}
+    adaptive = linformerize(copy.deepcopy(exact), proj_dim=options.proj_dim, projection="adaptive")
+    return {"exact": exact, "linformer": linformer, "adaptive": adaptive}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

@@ -84,6 +84,7 @@ RIVALS_HELP = (
     "compile: torch.compile of eager; exact: SDPA over the whole sequence; "
     "flash: the same by the package flash_attn, for 16-bit inputs on a GPU; none"
 )
+OURS = "auto cuda triton cpu composed reference"
 GRID = (
     ("--op", names("fwd bwd full"), "fwd", "fwd, bwd (backward alone), full (forward and backward)"),
     ("--dtype", names("float32 bfloat16 float16"), "float32", "float32, bfloat16, float16, or fp32, bf16, fp16"),
@@ -96,7 +97,7 @@ GRID = (
     ("--layout", names("bnhd bhnd"), "bnhd", LAYOUT_HELP),
 )
 OTHERS = (
-    ("--backend", names("auto cuda triton cpu reference"), "auto", "list of ours: auto, cuda, triton, cpu, reference"),
+    ("--backend", names(OURS), "auto", "list of ours: " + OURS.replace(" ", ", ")),
     (
         "--rivals",
         names("eager sdpa_proj eager_packed sdpa_packed upcast compile exact flash none"),

@@ -5,6 +5,7 @@
 // What is checked again here is what memory safety needs, because an operator can be called without its public
 // function.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -107,8 +108,8 @@ Tensor new_empty(const char* what, const Tensor& like, std::initializer_list<int
   return allocate(what, sizes, dtype == ScalarType::Float ? 4 : 2, like, [&] {
     int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
     AtenTensorHandle result = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-        like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &type, nullptr, nullptr, 0, nullptr, &result));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()),
+                                                     &type, nullptr, nullptr, 0, nullptr, &result));
     return Tensor(result);
   });
 }
@@ -392,7 +393,9 @@ void run_cuda(const Problem& problem, unsigned stages, const Tensor& like) {
   const Tensor workspace = workspace_of(size.workspace_bytes, kAlign, like, &start);
   const cuda::Plan plan = cuda::make_plan(problem, stages, device, start);
   if (!emulation.launch) {
-    error = cuda::launch(plan, start, index, current_stream(index));
+    // Torch's own guard: on the way back it does not wake a GPU that was current and never used.
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    error = cuda::launch(plan, start, index, device.shared_bytes, current_stream(index));
     STD_TORCH_CHECK(error.empty(), "linformer_kernels: CUDA: ", error);
     return;
   }
@@ -600,9 +603,10 @@ void set_segments(Problem& p, const Tensor& segments, const Tensor& like, int64_
 }
 
 void check_pool_sizes(const Problem& p) {
-  STD_TORCH_CHECK(
-      p.proj_dim >= 1 && p.proj_dim < int64_t{1} << 31 && p.head_dim >= 1 && p.value_dim >= 1 && p.heads_kv >= 1,
-      "linformer_kernels: num_segments, heads and head dimensions must be at least 1");
+  STD_TORCH_CHECK(p.proj_dim >= 1 && p.head_dim >= 1 && p.value_dim >= 1 && p.heads_kv >= 1,
+                  "linformer_kernels: num_segments, heads and head dimensions must be at least 1");
+  STD_TORCH_CHECK(p.proj_dim < int64_t{1} << 31, "linformer_kernels: num_segments is ", p.proj_dim,
+                  ", beyond what can be computed: segments are int32");
   check_sizes(p);
 }
 
@@ -695,7 +699,8 @@ Tensor choose_segments(Tensor query, Tensor key, OptionalTensor key_padding_mask
   check_heads(p);
   set_mask(p, key_padding_mask, key, packed);
   p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
-  STD_TORCH_CHECK(first >= 0 && last >= 0 && first + last <= singles && singles < num_segments,
+  // Without a sum, which could overflow.
+  STD_TORCH_CHECK(first >= 0 && last >= 0 && first <= singles && last <= singles - first && singles < num_segments,
                   "linformer_kernels: wanted: 0 <= first + last <= singles < num_segments");
   choice.singles = singles;
   choice.first = first;
@@ -751,6 +756,14 @@ std::string cuda_architectures() {
 #endif
 }
 
+std::string cuda_driver_problem() {
+#ifdef LINFORMER_WITH_CUDA
+  return cuda::driver_problem();
+#else
+  return "";
+#endif
+}
+
 double cpu_peak_gflops(std::string dtype) {
   check_capability();
   const DType type = dtype == "bfloat16" ? DType::kBFloat16 : dtype == "float16" ? DType::kFloat16 : DType::kFloat32;
@@ -796,4 +809,5 @@ STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
   m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
   m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));
+  m.impl("cuda_driver_problem", TORCH_BOX(&linformer::cuda_driver_problem));
 }

@@ -8,7 +8,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
+import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _library, _ops, reference
+from . import _autograd, _library, _ops, composed, reference
 from ._validation import Call
 
 ENVIRONMENT_VARIABLE = "LINFORMER_BACKEND"
@@ -64,18 +67,26 @@ def _gpu_limits(call: Call, name: str) -> str | None:
     heads = (call.query, call.key, call.value, call.key_proj, call.value_proj)
     widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
     if widest > _GPU_WIDEST_HEAD:
-        return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "reference"'
+        return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "composed"'
     if call.device_type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(call.device)
     if major < 8:
-        return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "reference"'
+        return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "composed"'
     if name == "cuda" and not _library.has_code_for(_ARCHITECTURES, major, minor):
         return (
             f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
             f'reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use "triton"'
         )
-    return None
+    return (_driver_problem() or None) if name == "cuda" else None
+
+
+def _driver_problem() -> str:
+    return _library.driver_problem()
+
+
+# The compiler need not trace it: it does not change within a process.
+_driver_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda_missing() -> str | None:
@@ -84,7 +95,7 @@ def _cuda_missing() -> str | None:
         return _LIBRARY_MISSING
     if not _ARCHITECTURES:
         return "the native library was built without CUDA kernels; reinstall linformer_kernels with nvcc on PATH"
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None:  # torch.backends.cuda.is_built() says yes for ROCm too
         return f"torch {torch.__version__} was built without CUDA"
     return None
 
@@ -112,6 +123,16 @@ def triton_problem() -> str | None:
     return None
 
 
+def unfenced_triton(version: str | None) -> str | None:
+    """Why a version of Triton comes after "composed" on `UNFENCED` GPUs, else None."""
+    if version is None or tuple(map(int, re.findall(r"\d+", version)[:3])) >= (3, 7, 1):
+        return None
+    return (
+        f"Triton {version} leaves out a fence between copies and products (proxy fence, cp.async and wgmma) on compute "
+        "capability 9.x and 10.x, where results may be wrong: it comes after composed there; 3.7.1 has it"
+    )
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels: on the CPU, slowly, for those who look for bugs."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
@@ -128,6 +149,15 @@ BACKENDS = {
         _fused("triton", _triton_missing(), ("cpu", "cuda") if interpreting() else ("cuda", "xpu"), _autograd.TRITON),
         _fused("cpu", _LIBRARY_MISSING, ("cpu",), _autograd.NATIVE),
         Backend(
+            "composed",
+            None,
+            composed.refusal,
+            composed.attention,
+            composed.project,
+            composed.projected_attention,
+            composed.pool,
+        ),
+        Backend(
             "reference",
             None,
             lambda call: None,
@@ -143,6 +173,9 @@ BACKENDS = {
 # kernels use mma.sync everywhere; Triton compiles products of 16-bit numbers to wgmma on 9.0 and to tcgen05 on 10.0.
 # A choice by the instructions that are used; nobody has timed it.
 TRITON_FIRST = {2: 9}
+# Read once, as above.
+UNFENCED_TRITON = unfenced_triton(getattr(sys.modules.get("triton"), "__version__", None))
+UNFENCED = (9, 10)  # major compute capabilities
 
 # A thread of its own choice; and unlike a ContextVar, torch.compile can read it and guards on what it read.
 _chosen = threading.local()
@@ -168,14 +201,20 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _in_order(call: Call) -> Iterable[Backend]:
-    """The backends as `TRITON_FIRST` has them for this call."""
-    if call.device_type != "cuda" or call.dtype.itemsize not in TRITON_FIRST:
+    """The backends as they are tried for this call."""
+    if call.device_type not in ("cuda", "xpu"):
         return BACKENDS.values()
-    backends = list(BACKENDS.values())
-    major, _ = torch.cuda.get_device_capability(call.device)
-    if major >= TRITON_FIRST[call.dtype.itemsize]:
-        backends[:2] = backends[1::-1]
-    return backends
+    others = [backend for backend in BACKENDS.values() if backend.name != "triton"]
+    at, first, last = 1, 0, 1 + [backend.name for backend in others].index("composed")
+    if call.device_type == "xpu" or torch.version.hip is not None:
+        at = last  # Triton's kernels have not even been compiled for AMD and Intel
+    else:
+        major, _ = torch.cuda.get_device_capability(call.device)
+        if UNFENCED_TRITON is not None and major in UNFENCED:
+            at = last
+        elif major >= TRITON_FIRST.get(call.dtype.itemsize, math.inf):
+            at = first
+    return [*others[:at], BACKENDS["triton"], *others[at:]]
 
 
 def choose(call: Call, backend: str | None) -> Backend:
@@ -185,7 +224,7 @@ def choose(call: Call, backend: str | None) -> Backend:
         name, source = getattr(_chosen, "name", None), "use_backend"
     if name is None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, f"environment variable {ENVIRONMENT_VARIABLE}"
-    if name is None and _for_onnx():
+    if name is None and for_onnx():
         return BACKENDS["reference"]
     if name is None:
         for candidate in _in_order(call):
@@ -235,7 +274,7 @@ def short_way(backend: str | None, first: Any, *others: Any) -> _autograd.Operat
     return None if asked or torch._C._get_tracing_state() is not None else _SHORT
 
 
-def _for_onnx() -> bool:
+def for_onnx() -> bool:
     """Within torch.onnx.export, which has no translation of the ops: the plain formula is what it can write down."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _in_onnx_export()
 

@@ -32,6 +32,13 @@ def cuda_architectures() -> str:
     return torch.ops.linformer_kernels.cuda_architectures() if load() is None else ""
 
 
+@functools.cache
+def driver_problem() -> str:
+    """Why the driver cannot run the CUDA runtime in the native library, else an empty string. For a process that uses
+    CUDA already: asking may load the driver."""
+    return torch.ops.linformer_kernels.cuda_driver_problem()
+
+
 def has_code_for(architectures: str, major: int, minor: int) -> bool:
     """Whether one of the architectures serves a GPU of this compute capability: machine code for its major version, no
     newer than the GPU, or PTX, which the driver compiles for every newer GPU."""

@@ -70,27 +70,31 @@ def _op(name: str, signature: str) -> Callable[[Callable[..., Any]], Callable[..
     """Define an op whose fake is the decorated function."""
 
     def define(fake: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(fake).parameters)
-
-        # One tensor on "meta" is enough for torch to call the fake, whose results nobody writes.
-        @functools.wraps(fake)
-        def on_one_device(*args: Any) -> Any:
-            tensors = [(n, arg) for n, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)]
-            for other, tensor in tensors[1:]:
-                if tensor.device != tensors[0][1].device:
-                    raise ValueError(
-                        f"linformer_kernels::{name}: {other} is on {tensor.device} but {tensors[0][0]} is on "
-                        f"{tensors[0][1].device}; wanted: all tensors on one device. To fix it: use "
-                        f"{other}.to({tensors[0][0]}.device)."
-                    )
-            return fake(*args)
-
         for qualified in (name, f"{name}.triton"):
             LIBRARY.define(qualified + signature, tags=_TAGS)
-            torch.library.register_fake(f"linformer_kernels::{qualified}", on_one_device, lib=LIBRARY)
+            torch.library.register_fake(f"linformer_kernels::{qualified}", _on_one_device(name, fake), lib=LIBRARY)
         return fake
 
     return define
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """One tensor on "meta" is enough for torch to call the fake, whose results nobody writes."""
+    names = list(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        tensors = [(n, arg) for n, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)]
+        for other, tensor in tensors[1:]:
+            if tensor.device != tensors[0][1].device:
+                raise ValueError(
+                    f"linformer_kernels::{name}: {other} is on {tensor.device} but {tensors[0][0]} is on "
+                    f"{tensors[0][1].device}; wanted: all tensors on one device. To fix it: use "
+                    f"{other}.to({tensors[0][0]}.device)."
+                )
+        return fake(*args)
+
+    return checked
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -266,9 +270,13 @@ LIBRARY.define(_CHOOSE, tags=_TAGS)
 LIBRARY.impl("choose_segments", choose_segments, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("linformer_kernels::choose_segments", lib=LIBRARY)
-def _(query, key, key_padding_mask, cu_seqlens_q, cu_seqlens_k, num_segments, singles, first, last):  # type: ignore[no-untyped-def]
+def _empty_segments(query, key, key_padding_mask, cu_seqlens_q, cu_seqlens_k, num_segments, singles, first, last):  # type: ignore[no-untyped-def]  # fmt: skip
     return key.new_empty(key.shape[:-1], dtype=torch.int32)
+
+
+torch.library.register_fake(
+    "linformer_kernels::choose_segments", _on_one_device("choose_segments", _empty_segments), lib=LIBRARY
+)
 
 
 # What the CPU kernels will use, how this thread uses another build ("": as before), for bench, and why not the AMX that
@@ -286,6 +294,7 @@ LIBRARY.define(
 )
 # The architectures of the CUDA kernels in the library, e.g. "80,90"; empty without any.
 LIBRARY.define("cuda_architectures() -> str")
+LIBRARY.define("cuda_driver_problem() -> str")
 
 
 def _rows(shape: Sequence[int]) -> int:

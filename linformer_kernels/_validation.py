@@ -78,12 +78,7 @@ def check_attention(
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
         batch, source = cu_seqlens_k.size(0) - 1, "cu_seqlens_k describes"
-        if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
-            _fail(
-                f"cu_seqlens_q has {cu_seqlens_q.size(0)} entries but cu_seqlens_k has {cu_seqlens_k.size(0)}",
-                "B + 1 entries in both",
-                "give a sequence without queries or keys a length of 0 by repeating an entry",
-            )
+        _check_same_batch(cu_seqlens_q, cu_seqlens_k)
     else:
         if query_shape[0] != shape[0]:
             _fail_batch("query has batch size", query_shape[0], "key", shape[0])
@@ -125,7 +120,7 @@ def check_project(
         _check_mask(key_padding_mask, key)
         _check_batch_of_projection(proj_key, shape[0], "key has")
     else:
-        _refuse_both(key_padding_mask)
+        refuse_both(key_padding_mask)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, n_max)
         _check_batch_of_projection(proj_key, cu_seqlens_k.size(0) - 1, "cu_seqlens_k describes")
     return Call(
@@ -152,12 +147,13 @@ def check_pool(
     packed = cu_seqlens_k is not None
     shape = _check_key_value(key, value, packed, "packed tensors come with cu_seqlens_k, padded ones without")
     number = integer("num_segments", num_segments, "an integer, the number K of segments")
-    if number < 1:
-        _fail(f"num_segments is {number}", "at least 1", "pass the number K of segments, so that they are 0 to K - 1")
+    if not 1 <= number < 2**31:
+        remedy = "pass the number K of segments, so that they are 0 to K - 1"
+        _fail(f"num_segments is {number}", "at least 1, and less than 2^31", remedy)
     if cu_seqlens_k is None:
         _check_mask(key_padding_mask, key)
     else:
-        _refuse_both(key_padding_mask)
+        refuse_both(key_padding_mask)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None)
     segments = _checked_segments(segments, number, key, shape, packed)
     if key_padding_mask is not None:
@@ -177,27 +173,19 @@ def check_adaptive(
     cu_seqlens_k: Tensor | None,
 ) -> Call:
     """What chooses segments by a query."""
-    _check_floating(query=query, key=key, value=value)
-    check_both_packed(cu_seqlens_q, cu_seqlens_k)
-    packed = cu_seqlens_k is not None
-    other = "packed tensors come with cu_seqlens_q and cu_seqlens_k, padded ones without"
-    _check_rank("query", query, packed, other)
-    shape = _check_key_value(key, value, packed, other)
-    query_shape = _check_query(query, "key", shape)
+    check_pooled_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
     if cu_seqlens_k is not None:
-        _refuse_both(key_padding_mask)
+        refuse_both(key_padding_mask)
         cu_seqlens_q = _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None)
         cu_seqlens_k = _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None)
-        if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
-            _fail_batch("cu_seqlens_q describes", cu_seqlens_q.size(0) - 1, "cu_seqlens_k", cu_seqlens_k.size(0) - 1)
     else:
-        if query_shape[0] != shape[0]:
-            _fail_batch("query has batch size", query_shape[0], "key", shape[0])
         _check_mask(key_padding_mask, key)
+    # Choices are made in float32.
+    query, key = (x.detach().float() if x.dtype == torch.float64 else x.detach() for x in (query, key))
     return Call(
         *_kind(query),
-        query=unit_stride(query.detach()),
-        key=unit_stride(key.detach()),
+        query=unit_stride(query),
+        key=unit_stride(key),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
@@ -252,6 +240,26 @@ def check_both_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) 
         _fail(f"{came} came without {lacks}", "both or neither", "pack query, key and value alike")
 
 
+def check_pooled_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> None:
+    """That the query fits the keys; the halves check the rest, and of the keys the second knows K' alone."""
+    check_both_packed(cu_seqlens_q, cu_seqlens_k)
+    _check_floating(query=query, key=key, value=value)
+    packed = cu_seqlens_k is not None
+    remedy = "packed tensors come with cu_seqlens_q and cu_seqlens_k, padded ones without"
+    _check_rank("query", query, packed, remedy)
+    shape = _check_key_value(key, value, packed, remedy)
+    query_shape = _check_query(query, "key", shape)
+    if packed:
+        _check_same_batch(
+            _checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query, None),
+            _checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "key", key, None),
+        )
+    elif query_shape[0] != shape[0]:
+        _fail_batch("query has batch size", query_shape[0], "key", shape[0])
+
+
 def check_pooling(
     key: Tensor,
     value: Tensor,
@@ -280,6 +288,8 @@ def check_pooling(
 
 def integer(name: str, value: SupportsIndex, wanted: str = "an integer") -> int:
     """A size: Python's integers, numpy's, what torch.compile has for them."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]  # the compiler cannot trace what follows for a size that may change
     if not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {value!r}; wanted: {wanted}")
     return operator.index(value)
@@ -303,6 +313,15 @@ def _fail(got: str, wanted: str, remedy: str, error: type[Exception] = ValueErro
 def _fail_batch(source: str, batch: int, name: str, other: int) -> NoReturn:
     remedy = "expand the smaller one with .expand(B, -1, -1, -1)"
     _fail(f"{source} {batch} but {name} has batch size {other}", "the same number of sequences in both", remedy)
+
+
+def _check_same_batch(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    if cu_seqlens_q.size(0) != cu_seqlens_k.size(0):
+        _fail(
+            f"cu_seqlens_q has {cu_seqlens_q.size(0)} entries but cu_seqlens_k has {cu_seqlens_k.size(0)}",
+            "B + 1 entries in both",
+            "give a sequence without queries or keys a length of 0 by repeating an entry",
+        )
 
 
 def _shape(name: str, tensor: Tensor) -> str:
@@ -412,7 +431,7 @@ def _check_batch_of_projection(proj_key: Tensor, batch: int, source: str) -> Non
         _fail(got, _PROJ, "give each sequence its matrix, or one to all as (K, N_max) or (H_kv, K, N_max)")
 
 
-def _refuse_both(key_padding_mask: Tensor | None) -> None:
+def refuse_both(key_padding_mask: Tensor | None) -> None:
     if key_padding_mask is not None:
         _fail("key_padding_mask came with cu_seqlens_k", "one of the two", "leave the masked rows out when packing")
 
@@ -447,7 +466,8 @@ def _checked_segments(segments: Tensor, number: int, key: Tensor, shape: torch.S
     _check_device("segments", segments, "key", key)
     wanted = (shape[0], shape[1]) if packed else (shape[0], shape[1], shape[2])
     one_for_all = (shape[0],) if packed else (shape[0], shape[2])
-    if tuple(segments.shape) not in (wanted, one_for_all):
+    # By rank: of tuples of two lengths a compiler would compare the sequence with the heads, and guard on that.
+    if tuple(segments.shape) != (wanted if segments.dim() == len(wanted) else one_for_all):
         names = ("(total_k,)", "(total_k, H_kv)") if packed else ("(B, N)", "(B, H_kv, N)")
         _fail(
             _shape("segments", segments),

@@ -77,7 +77,7 @@ class LinformerEncoderLayer(nn.TransformerEncoderLayer):
         proj_dim: int | None = None,
         sharing: str | None = None,
         projection: LinformerProjection | None = None,
-        init: str = "gaussian",
+        init: str | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
     ) -> None:
@@ -181,7 +181,7 @@ class LinformerEncoder(nn.Module):
         proj_dim: int | Sequence[int] | None = None,
         sharing: str | None = None,
         projection: LinformerProjection | None = None,
-        init: str = "gaussian",
+        init: str | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
     ) -> None:
@@ -192,22 +192,22 @@ class LinformerEncoder(nn.Module):
         sizes = sizes_by_layer(proj_dim, num_layers, sharing if projection is None else "layerwise")
         if projection is not None:
             heads = (num_kv_heads or nhead, head_dim or d_model // nhead)
-            check_projection(projection, seq_len, sizes[0], sharing, *heads)
+            check_projection(projection, seq_len, sizes[0], sharing, init, *heads)
         elif sharing == "layerwise":
             projection = make_projection(seq_len, sizes[0], "key_value", nhead, init, **factory)
-        shape = dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias
+        own: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "init": init}
+        if projection is not None:  # that of the encoder, which has the sizes
+            own, sizes = {"sharing": "layerwise"}, [None] * num_layers
+        shape = dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
         self.layers = nn.ModuleList(
             LinformerEncoderLayer(
                 d_model,
                 nhead,
                 *shape,
-                **factory,
-                seq_len=seq_len,
                 proj_dim=size,
-                sharing=sharing if projection is None else "layerwise",
-                init=init,
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
+                **own,
             )
             for size in sizes
         )

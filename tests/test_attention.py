@@ -58,7 +58,57 @@ LARGE = [
     Case(batch=4, heads=8, kv_heads=8, n=3200, n_q=3200, k=16, d=32, layout="bnhd", mask="random"),
     Case(batch=4, heads=8, kv_heads=8, n=3200, n_q=3200, k=16, d=32, layout="bnhd", grad="bnhd", sharing="per-head"),
 ]
-CHOSEN = WIDTHS + LENGTHS + PROJECTED + EMPTY + SHARINGS + MASKS + LAYOUTS + ALIASES + SCALES + PACKED + LARGE
+SMALL = dict(kv_heads=2, n=50, n_q=37, d=16)
+BIASED = [Case(bias=bias, k=k, **SMALL) for bias in ("normal", "holes", "out") for k in (1, 40, 129, 600)]
+BIASED += [Case(bias="holes", bias_shape=shape, k=24, mask="random", **SMALL) for shape in ("11k", "1hk", "b11", "k")]
+BIASED += [
+    Case(bias="holes", k=33, scale=0.0, **SMALL), Case(bias="holes", k=33, scale=-0.7, sharing="key-value", **SMALL),
+    Case(bias="out", k=70, dropout_p=0.3, **SMALL), Case(bias="out", k=24, size=1e3, **SMALL),
+    Case(bias="out", k=24, sharing="per-head", layout="strided", grad="scalar", **SMALL), Case(bias="out", n_q=0),
+    Case(bias="out", bias_shape="k", **SMALL), Case(bias="normal", batch=0), Case(bias="holes", n=0),
+    Case(bias="out", k=17, lengths=(5, 0, 64, 31), lengths_q=(7, 3, 0, 40), kv_heads=2),
+    Case(bias="holes", k=300, lengths=(90, 1), kv_heads=1, layout="padded"), Case(bias="normal", lengths=()),
+]  # fmt: skip
+PER_SEQUENCE = [
+    Case(sharing=sharing, extra=extra, k=40, layout=layout, mask=mask, **SMALL)
+    for sharing, extra, layout, mask in (
+        ("per-sequence", 0, "bhnd", None), ("per-sequence", 5, "bnhd", "nothing"),
+        ("per-sequence-key-value", 3, "padded", "random"), ("per-sequence-head", 0, "bnhd", "random"),
+        ("per-sequence-head", 7, "expanded", None), ("per-sequence-head-key-value", 2, "offset", None),
+    )
+] + [
+    Case(sharing="per-sequence", batch=3, heads=6, kv_heads=3, n=300, n_q=20, k=150, d=17, d_v=9),
+    Case(sharing="per-sequence-head", batch=1, kv_heads=1, n=70), Case(sharing="per-sequence-head", batch=0),
+    Case(sharing="per-sequence", lengths=(5, 0, 64, 31), lengths_q=(7, 3, 0, 40), k=20, kv_heads=2, extra=2),
+    Case(sharing="per-sequence-head-key-value", lengths=(40, 7), k=130, bias="holes"),
+    Case(sharing="per-sequence", n=0), Case(sharing="per-sequence-head", lengths=()),
+]  # fmt: skip
+POOLED = [
+    Case(pooled=pattern, segments_per_head=per_head, segments_dtype=dtype, mask=mask, k=k, **SMALL)
+    for pattern, per_head, dtype, mask, k in (
+        ("random", False, torch.int32, None, 20), ("random", True, torch.int64, "random", 20),
+        ("random", True, torch.int32, "nothing", 300), ("windows", False, torch.int64, "prefix", 20),
+        ("windows", True, torch.int32, None, 64), ("one", False, torch.int32, None, 1),
+        ("one", True, torch.int64, None, 9),
+        ("each", False, torch.int64, "nothing", 50), ("each", True, torch.int32, None, 600),
+        ("none", False, torch.int32, None, 20), ("none", True, torch.int64, "random", 3),
+    )
+] + [
+    Case(pooled="random", n=700, n_q=20, k=300, d=d, d_v=d_v, kv_heads=2) for d, d_v in ((17, 40), (1, 3), (64, None))
+] + [
+    Case(pooled="windows", n=1000, k=128, layout="bnhd", grad="bnhd", dropout_p=0.2, kv_heads=1),
+    Case(pooled="random", layout="strided", grad="strided", k=33, segments_per_head=True, **SMALL),
+    Case(pooled="random", layout="expanded", grad="expanded", k=33, **SMALL),
+    Case(pooled="random", k=20, alias="kv", scale=-0.5, **SMALL), Case(pooled="windows", k=20, scale=0.0, **SMALL),
+    Case(pooled="random", batch=0), Case(pooled="random", n=0), Case(pooled="windows", n_q=0), Case(pooled="one", n=1),
+    Case(pooled="random", lengths=()), Case(pooled="random", lengths=(0, 0), segments_per_head=True),
+    Case(pooled="random", lengths=(5, 0, 64, 31), lengths_q=(7, 3, 0, 40), k=20, kv_heads=2, segments_per_head=True),
+    Case(pooled="windows", lengths=(1, 130), lengths_q=(30, 2), k=60, kv_heads=1, layout="padded", grad="padded"),
+]  # fmt: skip
+FOLLOWING = BIASED + PER_SEQUENCE + POOLED  # projections that follow the sequence
+CHOSEN = (
+    FOLLOWING + WIDTHS + LENGTHS + PROJECTED + EMPTY + SHARINGS + MASKS + LAYOUTS + ALIASES + SCALES + PACKED + LARGE
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16", "fp16"))
@@ -73,20 +123,30 @@ def test_chosen(case, dtype, device, native):
     Case(lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, sharing="key-value", k=129, layout="padded"),
     Case(dropout_p=0.3, sharing="per-head", layout="offset", mask="nothing"),
     Case(batch=0), Case(n=0), Case(n_q=0),
+    Case(bias="out", sharing="per-sequence-head", mask="random", dropout_p=0.2, **SMALL),
+    Case(bias="holes", sharing="per-sequence", lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, k=20),
+    Case(pooled="random", bias="holes", segments_per_head=True, mask="random", k=30, **SMALL),
+    Case(pooled="windows", lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, k=129, layout="padded"),
+    Case(pooled="random", batch=0), Case(pooled="random", n=0), Case(pooled="random", n_q=0),
 ], ids=str)  # fmt: skip
 def test_the_two_halves(case, dtype, device, native):
     cases.check(dataclasses.replace(case, dtype=dtype), device, native, cases.run_halves)
 
 
+@pytest.mark.parametrize("bias", [None, "zero", "the largest is out"])
 @pytest.mark.parametrize("scale", [1.0, -1.0])
-def test_huge_scores(scale):
+def test_huge_scores(scale, bias):
     """From 2^31 on the rounding of max * scale exceeds the range of exponents: docs/proof.md on the GPU's kernels. Here
     the largest score stands alone."""
     query = torch.rand(1, 2, 3000, 32).add(1).mul(1e5)
     key = torch.arange(1e4, 71e4, 1e4)[:, None] * query.new_ones(2, 70, 32)
     value = torch.randn(1, 2, 70, 32)
-    out = lk.projected_attention(query, key[None], value, scale=scale, backend="cpu")
-    torch.testing.assert_close(out, value[:, :, -1 if scale > 0 else 0, None].expand_as(out), rtol=1e-6, atol=1e-6)
+    largest, second = (-1, -2) if scale > 0 else (0, 1)
+    key_bias = None if bias is None else torch.zeros(70)
+    if bias == "the largest is out":
+        key_bias[largest], largest = -torch.inf, second
+    out = lk.projected_attention(query, key[None], value, key_bias=key_bias, scale=scale, backend="cpu")
+    torch.testing.assert_close(out, value[:, :, largest, None].expand_as(out), rtol=1e-6, atol=1e-6)
 
 
 def sampled(rng: np.random.Generator) -> Case:
@@ -104,13 +164,19 @@ def sampled(rng: np.random.Generator) -> Case:
         n_q=pick(1, 2, 31, 64, 100, 255, 256, 257, 1000, int(rng.integers(1, 700))),
         extra=pick(0, 0, 1, 64), k=pick(1, 7, 64, 128, 256, 512, 1000, int(rng.integers(1, 300))),
         d=pick(1, 8, 17, 32, 64, 96, 128, 256), d_v=pick(None, None, None, 16, 33, 64, 128), dtype=pick(*DTYPES),
-        sharing=pick("headwise", "key-value", "per-head", "per-head-key-value", "same"),
+        sharing=pick("headwise", "key-value", "per-head", "per-head-key-value", "same", "per-sequence",
+                     "per-sequence-head", "per-sequence-key-value"),
+        bias=pick(None, None, "normal", "holes", "out"), bias_shape=pick("bhk", "bhk", "11k", "1hk", "k"),
+        pooled=pick(None, None, None, "random", "windows", "one"), segments_per_head=bool(pick(False, True)),
+        segments_dtype=pick(torch.int32, torch.int64),
         mask=None if packed else pick(None, None, "random", "prefix", "alternate", "one", "nothing"),
         layout=pick("bhnd", "bnhd", "bnhd", "padded", "offset", "expanded", "strided"),
         grad=pick("bhnd", "bnhd", "padded", "offset", "expanded", "scalar"),
         scale=pick(None, None, None, 0.0, -1.0, 3.0),
         dropout_p=pick(0.0, 0.0, 0.0, 0.1, 0.9),
     )  # fmt: skip
+    if case.pooled:  # whose bias is the number of keys
+        case = dataclasses.replace(case, bias=None)
     if case.scale is not None:
         case = dataclasses.replace(case, scale=case.scale * case.d**-0.5)
     if case.dtype == torch.float32:

@@ -1,6 +1,7 @@
 """What `python -m bench.counts` counts, and the kernel of exact attention it counts beside ours."""
 
 import csv
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -71,6 +72,20 @@ def test_needed_flop(gpu):
         assert row["tensor_flop"] == cost.flop(ALIGNED, backend == "exact"), backend
         assert row["tensor_flop_x_needed"] == 1
         assert row["conflicts"] == 0 and row["unique_bytes_x_floor"] >= 1 and row["l2_bytes_x_floor"] >= 1
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason="no CUDA kernels")
+@pytest.mark.parametrize("op", ["fwd", "full"])
+def test_pooling(op):
+    """Attention alone has products; a bias in shared memory meets no bank twice."""
+    cell = dataclasses.replace(ALIGNED, op=op, sharing="pooled")
+    *launches, row = counts.rows_of("cuda", cell, A100)
+    assert [launch["kernel"] for launch in launches if "pool" in launch["kernel"]] == [
+        f"linformer_pool{way}_bf16" for way in ("", "_backward")[: 1 + (op == "full")]
+    ]
+    assert row["conflicts"] == 0 and row["unique_bytes_x_floor"] >= 1
+    if op == "fwd":  # backward, scores and dP twice
+        assert row["tensor_flop_x_needed"] == 1
 
 
 def test_linear_and_quadratic():

@@ -27,13 +27,19 @@ def check(case: Case, through=cases.run, **options) -> emulated.Run:
     return run
 
 
-CHOSEN = [case for case in test_attention.CHOSEN if cases.work(case) < cases.MOST_WORK]
+# An emulated kernel takes its time: what follows the sequence in one type each, all else in all.
+CHOSEN = [
+    dataclasses.replace(case, dtype=dtype)
+    for index, case in enumerate(test_attention.CHOSEN)
+    for dtype in test_attention.DTYPES
+    if cases.work(case) < cases.MOST_WORK
+    and (case not in test_attention.FOLLOWING or dtype == test_attention.DTYPES[index % 3])
+]
 
 
-@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
-def test_chosen(case, dtype):
-    check(dataclasses.replace(case, dtype=dtype))
+def test_chosen(case):
+    check(case)
 
 
 @pytest.mark.parametrize("index", range(40))
@@ -79,6 +85,87 @@ def test_tf32_where_torch_allows_it(case, through):
             cases.compare({"TF32": {name: tensor}}, x)
 
 
+# Beside those of test_attention.py, for each width of the kernels, and with K in several blocks.
+FOLLOWING = [
+    Case(bias="normal", n=70, n_q=70, d=64), Case(bias="holes", n=30, n_q=200, k=70, d=96, layout="padded"),
+    Case(bias="out", n=30, n_q=50, k=200, d=64, kv_heads=2, dropout_p=0.3, scale=-0.4, bias_shape="b11"),
+    Case(bias="out", n=20, n_q=40, k=300, d=128, heads=2, kv_heads=1, layout="offset", dropout_p=0.1),
+    Case(bias="holes", n=20, n_q=40, k=70, d=250, d_v=100, heads=2, kv_heads=2, scale=0.0, bias_shape="k"),
+    Case(sharing="per-sequence", batch=3, n=70, n_q=40, d=64, extra=5, bias="holes"),
+    Case(sharing="per-sequence-head", batch=3, n=130, n_q=33, k=140, d=96, kv_heads=2, layout="padded"),
+    Case(sharing="per-sequence-head-key-value", lengths=(12, 40), d=250, heads=2, kv_heads=2, k=20, layout="offset"),
+    Case(pooled="random", n=130, n_q=40, k=37, d=64, kv_heads=2),
+    Case(pooled="one", n=150, n_q=30, k=5, d=96, d_v=200, heads=2, kv_heads=1, layout="padded", dropout_p=0.2),
+    Case(pooled="random", lengths=(50, 0, 77), lengths_q=(3, 60, 0), k=20, d=64, kv_heads=2, segments_per_head=True),
+    Case(pooled="windows", lengths=(12, 140), k=30, d=250, d_v=128, heads=2, kv_heads=2, layout="padded"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("case", FOLLOWING, ids=str)
+def test_projections_that_follow_the_sequence(case, dtype):
+    check(dataclasses.replace(case, dtype=dtype), cases.run_halves)
+
+
+@pytest.mark.parametrize("through", [cases.run, cases.run_halves])
+def test_gradient_of_each_alone(through):
+    """A launch computes what is wanted, and no bit depends on what else is."""
+    x = cases.Inputs(Case(bias="holes", n=50, n_q=60, k=150, kv_heads=2, dtype=BF16), "cpu")
+    with emulated.emulated(multiprocessors=20):
+        together = through(x, "cpu")
+    for name, leaf in x.leaves().items():
+        for other in x.leaves().values():
+            other.requires_grad_(other is leaf)
+        with emulated.emulated(multiprocessors=20):
+            alone = through(x, "cpu")
+        assert torch.equal(alone[f"grad_{name}"], together[f"grad_{name}"]), name
+
+
+@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
+def test_the_lowest_number_as_bias_is_not_minus_infinity(dtype):
+    """Where all rows have it, they share the weight."""
+    x = cases.Inputs(Case(bias="normal", n=40, n_q=40, k=150, kv_heads=2, dtype=dtype), "cpu")
+    lowest = torch.finfo(torch.float32).min
+    with torch.no_grad():
+        x.key_bias[0] = lowest
+        x.key_bias[1, 0, ::2] = lowest
+        x.key_bias[1, 1, 3] = -lowest
+    with emulated.emulated():
+        got = cases.run(x, "cpu")
+    cases.compare({"": got}, x)
+
+
+@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("packed", [False, True], ids=("padded", "packed"))
+def test_pooling_has_the_bits_of_the_cpu(packed, dtype, seed):
+    """Sums have the order of the sequence on both. Numbers that are none take part nowhere: NaN stands there."""
+    ops, k, none = torch.ops.linformer_kernels, 21, (-1, 21, 22, 2**31 - 1, -(2**31))
+    shape = (200, 3) if packed else (2, 3, 200)
+    segments = torch.randint(-len(none), k, shape, dtype=torch.int32)
+    for i, number in enumerate(none):
+        segments[segments == i - len(none)] = number
+    key, value = (torch.randn(*shape, d).to(dtype) for d in (64, 9))
+    out = (segments < 0) | (segments >= k)
+    for rows in (key, value):
+        rows[out] = cases.NAN
+    offsets = torch.tensor([0, 90, 90, 200]) if packed else None
+
+    def results():
+        pooled = ops.pool(key, value, segments, offsets, k)
+        return (
+            *pooled,
+            *ops.pool_backward(*pooled, segments, offsets, False, 3),
+            *ops.pool_backward(*pooled, segments, offsets, False, 2),
+        )
+
+    with emulated.emulated(seed=seed + 1) as run:
+        got = results()
+    assert [name.split("_")[1:-1] for name in run.kernels] == [["pool"], *2 * [["pool", "backward"]]]
+    for one, other in zip(got, results(), strict=True):
+        assert torch.equal(one, other)
+    assert not got[3][out].any() and got[5].shape == (0,)
+
+
 SPLIT = Case(batch=1, heads=2, kv_heads=2, n=1500, n_q=700, k=70, d=32, dtype=BF16)
 
 
@@ -86,6 +173,7 @@ SPLIT = Case(batch=1, heads=2, kv_heads=2, n=1500, n_q=700, k=70, d=32, dtype=BF
 @pytest.mark.parametrize("case", [
     SPLIT, dataclasses.replace(SPLIT, dtype=torch.float32, n=1000, sharing="key-value", mask="random"),
     Case(heads=4, kv_heads=4, n=70, n_q=70, k=256, d=64, dtype=BF16, batch=1),
+    dataclasses.replace(SPLIT, bias="holes", sharing="per-sequence"),
 ], ids=str)  # fmt: skip
 def test_splits_and_orders_give_the_same_bits(case, arch, seed):
     """Whatever order warps run in, and however many CTAs are resident."""
@@ -157,6 +245,7 @@ def test_offsets_that_run_past_their_tensor_are_held_inside():
     for wrong in ([0, 5, 400], [0, 2**40, 20], [-7, 10, 20], [0, 15, 3]):
         offsets = torch.tensor(wrong)
         with emulated.emulated():  # raises if anything is read or written out of bounds
-            torch.ops.linformer_kernels.attention(q, q, q, proj, None, None, offsets, offsets, None, 0.0, 1.0, False)
+            torch.ops.linformer_kernels.attention(*[q] * 3, proj, *[None] * 3, offsets, offsets, None, 0.0, 1.0, False)
+            torch.ops.linformer_kernels.pool(q, q, torch.zeros(20, 1, dtype=torch.int32), offsets, 8)
     with pytest.raises(ValueError, match="cu_seqlens_q"):
         linformer_attention_varlen(q, q, q, proj, cu_seqlens_q=offsets, cu_seqlens_k=offsets)

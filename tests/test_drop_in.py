@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -278,10 +279,77 @@ def test_an_encoder_says_that_it_is_not_made_of_a_layer(arguments, options):
     assert list(inspect.signature(LinformerEncoder).parameters)[:2] == ["d_model", "nhead"]
 
 
+def own(**sizes):
+    return LinformerProjection(N, 6, **sizes)
+
+
+PACKED = torch.ones(5, 4, 8), torch.tensor([0, 2, 5])
+PADDED = torch.ones(1, 4, 5, 8)
+
+
+@pytest.mark.parametrize("make, name", [
+    (lambda: LinformerAttention(32, 4, sharing="layerwise", seq_len=N), "seq_len is 24"),
+    (lambda: LinformerEncoderLayer(32, 4, sharing="layerwise", proj_dim=6), "proj_dim is 6"),
+    (lambda: LinformerEncoderLayer(32, 4, sharing="layerwise", init="mean"), "init is 'mean'"),
+    (lambda: from_torch(nn.TransformerEncoderLayer(32, 4), sharing="layerwise", **SIZES), "seq_len is 24"),
+    (lambda: LinformerAttention(32, 4, projection=own(), init="gaussian"), "init is 'gaussian'"),
+    (lambda: LinformerEncoderLayer(32, 4, projection=own(), init="mean"), "init is 'mean'"),
+    (lambda: LinformerEncoder(32, 4, num_layers=1, projection=own(), init="mean"), "init is 'mean'"),
+    (lambda: from_torch(nn.MultiheadAttention(32, 4), projection=own(), init="identity"), "init is 'identity'"),
+    (lambda: from_torch(nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4), 1), projection=own(), init="mean"),
+     "init is 'mean'"),
+    (lambda: own()(PADDED, PADDED, scale=1.0), "scale came without a query"),
+    (lambda: own()(PADDED, PADDED, dropout_p=0.1), "dropout_p or scale came without a query"),
+    (lambda: own()(PADDED, PADDED, query=PADDED, cu_seqlens_q=PACKED[1]), "cu_seqlens_q came without cu_seqlens_k"),
+    *((lambda kind=kind: own(kind=kind)(
+        *[PACKED[0]] * 2, torch.ones(2, 3) > 0, query=PACKED[0], cu_seqlens_q=PACKED[1], cu_seqlens_k=PACKED[1]
+    ), "key_padding_mask came with cu_seqlens_k") for kind in ("learned", "max")),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_no_argument_is_ignored(make, name):
+    """Sizes of a layer that gets its projection with each call, `init` beside a projection, a mask of packed rows."""
+    with pytest.raises(ValueError, match=f"{name}.*; wanted: "):
+        make()
+
+
+def test_a_layerwise_layer_takes_the_projection_of_the_call():
+    layer = LinformerEncoderLayer(32, 4, 48, 0.0, sharing="layerwise")
+    stack = LinformerEncoder(32, 4, 48, 0.0, num_layers=1, sharing="layerwise", init="mean", **SIZES)
+    assert stack.projection.init == "mean" and stack.layers[0].self_attn.projection is None
+    stack.layers[0].load_state_dict(layer.state_dict())
+    x = torch.randn(N, 2, 32)
+    assert torch.equal(layer(x, projection=stack.projection), stack(x))
+
+
+@pytest.mark.parametrize("shapes, says", [
+    (((10, 2, 32), (12, 2, 32), (11, 2, 32)), "value has shape (11, 2, 32) but key has (12, 2, 32)"),
+    (((10, 2, 32), (12, 2, 32), (12, 3, 32)), "value has shape (12, 3, 32) but key has (12, 2, 32)"),
+    (((10, 2, 32), (12, 3, 32), (12, 3, 32)), "query has shape (10, 2, 32) but key has (12, 3, 32)"),
+    (((10, 32), (12, 32), (11, 32)), "value has shape (11, 32) but key has (12, 32)"),
+    (((10, 2, 32), (12, 2, 31), (12, 2, 32)), "key has shape (12, 2, 31)"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("sharing", ["none", "headwise"])
+def test_shapes_in_errors_are_those_that_came(shapes, says, sharing):
+    """They were those of heads: (2, 4, 11, 8) for (11, 2, 32)."""
+    attention = LinformerAttention(32, 4, sharing=sharing, **SIZES)
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
+        attention(*map(torch.ones, shapes))
+    assert "wanted: " in str(error.value)
+
+
+def test_lengths_in_errors_are_those_that_came():
+    nested = lambda *lengths: torch.nested.nested_tensor([torch.ones(n, 32) for n in lengths])  # noqa: E731
+    attention = LinformerAttention(32, 4, **SIZES)
+    for lengths in (((3, 5), (3, 5), (5, 3)), ((3, 5), (3,), (3,))):
+        with pytest.raises(ValueError, match="wanted: as many sequences in all, and key and value alike"):
+            attention(*(nested(*of) for of in lengths))
+
+
 def test_a_mask_of_a_batch_is_refused_where_there_is_none():
     layer = LinformerEncoderLayer(32, 4, batch_first=True, **SIZES)
     with pytest.raises(ValueError, match=r"has shape \(1, 10\); wanted: \(N,\) = \(10,\), as query has no batch"):
         layer(torch.randn(10, 32), src_key_padding_mask=torch.zeros(1, 10, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"has shape \(9,\); wanted: \(N,\) = \(10,\)"):
+        layer(torch.randn(10, 32), src_key_padding_mask=torch.zeros(9, dtype=torch.bool))
 
 
 def test_a_mask_of_the_other_order_is_told_of_batch_first():

@@ -27,6 +27,12 @@ def tall(rows: int, *shape: int, at: int = 2) -> torch.Tensor:
     return one.expand(*shape[:at], rows, *shape[at:])
 
 
+def tall_segments(rows: int, at: int = 0) -> torch.Tensor:
+    shape = [1, 1, 1]
+    shape[at] = rows
+    return torch.zeros(1, 1, 1, dtype=torch.int32).expand(shape)
+
+
 BIG = 2**36 - 64  # rows: more memory than a machine has, and sizes that still can be computed with
 FEW = R(1, 1, 3, 8)
 TOO_MUCH = {
@@ -39,10 +45,19 @@ TOO_MUCH = {
     "K' and V'": lambda: lk.linformer_attention(FEW, FEW, FEW, tall(BIG, 3, at=0), backend="cpu"),
     "K' and V', alone": lambda: lk.project_kv(FEW, FEW, tall(BIG, 3, at=0), backend="cpu"),
     "a gradient": lambda: ops.projected_attention_backward(
-        tall(BIG, 1, 1, 8), tall(BIG, 1, 1, 8), FEW, FEW, None, None, 0.0, 1.0, False, 7
+        tall(BIG, 1, 1, 8), tall(BIG, 1, 1, 8), FEW, FEW, None, None, None, 0.0, 1.0, False, 7
     ),
     "a gradient, of E": lambda: ops.project_backward(
         tall(BIG, 1, 1, 8), tall(BIG, 1, 1, 8), FEW, FEW, tall(BIG, 3, at=0), None, None, None, False, 4
+    ),
+    "K' and V', pooled": lambda: ops.pool(
+        tall(64, 1, 1, 8, at=0), tall(64, 1, 1, 8, at=0), tall_segments(64), None, 2**31 - 1
+    ),
+    "a gradient, pooled": lambda: ops.pool_backward(
+        tall(1, 1, 1, 8), tall(1, 1, 1, 8), torch.ones(1, 1, 1), tall_segments(BIG, at=2), None, False, 3
+    ),
+    "a gradient, of E of each sequence": lambda: ops.project_backward(
+        tall(BIG, 1, 1, 8), tall(BIG, 1, 1, 8), FEW, FEW, tall(BIG, 1, 1, 3), None, None, None, False, 4
     ),
 }  # fmt: skip
 
@@ -66,25 +81,41 @@ def sizes_of(huge: int) -> dict:
     rows, heads = tall(huge, 1, 1, 8), tall(huge, 1, 1, 8, at=1)
     batch, state = tall(huge, 1, 1, 8, at=0), torch.zeros(2, dtype=torch.int64)
     return {
-        "K": lambda: ops.projected_attention(FEW, rows, rows, None, None, 0.0, 1.0, False),
-        "K, dropped": lambda: ops.projected_attention(FEW, rows, rows, None, state, 0.5, 1.0, False),
-        "K, backward": lambda: ops.projected_attention_backward(FEW, FEW, rows, rows, None, None, 0.0, 1.0, False, 7),
-        "K, backward, no gradient": lambda: ops.projected_attention_backward(
-            FEW, FEW, rows, rows, None, None, 0.0, 1.0, False, 0
+        "K": lambda: ops.projected_attention(FEW, rows, rows, None, None, None, 0.0, 1.0, False),
+        "K, dropped": lambda: ops.projected_attention(FEW, rows, rows, None, None, state, 0.5, 1.0, False),
+        "K, backward": lambda: ops.projected_attention_backward(
+            FEW, FEW, rows, rows, None, None, None, 0.0, 1.0, False, 7
         ),
-        "N_q": lambda: ops.projected_attention(rows, FEW, FEW, None, None, 0.0, 1.0, False),
-        "B": lambda: ops.projected_attention(batch, batch, batch, None, None, 0.0, 1.0, False),
-        "B without rows": lambda: ops.projected_attention(batch[:, :, :0], batch, batch, None, None, 0.0, 1.0, False),
-        "H": lambda: ops.projected_attention(heads, FEW, FEW, None, None, 0.0, 1.0, False),
-        "H_kv": lambda: ops.projected_attention(heads, heads, heads, None, None, 0.0, 1.0, False),
-        "D_v of one": lambda: ops.projected_attention(FEW, FEW, tall(huge, 1, 1, 3, at=3), None, None, 0.0, 1.0, False),
-        "K of E": lambda: ops.attention(FEW, FEW, FEW, tall(huge, 3, at=0), *[None] * 5, 0.0, 1.0, False),
+        "K, backward, no gradient": lambda: ops.projected_attention_backward(
+            FEW, FEW, rows, rows, None, None, None, 0.0, 1.0, False, 0
+        ),
+        "N_q": lambda: ops.projected_attention(rows, FEW, FEW, None, None, None, 0.0, 1.0, False),
+        "B": lambda: ops.projected_attention(batch, batch, batch, None, None, None, 0.0, 1.0, False),
+        "B without rows": lambda: ops.projected_attention(
+            batch[:, :, :0], batch, batch, None, None, None, 0.0, 1.0, False
+        ),
+        "H": lambda: ops.projected_attention(heads, FEW, FEW, None, None, None, 0.0, 1.0, False),
+        "H_kv": lambda: ops.projected_attention(heads, heads, heads, None, None, None, 0.0, 1.0, False),
+        "D_v of one": lambda: ops.projected_attention(
+            FEW, FEW, tall(huge, 1, 1, 3, at=3), None, None, None, 0.0, 1.0, False
+        ),
+        "K of E": lambda: ops.attention(FEW, FEW, FEW, tall(huge, 3, at=0), *[None] * 6, 0.0, 1.0, False),
         "K of E, project": lambda: ops.project(FEW, FEW, tall(huge, 3, at=0), None, None, None, False),
         "K of E, no rows": lambda: ops.project(
             FEW[:, :, :0], FEW[:, :, :0], tall(huge, 3, at=0), None, None, None, False
         ),
         "K, project_backward": lambda: ops.project_backward(
             rows, rows, FEW, FEW, tall(huge, 3, at=0), None, None, None, False, 15
+        ),
+        "B of E": lambda: ops.project(batch, batch, tall(huge, 1, 2, 3, at=0), None, None, None, False),
+        "H of E": lambda: ops.project(heads, heads, tall(huge, 1, 2, 3, at=1), None, None, None, False),
+        "K, biased": lambda: ops.projected_attention(FEW, rows, rows, tall(huge, 1, 1), None, None, 0.0, 1.0, False),
+        "N, pooled": lambda: ops.pool(rows, rows, tall_segments(huge, 2), None, 3),
+        "B, pooled": lambda: ops.pool(batch, batch, tall_segments(huge), None, 3),
+        "H, pooled": lambda: ops.pool(heads, heads, torch.zeros(1, 1, 1, dtype=torch.int32), None, 3),
+        "K, pooled": lambda: ops.pool(FEW, FEW, torch.zeros(1, 1, 3, dtype=torch.int32), None, huge),
+        "N, pool_backward": lambda: ops.pool_backward(
+            FEW, FEW, torch.ones(1, 1, 3), tall_segments(huge, 2), None, False, 3
         ),
         "B of keys": lambda: ops.project(batch, batch, R(2, 3), None, None, None, False),
         "H of keys": lambda: ops.project(heads, heads, R(2, 3), None, None, None, False),
@@ -106,7 +137,7 @@ def test_sizes_beyond_64_bits_are_refused(huge):
 def test_sizes_just_below_the_limit_are_tried():
     """They end at the memory, not at the check."""
     with pytest.raises(RuntimeError, match="out of memory"):
-        ops.projected_attention(FEW, tall(2**35, 1, 1, 8), tall(2**35, 1, 1, 8), None, None, 0.0, 1.0, False)
+        ops.projected_attention(FEW, tall(2**35, 1, 1, 8), tall(2**35, 1, 1, 8), None, None, None, 0.0, 1.0, False)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -165,6 +196,26 @@ def test_values_near_the_largest_number(case, backend, dtype, device):
         device = "cpu"
     x = cases.enormous(case, dtype, device)
     cases.compare({case: cases.run(x, backend)}, x)
+
+
+@pytest.mark.parametrize("build", ["generic", "avx2", "avx512", "avx512_bf16", "emulate_avx512_bf16", "emulate_amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_a_row_far_below_the_others_has_no_part(dtype, build):
+    """Without AVX-512 its exponential was 2^-126 of the largest, or more where there are many rows, and times a number
+    near the largest that is thousands: behind a bias of -10,000 lies whatever was in memory."""
+    query, key, value = (torch.rand(1, 2, rows, 16, dtype=dtype) for rows in (30, 200, 200))
+    far, bias, low = torch.arange(200) % 2 == 0, torch.zeros(200), key.clone()
+    value[:, :, far], low[:, :, far], bias[far] = 3e38, -3e38, -1e4
+    try:
+        if ops.cpu_use_capability(build) != build:
+            pytest.skip(f"this machine has no {build}")
+        by_bias = lk.projected_attention(query, key, value, key_bias=bias)
+        by_score = lk.projected_attention(query, low, value)
+        want = lk.projected_attention(query, key[:, :, ~far], value[:, :, ~far])
+    finally:
+        ops.cpu_use_capability("")
+    torch.testing.assert_close(by_bias, want)
+    torch.testing.assert_close(by_score, want)
 
 
 def test_the_library_has_no_path_of_the_machine_that_built_it():

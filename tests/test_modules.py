@@ -313,7 +313,8 @@ def strided(*lengths):
 
 @pytest.mark.parametrize("make", [
     lambda: LinformerProjection(0, 4), lambda: LinformerProjection(8, 4, kind="median"),
-    lambda: LinformerProjection(4, 8, kind="mean"), lambda: LinformerProjection(8, 4, kind="conv"),
+    lambda: LinformerProjection(4, 8), lambda: LinformerProjection(4, 8, kind="mean"),
+    lambda: LinformerProjection(8, 4, kind="conv"),
     lambda: LinformerProjection(8, 4, kind="max", num_heads=2),
     lambda: LinformerAttention(30, 4, seq_len=8, proj_dim=4),
     lambda: LinformerProjection(8, 4, init="zeros"), lambda: LinformerProjection(8, 4, kind="max", init="mean"),

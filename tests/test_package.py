@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from cases import Case, Inputs, Spy
 
 import linformer_kernels as lk
-from linformer_kernels import _backends, _library
+from linformer_kernels import _backends, _library, info
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +42,7 @@ def test_import_prints_nothing():
 def test_info():
     report = json.loads(succeeded(python("-m", "linformer_kernels.info", "--json")))
     text = succeeded(python("-m", "linformer_kernels.info"))
-    for word in (lk.__version__, torch.__version__, "cuda", "triton", "cpu", "reference"):
+    for word in (lk.__version__, torch.__version__, "cuda", "triton", "cpu", "composed", "reference"):
         assert word in text and word in json.dumps(report)
     assert torch.ops.linformer_kernels.cpu_capability() in text
 
@@ -68,6 +69,72 @@ def test_a_build_for_other_gpus_is_refused(monkeypatch):
     call.device, call.device_type, call.dtype = torch.device("cuda"), "cuda", torch.float32
     assert "LINFORMER_CUDA_ARCHS=80" in _backends.BACKENDS["cuda"].limits(call)
     assert _backends.BACKENDS["triton"].limits(call) is None
+
+
+def order(device="cuda", dtype=torch.bfloat16) -> list[str]:
+    call = types.SimpleNamespace(device=torch.device(device), device_type=device, dtype=dtype)
+    names = [backend.name for backend in _backends._in_order(call)]
+    assert sorted(names) == sorted(_backends.BACKENDS) and names[-1] == "reference"
+    return [name for name in names if name in ("cuda", "triton", "composed")]
+
+
+@pytest.mark.parametrize(("major", "dtype", "version", "wanted"), [
+    (8, torch.bfloat16, "3.6.0", "cuda triton composed"),
+    (9, torch.bfloat16, "3.6.0", "cuda composed triton"),
+    (9, torch.float32, "3.7.0+git1a2b", "cuda composed triton"),
+    (10, torch.float16, "3.7.0", "cuda composed triton"),
+    (12, torch.float16, "3.6.0", "triton cuda composed"),
+    (9, torch.bfloat16, "3.7.1", "triton cuda composed"),
+    (9, torch.float32, "3.7.1", "cuda triton composed"),
+    (10, torch.float16, "3.10.0", "triton cuda composed"),
+    (9, torch.float16, None, "triton cuda composed"),
+])  # fmt: skip
+def test_order_on_a_gpu(major, dtype, version, wanted, monkeypatch):
+    """Triton's older versions were preferred on 9.x, where they leave out the fence between cp.async and wgmma."""
+    monkeypatch.setattr(_backends, "UNFENCED_TRITON", note := _backends.unfenced_triton(version))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert order(dtype=dtype) == wanted.split()
+    shown = info.collect()["backends"]["triton"]["note"]
+    assert shown == note and (note is None or f"Triton {version}" in note)
+
+
+def test_order_on_other_gpus(monkeypatch):
+    assert order("xpu") == ["cuda", "composed", "triton"]
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert order() == ["cuda", "composed", "triton"]
+
+
+def test_rocm_has_no_cuda_kernels(monkeypatch):
+    """ROCm's torch says that it was built with CUDA; a library with CUDA kernels was offered to it."""
+    monkeypatch.setattr(_backends, "_LIBRARY_MISSING", None)
+    monkeypatch.setattr(_backends, "_ARCHITECTURES", "90+PTX")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "without CUDA" in _backends._cuda_missing()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert _backends._cuda_missing() is None
+
+
+def test_a_driver_too_old_for_the_library_is_refused(monkeypatch):
+    """It was an error in the middle of the first call; Triton needs no runtime."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "_ARCHITECTURES", "90")
+    tensor = types.SimpleNamespace(shape=(1, 1, 4, 8))
+    call = types.SimpleNamespace(query=tensor, key=tensor, value=tensor, key_proj=None, value_proj=None)
+    call.device, call.device_type, call.dtype = torch.device("cuda"), "cuda", torch.float32
+    for problem in ("this driver is for CUDA 12.8", ""):
+        monkeypatch.setattr(_library, "driver_problem", lambda problem=problem: problem)
+        assert _backends.BACKENDS["cuda"].limits(call) == (problem or None)
+        assert _backends.BACKENDS["triton"].limits(call) is None
+
+
+def test_without_a_driver():
+    """Asking the library is no error, and without CUDA in it there is nothing to say."""
+    problem = torch.ops.linformer_kernels.cuda_driver_problem()
+    if not _library.cuda_architectures():
+        assert problem == ""
+    elif not torch.cuda.is_available():
+        assert re.match(r"the native library was built with CUDA \d+\.\d+, and this driver is for CUDA 0\.0", problem)
 
 
 DAMAGED = """
@@ -141,7 +208,7 @@ def test_results_of_the_ops_are_poisoned(device, native):
     """The poison of conftest.py reaches what C++ allocates: every result is filled before the kernel writes."""
     x = Inputs(Case(), device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.ops.linformer_kernels.attention(*x.positional(), None, None, None, None, 0.0, 1.0, False)
+        torch.ops.linformer_kernels.attention(*x.positional(), None, None, None, None, None, 0.0, 1.0, False)
     names = [event.name for event in profile.events()]
     assert names.count("aten::fill_") >= 3 and names.count("aten::empty") + names.count("aten::new_empty") >= 3, names
 

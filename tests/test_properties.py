@@ -229,7 +229,9 @@ def test_a_fixed_rng_state(device):
     query, key_proj = torch.randn(2, 4, 9, 8, device=device), torch.randn(2, 2, 37, 8, device=device)
     value_proj = torch.eye(37, device=device).expand(2, 2, 37, 37)
     state = torch.tensor([0x7EDCBA9876543210, 0xFFFFFFFE], device=device)
-    out = torch.ops.linformer_kernels.projected_attention(query, key_proj, value_proj, None, state, 0.3, 0.5, False)
+    out = torch.ops.linformer_kernels.projected_attention(
+        query, key_proj, value_proj, None, None, state, 0.3, 0.5, False
+    )
     for b, h in itertools.product(range(2), range(4)):
         kept = oracle.dropout_multiplier(state.cpu().numpy(), 0.3, b, h, 4, 9, 37)
         assert np.array_equal(out[b, h].cpu().numpy() != 0, kept != 0)

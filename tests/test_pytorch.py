@@ -28,6 +28,11 @@ def recorded_calls(device, native) -> dict[str, tuple]:
         Case(sharing="key-value", dropout_p=0.2, dtype=torch.bfloat16),
         Case(sharing="per-head", lengths=(7, 0, 20), lengths_q=(3, 4, 9), layout="padded", kv_heads=2),
         Case(batch=0),
+        Case(bias="holes", sharing="per-sequence-head", layout="bnhd", kv_heads=2, mask="random"),
+        Case(bias="normal", bias_shape="11k", sharing="per-sequence", lengths=(7, 0, 20), kv_heads=2),
+        Case(pooled="random", k=20, layout="bnhd", mask="random", kv_heads=2, d_v=24),
+        Case(pooled="windows", k=20, lengths=(7, 0, 20), segments_per_head=True, dtype=torch.bfloat16, layout="padded"),
+        Case(pooled="random", batch=0),
     ]
     calls = {}
     for case in several:
@@ -39,7 +44,7 @@ def recorded_calls(device, native) -> dict[str, tuple]:
             plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments.values())
             calls[f"{name}-{case}"] = (getattr(ops, name), plain)
     assert {name.split("-")[0] for name in calls} == {
-        half + end for half in ("attention", "project", "projected_attention") for end in ("", "_backward")
+        half + end for half in ("attention", "project", "projected_attention", "pool") for end in ("", "_backward")
     }
     return calls
 
@@ -82,6 +87,50 @@ def compile_anew(function, backend: str):
     torch._dynamo.reset()
     counters.clear()
     return torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+
+def pooled(query, key, value, segments, number, mask=None, **cu_seqlens):
+    return lk.pooled_attention(query, key, value, segments, number, key_padding_mask=mask, **cu_seqlens) * 0.5
+
+
+def biased(query, key, value, proj_key, proj_value, bias):
+    """E computed from the data, one a sequence."""
+    proj = torch.softmax(proj_key + key.mean(dim=-1).unsqueeze(-2), dim=-1)
+    return lk.linformer_attention(query, key, value, proj, key_bias=torch.where(bias > -1, bias, -torch.inf))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_with_a_bias_and_e_of_each_sequence(backend, device):
+    compiled = compile_anew(biased, backend)
+    for n, n_q, batch in ((65, 40, 3), (130, 50, 7), (90, 91, 9)):
+        x = Inputs(Case(batch, 4, 2, n_q, n, k=16, d=8, layout="bnhd", sharing="per-sequence-key-value"), device)
+        bias = torch.randn(batch, 2, 16, device=device, requires_grad=True)
+        results = []
+        for function in (compiled, biased):
+            out = function(*x.positional(), bias)
+            results.append((out, *torch.autograd.grad(out, (*x.leaves().values(), bias), x.grad_out)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            assert backend != "aot_eager" or torch.equal(got, want)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_pooled(packed, backend, device):
+    """Whatever the sizes; another number of segments is another graph."""
+    compiled = compile_anew(pooled, backend)
+    lengths = iter([(5, 0, 41, 7, 9), (30, 9, 2, 60, 1, 5, 6), (8, 1, 3, 12, 0, 2, 5, 5, 1), (70, 3, 2, 1, 1, 4)])
+    for n, n_q, batch, number in ((65, 40, 3, 20), (130, 50, 7, 20), (90, 91, 9, 20), (80, 47, 5, 33)):
+        case = Case(batch, 4, 2, n_q, n, k=number, d=8, layout="bnhd", pooled="random")
+        if packed:
+            case = dataclasses.replace(case, lengths=next(lengths), layout="bhnd")
+        x = Inputs(dataclasses.replace(case, mask=None if packed else "random"), device)
+        rest = (x.cu_seqlens() if packed else {"mask": x.mask}) | {"segments": x.segments, "number": number}
+        results = (x.results(function(x.query, x.key, x.value, **rest)) for function in (compiled, pooled))
+        for got, want in zip(*(one.values() for one in results), strict=True):
+            assert torch.equal(got, want)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -177,6 +226,24 @@ def test_export_with_a_dynamic_shape(device):
         assert torch.equal(program.module()(*given), module(*given))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_pooled_with_a_dynamic_length(strict, device):
+    class Pooled(torch.nn.Module):
+        def forward(self, query, key, segments, mask):
+            return lk.pooled_attention(query, key, key, segments, 6, key_padding_mask=mask)
+
+    def inputs(n):
+        segments = torch.randint(-1, 6, (2, n), device=device)
+        return *(torch.randn(2, 4, n, 8, device=device) for _ in range(2)), segments, segments % 2 == 0
+
+    n = torch.export.Dim("n", min=2, max=80)
+    shapes = ({2: n}, {2: n}, {1: n}, {1: n})
+    program = torch.export.export(Pooled(), inputs(33), dynamic_shapes=shapes, strict=strict)
+    for length in (17, 80):
+        given = inputs(length)
+        assert torch.equal(program.module()(*given), Pooled()(*given))
+
+
 @pytest.mark.parametrize("sharing", ["headwise", "key_value"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
@@ -237,7 +304,14 @@ def test_functionalize(kind, backend, device, native):
         mask = torch.arange(6, device=device)[None] < ends[1]
         return (lk.linformer_attention(query, key, key, proj, key_padding_mask=mask, dropout_p=0.5, backend=backend),)
 
-    for function in (packed, padded):
+    def following(query, key, proj, ends):
+        segments = torch.arange(9, device=device) // 2 % 3
+        ends = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        out = lk.pooled_attention(query, key, key, segments, 3, **ends, backend=backend)
+        e = proj.expand(2, 1, 3, 6) * key[:2, :1, :1, None]
+        return out, lk.linformer_attention_varlen(query, key, key, e, key_bias=key[0, 0, :3], **ends, backend=backend)
+
+    for function in (packed, padded, following):
         results = []
         for run in (function, torch.func.functionalize(function)):
             torch.manual_seed(0)
@@ -252,20 +326,33 @@ def test_raw_ops_refuse_tensors_on_two_devices(device):
     state, ends = torch.tensor([1, 0], device=device), torch.tensor([0, 3], device=device)
     tensor = lambda *shape: torch.randn(shape, device=device)  # noqa: E731
     query, key, grad, proj, k = tensor(3, 4, 8), tensor(3, 2, 8), tensor(3, 4, 8), tensor(5, 7), tensor(1, 2, 5, 8)
+    bias, rows, count = tensor(1, 2, 5), torch.zeros(3, 1, dtype=torch.int32, device=device), tensor(1, 2, 5)
     project = dict(key=key, value=key, proj_key=proj, proj_value=proj, key_padding_mask=None, cu_seqlens_k=ends)
     scalars = dict(dropout_p=0.5, scale=1.0, allow_tf32=False)
-    forward = dict(query=query, **project, cu_seqlens_q=ends, rng_state=state, **scalars)
-    attend = dict(query=query, key_proj=k, value_proj=k, cu_seqlens_q=ends, rng_state=state, **scalars)
+    forward = dict(query=query, **project, key_bias=bias, cu_seqlens_q=ends, rng_state=state, **scalars)
+    attend = dict(query=query, key_proj=k, value_proj=k, key_bias=bias, cu_seqlens_q=ends, rng_state=state, **scalars)
     calls = {
         "project": dict(project, allow_tf32=False),
         "project_backward": dict(project, grad_key_proj=k, grad_value_proj=k, allow_tf32=False, needs=15),
         "attention": forward,
-        "attention_backward": dict(forward, grad_out=grad, key_proj=k, value_proj=k, needs=31),
+        "attention_backward": dict(forward, grad_out=grad, key_proj=k, value_proj=k, needs=63),
         "projected_attention": attend,
-        "projected_attention_backward": dict(attend, grad_out=grad, needs=7),
+        "projected_attention_backward": dict(attend, grad_out=grad, needs=15),
+        "pool": dict(key=key, value=key, segments=rows, cu_seqlens_k=ends, num_segments=5),
+        "pool_backward": dict(
+            grad_key_proj=k,
+            grad_value_proj=k,
+            count=count,
+            segments=rows,
+            cu_seqlens_k=ends,
+            heads_inner=False,
+            needs=3,
+        ),
     }
+    ends = dict(key_padding_mask=torch.rand(1, 3, device=device) < 0.5, cu_seqlens_q=ends, cu_seqlens_k=ends)
+    calls["choose_segments"] = dict(query=query, key=key, **ends, num_segments=5, singles=2, first=1, last=1)
     for name, arguments in calls.items():
-        for overload in ("default", "triton"):
+        for overload in ("default", "triton")[: 1 if name == "choose_segments" else 2]:
             op = getattr(getattr(ops, name), overload)
             for moved in (n for n, a in arguments.items() if isinstance(a, torch.Tensor)):
                 with pytest.raises(ValueError, match=f"{name}: .* is on .*; wanted: all tensors on one device"):
@@ -335,6 +422,33 @@ def test_a_second_derivative_names_the_remedy(device, native):
         grad.sum().backward()
 
 
+def test_vmap_of_the_bias_and_of_pooling(device, native):
+    """As of the other arguments: torch's loop over the op, with gradients."""
+    x = Inputs(Case(k=8, kv_heads=2, pooled="random"), device)
+    several, bias = torch.randn(3, *x.key.shape, device=device), torch.randn(3, 2, 2, 8, device=device)
+    grads = []
+    for backend in (native, "reference"):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (several, bias)]
+
+        def call(key, bias, backend=backend):
+            k, v, _ = lk.pool_kv(key, key, x.segments, 8, backend=backend)
+            return lk.projected_attention(x.query.detach(), k, v, key_bias=bias, backend=backend)
+
+        torch.func.vmap(call)(*leaves).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_torch_func_is_refused_with_the_remedy(device, native):
+    key, segments = torch.randn(1, 2, 9, 8, device=device), torch.zeros(1, 9, dtype=torch.int64, device=device)
+    call = lambda key: lk.pooled_attention(key, key, key, segments, 2, backend=native).sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match='backend="reference"'):
+        torch.func.grad(call)(key)
+    with pytest.raises(NotImplementedError, match='backend="reference"'):
+        torch.func.jvp(call, (key,), (key,))
+
+
 def test_vmap_keeps_gradients(device, native):
     """Of what is mapped, and of what is not, where no tensor under vmap says that it requires any."""
     x = Inputs(Case(), device)
@@ -384,7 +498,18 @@ def flops(function) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("sharing", ["headwise", "key-value", "per-head"])
+def test_flop_counts_of_pooling(device, native):
+    """An addition a number, and what projected_attention takes; the gradient of a mean is copied."""
+    b, h, kv, n_q, n, k, d, d_v = 2, 4, 2, 30, 50, 16, 8, 24
+    x = Inputs(Case(b, h, kv, n_q, n, k=k, d=d, d_v=d_v, pooled="random"), device)
+    attend = 2 * b * h * n_q * k
+    call = lambda: lk.pooled_attention(x.query, x.key, x.value, x.segments, k, backend=native)  # noqa: E731
+    forward = b * kv * n * (d + d_v) + attend * (d + d_v)
+    assert flops(call) == forward
+    assert flops(lambda: x.results(call())) == forward + attend * (3 * d + 2 * d_v)
+
+
+@pytest.mark.parametrize("sharing", ["headwise", "key-value", "per-head", "per-sequence"])
 def test_flop_counts(sharing, device, native):
     """By hand, 2 a multiplication. Backward recomputes the scores; a gradient that nobody wants costs nothing."""
     b, h, kv, n_q, n, k, d, d_v = 2, 4, 2, 30, 50, 16, 8, 24

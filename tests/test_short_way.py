@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(_backends._SHORT is None, reason="Triton's inter
 
 def attention(draw):
     b, h, n, n_max, k, d, d_v = (draw.choice((1, 2, 3)) for _ in range(7))
-    proj = (h, k, n + n_max) if draw.random() < 0.3 else (k, n + n_max)
+    proj = (*draw.choice(((), (), (h,), (b, h), (b, 1))), k, n + n_max)
     arguments = {
         "query": torch.randn(b, h * draw.choice((1, 2)), draw.choice((0, 1, 4)), d),
         "key": torch.randn(b, h, n, d),

@@ -40,6 +40,13 @@ CASES = [
     Case(d=128, k=40, n=70, n_q=70, dtype=BF16, alias="qkv", sharing="same"),
     Case(d=256, k=70, n=40, n_q=40, heads=2, kv_heads=1, batch=1, dtype=BF16),
     Case(lengths=(64, 40), d=32, k=32, dropout_p=0.2, kv_heads=1),
+    Case(bias="out", d=64, k=100, n=70, n_q=50, dtype=BF16, dropout_p=0.3, kv_heads=2),
+    Case(bias="holes", d=40, k=150, n=70, n_q=50, bias_shape="1hk", scale=-0.3, mask="random", dtype=FP16),
+    Case(bias="holes", lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=2, k=40, sharing="per-sequence", extra=3),
+    Case(sharing="per-sequence-head-key-value", d=64, k=70, n=150, n_q=40, extra=2, mask="random", dtype=BF16),
+    Case(pooled="random", segments_per_head=True, k=20, d=24, d_v=40, layout="bnhd", mask="random", kv_heads=2),
+    Case(pooled="windows", lengths=(50, 0, 7), lengths_q=(3, 60, 0), kv_heads=1, k=9, d=200, d_v=64, dtype=FP16),
+    Case(pooled="one", k=3, n=70, n_q=20, dtype=BF16, segments_per_head=True, layout="padded"),
 ]
 
 
@@ -49,6 +56,18 @@ def check(case: Case, through=cases.run, **options) -> emulated_triton.Run:
         got = through(x, "triton")
     cases.compare({case: got}, x)
     return run
+
+
+def test_tiles_are_those_of_the_gpu_of_the_tensor(monkeypatch):
+    """They were those of the current one, for good: the wrong ones where two kinds of GPU are together."""
+    from linformer_kernels.triton_kernels import ops
+
+    with emulated_triton.emulated(arch=90):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (8, 6))[index])
+        assert [ops._device(index).capability for index in (0, 1)] == [90, 86]
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -75,17 +94,29 @@ def test_sampled(index, seed):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(dtype=BF16, k=100, n=130, mask="prefix"), Case(lengths=(9, 31), kv_heads=1)], ids=str
+    "case",
+    [Case(dtype=BF16, k=100, n=130, mask="prefix"), Case(lengths=(9, 31), kv_heads=1, bias="holes")],
+    ids=str,
 )
 def test_the_two_halves(case):
     run = check(case, through=cases.run_halves)
     assert run.kernels == ["forward", "forward", "backward", "project_backward"]
+    run = check(dataclasses.replace(case, pooled="random", k=8), through=cases.run_halves)
+    assert run.kernels == ["pool", "forward", "backward", "pool_backward"]
 
 
 SPLIT = Case(batch=1, heads=2, kv_heads=1, n=1100, n_q=1050, k=96, d=32, dtype=BF16, sharing="key-value", mask="random")
 
 
-@pytest.mark.parametrize("case", [SPLIT, dataclasses.replace(SPLIT, k=160, sharing="headwise", d=64)], ids=str)
+SPLITS = [
+    SPLIT,
+    dataclasses.replace(SPLIT, k=160, sharing="headwise", d=64),
+    dataclasses.replace(SPLIT, bias="holes"),
+    dataclasses.replace(SPLIT, pooled="random", k=40, n_q=50),
+]
+
+
+@pytest.mark.parametrize("case", SPLITS, ids=str)
 def test_splits_and_orders_give_the_same_bits(case, seed):
     """Whatever order warps run in, and however many programs are resident."""
     x = cases.Inputs(case, "cpu")
@@ -135,6 +166,51 @@ def test_gradients_that_are_wanted(wanted, k):
     cases.compare({wanted: got}, x)
 
 
+@pytest.mark.parametrize("wanted", [("key_bias",), ("query", "key_bias"), ("value", "key_bias"), ("key",)], ids=str)
+@pytest.mark.parametrize("k", [32, 150])
+def test_gradients_that_are_wanted_with_a_bias(wanted, k):
+    """Summed over splits too: the last of the parts that share the room for them."""
+    x = cases.Inputs(Case(bias="holes", batch=1, dtype=BF16, k=k, n=70, n_q=600, heads=2, kv_heads=1), "cpu")
+    for name in cases.LEAVES:
+        getattr(x, name).requires_grad_(name in wanted)
+    with emulated_triton.emulated(multiprocessors=12):
+        got = cases.run(x, "triton")
+    assert set(got) == {"out", *(f"grad_{name}" for name in wanted)}
+    cases.compare({wanted: got}, x)
+
+
+@pytest.mark.parametrize("k", [40, 150])
+def test_the_lowest_finite_bias_takes_no_row_out(k):
+    """Rows all of which have it weigh the same, and a row that has less weighs all."""
+    query, key, value = torch.zeros(1, 1, 5, 16), torch.randn(1, 1, k, 16), torch.randn(1, 1, k, 16)
+    bias = torch.full((2, 1, 1, k), torch.finfo(torch.float32).min)
+    bias[1, ..., 7] = -1e4
+    with emulated_triton.emulated():
+        means, one = (lk.projected_attention(query, key, value, key_bias=b, backend="triton") for b in bias)
+    torch.testing.assert_close(means, value.mean(2, keepdim=True).expand_as(means))
+    torch.testing.assert_close(one, value[:, :, 7:8].expand_as(one))
+
+
+def test_segments_out_of_range_are_nowhere():
+    """On a GPU nobody reads them before the kernels do. The memory behind them is not there to be read, either."""
+    ops = torch.ops.linformer_kernels
+    segments = torch.tensor([[[0, 5, 4, -2, 2**31 - 1, 4, -(2**31), 6, 0]]], dtype=torch.int32)
+    inside = torch.where((segments >= 0) & (segments < 5), segments, -1)
+    key = torch.randn(1, 2, 9, 24)
+    for cu in (None, torch.tensor([0, 4, 9])):
+        rows = key if cu is None else key[0].transpose(0, 1).contiguous()
+        got = []
+        for of in (segments, inside):
+            of = of if cu is None else of[0].t().contiguous()
+            with emulated_triton.emulated():  # raises if anything is read or written out of bounds
+                k, v, count = ops.pool.triton(rows, rows, of, cu, 5)
+                grads = ops.pool_backward.triton(k, v, count, of, cu, False, 3)
+            got.append((k, v, count, *grads))
+        for one, other in zip(*got, strict=True):
+            assert torch.equal(one, other)
+        assert got[0][2].sum() == 8  # two heads
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("k, backward", [(128, 5), (256, 9)])
 def test_no_product_is_computed_twice(k, backward, arch):
@@ -153,10 +229,13 @@ def test_offsets_that_run_past_their_tensor_are_held_inside():
     for wrong in ([0, 5, 400], [0, 2**40, 20], [-7, 10, 20], [0, 15, 3]):
         offsets = torch.tensor(wrong)
         with emulated_triton.emulated():  # raises if anything is read or written out of bounds
-            tensors = (q, q, q, proj, None, None, offsets, offsets, None)
+            tensors = (q, q, q, proj, None, None, None, offsets, offsets, None)
             out, k, v = torch.ops.linformer_kernels.attention.triton(*tensors, 0.0, 1.0, False)
             backward = torch.ops.linformer_kernels.attention_backward.triton
             backward(out, *tensors, k, v, 0.0, 1.0, False, 15)
+            segments = torch.randint(0, 8, (20, 2), dtype=torch.int32)
+            k, v, count = torch.ops.linformer_kernels.pool.triton(q, q, segments, offsets, 8)
+            torch.ops.linformer_kernels.pool_backward.triton(k, v, count, segments, offsets, False, 3)
 
 
 def test_no_recompilation_storm():
@@ -217,8 +296,10 @@ def test_compilers_see_one_op():
 def test_opcheck():
     x = cases.Inputs(Case(dtype=torch.float32, n=20, n_q=20, k=16, heads=2, kv_heads=2, batch=1), "cpu")
     with emulated_triton.emulated():
-        arguments = (*x.positional(), None, None, None, None, 0.0, 1.0, False)
+        arguments = (*x.positional(), None, None, None, None, None, 0.0, 1.0, False)
         torch.library.opcheck(torch.ops.linformer_kernels.attention.triton, arguments)
+        segments = torch.randint(-1, 4, (1, 2, 20), dtype=torch.int32)
+        torch.library.opcheck(torch.ops.linformer_kernels.pool.triton, (x.key, x.value, segments, None, 4))
 
 
 TENSOR_INSTRUCTIONS = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
@@ -236,6 +317,11 @@ SHIPPED = [  # as Case, architecture: the usual sizes on all six, the others whe
         (256, 256, "headwise", (80, 90, 100, 120)),
     )
     for arch in architectures
+] + [
+    (Case(dtype=dtype, d=64, k=k, n=256, n_q=256, bias="normal"), arch)
+    for dtype in (BF16, torch.float32)
+    for k in (128, 256)
+    for arch in (80, 90, 100)
 ]
 
 
@@ -323,6 +409,8 @@ def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
 
 # Bytes of stores and loads that no choice of tiles has avoided yet.
 KNOWN_SPILLS = {
+    ("forward", BF16, 64, 100): 8,  # with a bias
+    ("backward", BF16, 64, 100): 16,  # with a bias
     ("backward", torch.float32, 128, 120): 48,
     ("backward", torch.float32, 96, 90): 400,
     ("backward", torch.float32, 96, 100): 88,
@@ -347,3 +435,17 @@ def test_every_tile_fits_its_architecture(case, arch):
             assert found["spilled"] <= known, (compiled.name, found)
         if case.dtype == BF16 and case.d <= 128:  # wider heads go in tiles that are too small for wgmma and tcgen05
             assert TENSOR_INSTRUCTIONS[arch] in compiled.asm["ptx"], compiled.name
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=("bf16", "fp32"))
+def test_pooling_loads_whole_vectors(dtype, arch):
+    """Of keys and gradients that lie so; and spills nothing."""
+    x = cases.Inputs(Case(dtype=dtype, d=64, k=40, pooled="random"), "cpu")
+    with emulated_triton.emulated(arch, multiprocessors=4, execute=False) as run:
+        cases.run_halves(x, "triton")
+    of_pooling = [compiled for compiled in run.compiled if "pool" in compiled.name]
+    assert len(of_pooling) == 2
+    for compiled in of_pooling:
+        assert emulated_triton.resources(compiled)["spilled"] == 0
+        assert "ld.global.v" in compiled.asm["ptx"], compiled.name

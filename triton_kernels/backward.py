@@ -1,7 +1,7 @@
-"""Backward of attention, one launch: from Q, K', V' and dO to dQ, dK', dV'. Nothing of size N K is kept.
+"""Backward of attention, one launch: from Q, K', V' and dO to dQ, dK', dV', dbias. Nothing of size N K is kept.
 
-    P = softmax(scale Q K'^T)    dP = M (dO V'^T)    dS = P (dP - rowsum(P dP))    M: dropout, 0 or 1 / (1 - p)
-    dQ = scale dS K'             dK' = scale dS^T Q  dV' = (M P)^T dO
+    P = softmax(scale Q K'^T + bias)    dP = M (dO V'^T)    dS = P (dP - rowsum(P dP))    M: dropout, 0 or 1 / (1 - p)
+    dQ = scale dS K'                    dK' = scale dS^T Q  dV' = (M P)^T dO              dbias = dS^T 1
 
 Where BLOCK_K rows hold all of K' (FUSED), a program goes through the query rows of a head once and has everything: five
 products. Else row tiles come first: BLOCK_ROWS query rows, for which they write dQ and three statistics, the largest
@@ -16,9 +16,14 @@ import triton
 import triton.language as tl
 
 from .common import (
+    LOWEST,
+    add_scores,
     add_splits,
+    bias_of,
+    biased_powers,
     dot,
     find_tile,
+    inverse,
     kept_scores,
     offsets_2d,
     powers,
@@ -44,14 +49,15 @@ def statistics_of(statistics, sizes, cu_seqlens_q, b, head, row):
 
 @triton.jit
 def row_tile(
-    ticket, query, key_proj, value_proj, grad_out, grad_query, cu_seqlens_q, rng_state, strides, sizes, exponent, scale,
-    threshold, keep, statistics, ready,
+    ticket, query, key_proj, value_proj, key_bias, grad_out, grad_query, cu_seqlens_q, rng_state, strides, sizes,
+    exponent, scale, threshold, keep, statistics, ready,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, NEGATIVE: tl.constexpr,
-    HEADROOM: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr, PRECISION: tl.constexpr,
+    HEADROOM: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_DELTA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics and dQ of BLOCK_ROWS query rows: the scores of BLOCK_S rows of K' at a time, twice."""
+    BIASED: tl.constexpr = key_bias.data is not None
     head = ticket % sizes.heads
     b, tile = find_tile(cu_seqlens_q, sizes.batch, sizes.len_q, sizes.len_q, ticket // sizes.heads, BLOCK_ROWS)
     if b < sizes.batch:
@@ -72,7 +78,7 @@ def row_tile(
         b_q = tl.load(p_q, mask=m_q[:, None] & m_d[None, :], other=0.0)
         b_do = tl.load(p_do, mask=m_q[:, None] & m_v[None, :], other=0.0)
 
-        b_most = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+        b_most = tl.full([BLOCK_ROWS], LOWEST if BIASED else float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_ROWS], tl.float32)
         b_delta = tl.zeros([BLOCK_ROWS], tl.float32)
         for k in tl.range(0, K, BLOCK_S, num_stages=STAGES):
@@ -81,16 +87,12 @@ def row_tile(
             b_s = dot(b_q, tl.trans(b_k), None, PRECISION)
             if NEGATIVE:
                 b_s = -b_s
-            if K % BLOCK_S:
-                b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent + HEADROOM)
-                b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
-            else:
-                b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent + HEADROOM)
-                b_p = powers(b_s, exponent, b_new[:, None])
-            b_change = tl.exp2(b_most - b_new)
+            if BIASED:
+                b_s = tl.fma(b_s, exponent, bias_of(key_bias, b, head_kv, k + o_k, K)[None, :])
+            b_p, b_new, b_change = add_scores(b_s, b_most, m_k, exponent, K % BLOCK_S == 0, BIASED, HEADROOM)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
             b_most = b_new
-            if WANT_QUERY or WANT_KEY:
+            if WANT_QUERY or WANT_DELTA:
                 b_v = tl.load(p_v, mask=m_k[:, None] & m_v[None, :], other=0.0)
                 b_dp = dot(b_do, tl.trans(b_v), None, PRECISION)
                 if rng_state is not None:
@@ -99,7 +101,7 @@ def row_tile(
                 b_delta = b_delta * b_change + tl.sum(b_p * b_dp, 1)
             p_k += k_step
             p_v += v_step
-        b_one = 1.0 / b_sum
+        b_one = inverse(b_sum, 1.0, BIASED)
         b_delta = b_delta * b_one
         p_most, p_one, p_delta = statistics_of(statistics, sizes, cu_seqlens_q, b, head, first + o_q)
         tl.store(p_most, b_most, mask=m_q)
@@ -116,9 +118,13 @@ def row_tile(
                 b_s = dot(b_q, tl.trans(b_k), None, PRECISION)
                 if NEGATIVE:
                     b_s = -b_s
-                b_p = powers(b_s, exponent, b_most[:, None]) * b_one[:, None]
-                if K % BLOCK_S:
-                    b_p = tl.where(m_k[None, :], b_p, 0.0)
+                if BIASED:
+                    b_s = tl.fma(b_s, exponent, bias_of(key_bias, b, head_kv, k + o_k, K)[None, :])
+                    b_p = biased_powers(b_s, b_most[:, None], HEADROOM) * b_one[:, None]
+                else:
+                    b_p = powers(b_s, exponent, b_most[:, None]) * b_one[:, None]
+                    if K % BLOCK_S:
+                        b_p = tl.where(m_k[None, :], b_p, 0.0)
                 b_v = tl.load(p_v, mask=m_k[:, None] & m_v[None, :], other=0.0)
                 b_dp = dot(b_do, tl.trans(b_v), None, PRECISION)
                 if rng_state is not None:
@@ -137,15 +143,17 @@ def row_tile(
 
 @triton.jit
 def column_tile(
-    ticket, query, key_proj, value_proj, grad_out, grad_query, grad_key_proj, grad_value_proj, cu_seqlens_q, rng_state,
-    strides, sizes, exponent, scale, threshold, keep, statistics, ready, arrived, partial, splits, tiles,
+    ticket, query, key_proj, value_proj, key_bias, grad_out, grad_query, grad_key_proj, grad_value_proj, grad_key_bias,
+    cu_seqlens_q, rng_state, strides, sizes, exponent, scale, threshold, keep, statistics, ready, arrived, partial,
+    splits, tiles,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, NEGATIVE: tl.constexpr,
-    FUSED: tl.constexpr, SPLIT: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr,
-    WANT_VALUE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+    HEADROOM: tl.constexpr, FUSED: tl.constexpr, SPLIT: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr,
+    WANT_VALUE: tl.constexpr, WANT_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K rows of dK' and dV', and dQ where FUSED. Scores stand with the rows of K' down, query rows across."""
+    """BLOCK_K rows of dK', dV', dbias, and dQ where FUSED. Scores stand with the rows of K' down, query rows across."""
     COLUMN_BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    BIASED: tl.constexpr = key_bias.data is not None
     split = ticket % splits
     tile_id = ticket // splits
     head_kv = tile_id // COLUMN_BLOCKS % sizes.heads_kv
@@ -161,12 +169,15 @@ def column_tile(
     p_v = start_of(value_proj, strides.value_proj, b, head_kv, unit) + offsets_2d(strides.value_proj, o_k, o_v, unit)
     b_k = tl.load(p_k, mask=m_k[:, None] & m_d[None, :], other=0.0)
     b_v = tl.load(p_v, mask=m_k[:, None] & m_v[None, :], other=0.0)
+    if BIASED:
+        b_bias = bias_of(key_bias, b, head_kv, o_k, K)
 
     steps = tl.cdiv(length, BLOCK_Q)
     begin = (steps.to(tl.int64) * group * split // splits).to(tl.int32)
     end = (steps.to(tl.int64) * group * (split + 1) // splits).to(tl.int32)
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_DV], tl.float32)
+    b_db = tl.zeros([BLOCK_K, 1], tl.float32)
     for step in tl.range(begin, end, num_stages=STAGES):
         head = head_kv * group + step // steps
         o_q = step % steps * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -180,18 +191,28 @@ def column_tile(
         b_s = dot(b_k, tl.trans(b_q), None, PRECISION)
         if NEGATIVE:
             b_s = -b_s
+        if BIASED:
+            b_s = tl.fma(b_s, exponent, b_bias[:, None])
         if FUSED:
-            if BLOCK_K == K:
+            if BIASED:
+                b_most = tl.maximum(tl.max(b_s, 0), LOWEST)
+                b_p = biased_powers(b_s, b_most[None, :], 0)
+            elif BLOCK_K == K:
                 b_most = tl.max(b_s, 0) * exponent
                 b_p = powers(b_s, exponent, b_most[None, :])
             else:
                 b_most = tl.max(tl.where(m_k[:, None], b_s, float("-inf")), 0) * exponent
                 b_p = tl.where(m_k[:, None], powers(b_s, exponent, b_most[None, :]), 0.0)
-            b_p = b_p * (1.0 / tl.sum(b_p, 0))[None, :]
+            b_p = b_p * inverse(tl.sum(b_p, 0), 1.0, BIASED)[None, :]
         else:
             p_most, p_one, p_delta = statistics_of(statistics, sizes, cu_seqlens_q, b, head, first + o_q)
-            b_most, b_one = tl.load(p_most, mask=m_q, other=0.0), tl.load(p_one, mask=m_q, other=0.0)
-            b_p = powers(b_s, exponent, b_most[None, :]) * b_one[None, :]
+            # A query that is not there has the bias for scores, which may be of any size.
+            b_most = tl.load(p_most, mask=m_q, other=float("inf") if BIASED else 0.0)
+            b_one = tl.load(p_one, mask=m_q, other=0.0)
+            if BIASED:
+                b_p = biased_powers(b_s, b_most[None, :], HEADROOM) * b_one[None, :]
+            else:
+                b_p = powers(b_s, exponent, b_most[None, :]) * b_one[None, :]
         b_kept = b_p
         if rng_state is not None:
             m_kept = kept_scores(
@@ -200,7 +221,7 @@ def column_tile(
             b_kept = tl.where(m_kept, b_p * keep, 0.0)
         if WANT_VALUE:
             b_dv = dot(b_kept.to(b_do.dtype), b_do, b_dv, PRECISION)
-        if WANT_KEY or (FUSED and WANT_QUERY):
+        if WANT_KEY or WANT_BIAS or (FUSED and WANT_QUERY):
             b_dp = dot(b_v, tl.trans(b_do), None, PRECISION)
             if rng_state is not None:
                 b_dp = tl.where(m_kept, b_dp * keep, 0.0)
@@ -208,7 +229,10 @@ def column_tile(
                 b_delta = tl.sum(b_p * b_dp, 0)
             else:
                 b_delta = tl.load(p_delta, mask=m_q, other=0.0)
-            b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            if WANT_BIAS:
+                b_db += tl.sum(b_ds, 1, keep_dims=True)
+            b_ds = b_ds.to(b_q.dtype)
             if WANT_KEY:
                 b_dk = dot(b_ds, b_q, b_dk, PRECISION)
             if FUSED and WANT_QUERY:
@@ -222,6 +246,7 @@ def column_tile(
         complete = True
         if SPLIT:
             b_dk, complete = add_splits(b_dk, partial, arrived, tile_id, split, splits, [BLOCK_K, BLOCK_D])
+            partial += tiles.to(tl.int64) * splits * (BLOCK_K * BLOCK_D)
         if complete:
             p_dk = start_of(grad_key_proj, strides.grad_key_proj, b, head_kv, unit) + offsets_2d(
                 strides.grad_key_proj, o_k, o_d, unit
@@ -230,14 +255,20 @@ def column_tile(
     if WANT_VALUE:
         complete = True
         if SPLIT:
-            if WANT_KEY:
-                partial += tiles.to(tl.int64) * splits * (BLOCK_K * BLOCK_D)
             b_dv, complete = add_splits(b_dv, partial, arrived + tiles, tile_id, split, splits, [BLOCK_K, BLOCK_DV])
+            partial += tiles.to(tl.int64) * splits * (BLOCK_K * BLOCK_DV)
         if complete:
             p_dv = start_of(grad_value_proj, strides.grad_value_proj, b, head_kv, unit) + offsets_2d(
                 strides.grad_value_proj, o_k, o_v, unit
             )
             tl.store(p_dv, b_dv.to(grad_value_proj.dtype.element_ty), mask=m_k[:, None] & m_v[None, :])
+    if WANT_BIAS:
+        complete = True
+        if SPLIT:
+            b_db, complete = add_splits(b_db, partial, arrived + 2 * tiles, tile_id, split, splits, [BLOCK_K, 1])
+        if complete:
+            p_db = grad_key_bias + (b.to(tl.int64) * sizes.heads_kv + head_kv) * K + o_k[:, None]
+            tl.store(p_db, b_db, mask=m_k[:, None])
 
 
 _NUMBERS = ["threshold", "row_tiles", "splits", "tiles"]
@@ -245,18 +276,19 @@ _NUMBERS = ["threshold", "row_tiles", "splits", "tiles"]
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS)
 def backward(
-    query, key_proj, value_proj, grad_out, grad_query, grad_key_proj, grad_value_proj, cu_seqlens_q, rng_state, strides,
-    sizes, exponent, scale, threshold, keep, statistics, counters, partial, row_tiles, splits, tiles,
+    query, key_proj, value_proj, key_bias, grad_out, grad_query, grad_key_proj, grad_value_proj, grad_key_bias,
+    cu_seqlens_q, rng_state, strides, sizes, exponent, scale, threshold, keep, statistics, counters, partial, row_tiles,
+    splits, tiles,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, NEGATIVE: tl.constexpr,
     HEADROOM: tl.constexpr, FUSED: tl.constexpr, SPLIT: tl.constexpr, WANT_QUERY: tl.constexpr, WANT_KEY: tl.constexpr,
-    WANT_VALUE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WANT_VALUE: tl.constexpr, WANT_BIAS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROW_STAGES: tl.constexpr, COLUMN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The formulas above. `tiles` column tiles of `splits` parts each.
 
     counters: [0] the next ticket, then for each (sequence, head of K') the row tiles that are ready, then for each
-    column tile the splits that have arrived, for dK' and for dV'; zero when the launch starts.
+    column tile the splits that have arrived, for dK', dV' and dbias; zero when the launch starts.
     """
     sizes = sizes_of(sizes)
     ticket = tl.atomic_add(counters, 1, sem="relaxed")
@@ -264,16 +296,16 @@ def backward(
     if ticket < row_tiles:
         if not FUSED:
             row_tile(
-                ticket, query, key_proj, value_proj, grad_out, grad_query, cu_seqlens_q, rng_state, strides, sizes,
-                exponent, scale, threshold, keep, statistics, ready, unit, K, D, D_V, NEGATIVE, HEADROOM, WANT_QUERY,
-                WANT_KEY, PRECISION, BLOCK_ROWS, BLOCK_S, BLOCK_D, BLOCK_DV, ROW_STAGES,
+                ticket, query, key_proj, value_proj, key_bias, grad_out, grad_query, cu_seqlens_q, rng_state, strides,
+                sizes, exponent, scale, threshold, keep, statistics, ready, unit, K, D, D_V, NEGATIVE, HEADROOM,
+                WANT_QUERY, WANT_KEY or WANT_BIAS, PRECISION, BLOCK_ROWS, BLOCK_S, BLOCK_D, BLOCK_DV, ROW_STAGES,
             )  # fmt: skip
     else:
-        if WANT_KEY or WANT_VALUE or FUSED:
+        if WANT_KEY or WANT_VALUE or WANT_BIAS or FUSED:
             column_tile(
-                ticket - row_tiles, query, key_proj, value_proj, grad_out, grad_query, grad_key_proj, grad_value_proj,
-                cu_seqlens_q, rng_state, strides, sizes, exponent, scale, threshold, keep, statistics, ready,
-                ready + sizes.batch * sizes.heads_kv, partial, splits, tiles, unit, K, D, D_V, NEGATIVE, FUSED, SPLIT,
-                WANT_QUERY, WANT_KEY, WANT_VALUE, PRECISION, BLOCK_ROWS, BLOCK_K, BLOCK_Q, BLOCK_D, BLOCK_DV,
-                COLUMN_STAGES,
+                ticket - row_tiles, query, key_proj, value_proj, key_bias, grad_out, grad_query, grad_key_proj,
+                grad_value_proj, grad_key_bias, cu_seqlens_q, rng_state, strides, sizes, exponent, scale, threshold,
+                keep, statistics, ready, ready + sizes.batch * sizes.heads_kv, partial, splits, tiles, unit, K, D, D_V,
+                NEGATIVE, HEADROOM, FUSED, SPLIT, WANT_QUERY, WANT_KEY, WANT_VALUE, WANT_BIAS, PRECISION, BLOCK_ROWS,
+                BLOCK_K, BLOCK_Q, BLOCK_D, BLOCK_DV, COLUMN_STAGES,
             )  # fmt: skip

@@ -18,12 +18,16 @@ def check(
     key_padding_mask: Tensor | None = None,
     rng_state: Tensor | None = None,
     dropout_p: float = 0.0,
+    key_bias: Tensor | None = None,
+    segments: Tensor | None = None,
+    count: Tensor | None = None,
+    num_segments: int = 1,
 ) -> None:
     """Raises ValueError unless the tensors, by the names of the ops, fit each other."""
     packed = {"q": cu_seqlens_q, "k": cu_seqlens_k}
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     like_name, like = next(iter(given.items()))
-    known: dict[str, int] = {}
+    known = {"1": 1}
 
     def require(holds: bool, what: str) -> None:
         if not holds:
@@ -46,7 +50,9 @@ def check(
         "query": "bhqd", "grad_out": "bhqv", "key": "bgnd", "value": "bgnv", "key_proj": "bgkd", "value_proj": "bgkv",
         "grad_key_proj": "bgkd", "grad_value_proj": "bgkv", "proj_key": "km", "proj_value": "km",
     }  # fmt: skip
-    per_head = (proj_key := tensors.get("proj_key")) is not None and proj_key.dim() == 3
+    before_k = ""
+    if (proj_key := tensors.get("proj_key")) is not None and proj_key.dim() > 2:
+        before_k = "g" if proj_key.dim() == 3 else "b1" if proj_key.size(1) == 1 else "bg"
     require(
         like.dtype in (torch.float32, torch.float16, torch.bfloat16), "tensors must be float32, float16 or bfloat16"
     )
@@ -56,8 +62,8 @@ def check(
         sizes = letters[name]
         if name in _PACKED_BY and packed[_PACKED_BY[name]] is not None:
             sizes = sizes[2] + sizes[1] + sizes[3]
-        elif name in ("proj_key", "proj_value") and per_head:
-            sizes = "g" + sizes
+        elif name in ("proj_key", "proj_value"):
+            sizes = before_k + sizes
         fit(name, tensor.shape, sizes)
         adjacent = tensor.numel() == 0 or tensor.size(-1) <= 1 or tensor.stride(-1) == 1
         require(adjacent, f"{name} needs adjacent elements in its last dimension")
@@ -72,6 +78,19 @@ def check(
         good = key_padding_mask.dtype == torch.bool and key_padding_mask.device == like.device
         require(good and cu_seqlens_k is None, "key_padding_mask must be a bool tensor, for padded tensors")
         fit("key_padding_mask", key_padding_mask.shape, "bn")
+    for name, numbers in (("key_bias", key_bias), ("count", count)):
+        if numbers is not None:
+            good = numbers.dtype == torch.float32 and numbers.device == like.device
+            require(good, f"{name} must be a float32 tensor on the device of {like_name}")
+            fit(name, numbers.shape, "bgk")
+            require(numbers.size(-1) == 1 or numbers.stride(-1) == 1, f"{name} needs adjacent elements in a row")
+    require(1 <= num_segments < 2**31, "num_segments must be at least 1 and below 2^31")
+    require(count is None or count.is_contiguous(), "count must be as pool returns it")
+    if segments is not None:
+        good = segments.dtype == torch.int32 and segments.device == like.device
+        require(good, f"segments must be an int32 tensor on the device of {like_name}")
+        of_heads = "1" if segments.dim() > 1 and segments.size(1) == 1 else "g"
+        fit("segments", segments.shape, f"b{of_heads}n" if cu_seqlens_k is None else f"n{of_heads}")
     require(0.0 <= dropout_p < 1.0, "dropout_p must be in [0, 1)")
     if dropout_p > 0:
         good = rng_state is not None and rng_state.dtype == torch.int64 and rng_state.numel() == 2

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite number: scores of minus infinity differ from it
+
 
 def opaque(number: int) -> int:
     """A number as it stands in a tuple of arguments. There Triton compiles a kernel anew for multiples of 16 and for 1,
@@ -25,8 +28,8 @@ def number(opaque):
 
 
 class Strides(NamedTuple):
-    """Of a (batch, head, row, column) tensor, in units; columns are adjacent. E and F: batch 0, rows are the K.
-    Opaque."""
+    """Of a (batch, head, row, column) tensor, in units; columns are adjacent. E and F: rows are the K, and what they
+    do not differ by has 0. Opaque."""
 
     batch: int
     head: int
@@ -50,6 +53,14 @@ class Mask(NamedTuple):
     data: Any
     batch: int
     row: int
+
+
+class Bias(NamedTuple):
+    """key_bias and its strides, opaque; without one all are None, so that they are no arguments of the kernel."""
+
+    data: Any
+    batch: int | None
+    head: int | None
 
 
 @triton.jit
@@ -177,6 +188,46 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 def powers(b_s, exponent, b_most):
     """2^(exponent s - most), rounded once: `most`, rounded too, is common to a row, so its error cancels."""
     return tl.exp2(tl.fma(b_s, exponent, -b_most))
+
+
+@triton.jit
+def bias_of(key_bias, b, head, o_k, K: tl.constexpr):
+    """What is added to the scores of rows o_k of K'; minus infinity where there is no such row."""
+    p_bias = key_bias.data + b.to(tl.int64) * number(key_bias.batch) + head.to(tl.int64) * number(key_bias.head) + o_k
+    return tl.load(p_bias, mask=o_k < K, other=float("-inf"))
+
+
+@triton.jit
+def biased_powers(b_s, b_most, HEADROOM: tl.constexpr):
+    """e^(s - most) / 2^HEADROOM. The difference comes first: a bias may be the lowest finite number."""
+    return tl.exp2((b_s - b_most) * LOG2_E - HEADROOM)
+
+
+@triton.jit
+def add_scores(b_s, b_most, m_k, exponent, WHOLE: tl.constexpr, BIASED: tl.constexpr, HEADROOM: tl.constexpr):
+    """A step of the softmax over blocks of rows of K': powers of the scores of one more block, the most of them so far,
+    and by what to multiply what was summed before. WHOLE: no block reaches beyond K."""
+    if BIASED:
+        b_new = tl.maximum(b_most, tl.max(b_s, 1))
+        b_p = biased_powers(b_s, b_new[:, None], HEADROOM)
+        b_change = tl.exp2((b_most - b_new) * LOG2_E)
+    elif WHOLE:
+        b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent + HEADROOM)
+        b_p = powers(b_s, exponent, b_new[:, None])
+        b_change = tl.exp2(b_most - b_new)
+    else:
+        b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent + HEADROOM)
+        b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
+        b_change = tl.exp2(b_most - b_new)
+    return b_p, b_new, b_change
+
+
+@triton.jit
+def inverse(b_sum, one, BIASED: tl.constexpr):
+    """one / sum. Where a bias has taken all rows of K' out the sum is zero, and so is whatever this multiplies."""
+    if BIASED:
+        b_sum = tl.where(b_sum == 0, 1.0, b_sum)
+    return one / b_sum
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Forward, one launch: K' = E key, V' = F value, out = softmax(scale query K'^T) V'.
+"""Forward, one launch: K' = E key, V' = F value, out = softmax(scale query K'^T + bias) V'.
 
 Every program takes the next ticket. Projection tiles come first: BLOCK_K rows of K' or V' by BLOCK_C columns, pieces of
 heads side by side, so that a tile of E is read once for several heads; a long sequence is split, and the program that
@@ -14,16 +14,19 @@ import triton
 import triton.language as tl
 
 from .common import (
+    LOWEST,
+    add_scores,
     add_splits,
+    bias_of,
     column_pointers,
     columns_exist,
     columns_of,
     dot,
     find_tile,
+    inverse,
     kept_rows,
     kept_scores,
     offsets_2d,
-    powers,
     row_of,
     sequence,
     signal,
@@ -60,12 +63,10 @@ def project_tile(
     p_x = p_x[None, :] + (first + o_n)[:, None] * x_row
     o_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_k < K
-    p_e = start_of(proj_key, strides.proj_key, 0 * tile, unit_id, unit_e) + offsets_2d(
-        strides.proj_key, o_k, o_n, unit_e
-    )
+    p_e = start_of(proj_key, strides.proj_key, b, unit_id, unit_e) + offsets_2d(strides.proj_key, o_k, o_n, unit_e)
     if not SHARED_KV:
         if of_value:
-            p_e = start_of(proj_value, strides.proj_value, 0 * tile, unit_id, unit_e) + offsets_2d(
+            p_e = start_of(proj_value, strides.proj_value, b, unit_id, unit_e) + offsets_2d(
                 strides.proj_value, o_k, o_n, unit_e
             )
 
@@ -105,13 +106,15 @@ def project_tile(
 
 @triton.jit
 def attend_tile(
-    ticket, query, key_proj, value_proj, out, cu_seqlens_q, rng_state, strides, sizes, exponent, threshold, keep,
-    ready, units,
+    ticket, query, key_proj, value_proj, key_bias, out, cu_seqlens_q, rng_state, strides, sizes, exponent, threshold,
+    keep, ready, units,
     unit: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT_HEADS: tl.constexpr,
     WANTED: tl.constexpr, NEGATIVE: tl.constexpr, HEADROOM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_Q, D_V] of out = softmax(scale Q K'^T) V', computed as 2^(c s - c max) with c = |scale| log2 e."""
+    """[BLOCK_Q, D_V] of out = softmax(scale Q K'^T + bias) V', computed as 2^(c s - c max) with c = |scale| log2 e, or
+    with a bias as 2^((scale s + bias - max) log2 e)."""
+    BIASED: tl.constexpr = key_bias.data is not None
     head = ticket % sizes.heads
     b, tile = find_tile(cu_seqlens_q, sizes.batch, sizes.len_q, sizes.len_q, ticket // sizes.heads, BLOCK_Q)
     if b < sizes.batch:
@@ -130,7 +133,7 @@ def attend_tile(
             strides.value_proj, o_k, o_v, unit
         )
         b_out = tl.zeros([BLOCK_Q, BLOCK_DV], tl.float32)
-        b_most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        b_most = tl.full([BLOCK_Q], LOWEST if BIASED else float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_Q], tl.float32)
         for k in tl.range(0, K, BLOCK_S, num_stages=STAGES):
             m_k = k + o_k < K
@@ -138,13 +141,9 @@ def attend_tile(
             b_s = dot(b_q, tl.trans(b_k), None, PRECISION)
             if NEGATIVE:
                 b_s = -b_s
-            if K % BLOCK_S:
-                b_new = tl.maximum(b_most, tl.max(tl.where(m_k[None, :], b_s, float("-inf")), 1) * exponent + HEADROOM)
-                b_p = tl.where(m_k[None, :], powers(b_s, exponent, b_new[:, None]), 0.0)
-            else:
-                b_new = tl.maximum(b_most, tl.max(b_s, 1) * exponent + HEADROOM)
-                b_p = powers(b_s, exponent, b_new[:, None])
-            b_change = tl.exp2(b_most - b_new)
+            if BIASED:
+                b_s = tl.fma(b_s, exponent, bias_of(key_bias, b, head_kv, k + o_k, K)[None, :])
+            b_p, b_new, b_change = add_scores(b_s, b_most, m_k, exponent, K % BLOCK_S == 0, BIASED, HEADROOM)
             b_sum = b_sum * b_change + tl.sum(b_p, 1)
             if rng_state is not None:
                 m_kept = kept_scores(rng_state, b * sizes.heads + head, o_q, k, threshold, BLOCK_S, False)
@@ -154,7 +153,7 @@ def attend_tile(
             b_most = b_new
             p_k += row_of(strides.key_proj, unit) * BLOCK_S
             p_v += row_of(strides.value_proj, unit) * BLOCK_S
-        b_out = b_out * (keep / b_sum)[:, None]
+        b_out = b_out * inverse(b_sum, keep, BIASED)[:, None]
         p_out = start_of(out, strides.out, b, head, unit) + offsets_2d(strides.out, first + o_q, o_v, unit)
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_q[:, None] & m_v[None, :])
 
@@ -164,8 +163,8 @@ _NUMBERS = ["threshold", "project_tiles", "splits", "units"]
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_NUMBERS)
 def forward(
-    query, key, value, proj_key, proj_value, key_proj, value_proj, out, mask, cu_seqlens_q, cu_seqlens_k, rng_state,
-    strides, sizes, exponent, threshold, keep, counters, partial, project_tiles, splits, units,
+    query, key, value, proj_key, proj_value, key_proj, value_proj, key_bias, out, mask, cu_seqlens_q, cu_seqlens_k,
+    rng_state, strides, sizes, exponent, threshold, keep, counters, partial, project_tiles, splits, units,
     unit: tl.constexpr, unit_e: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PIECE: tl.constexpr,
     PARTS: tl.constexpr, UNIT_HEADS: tl.constexpr, UNIT_TILES: tl.constexpr, SHARED_KV: tl.constexpr,
     SPLIT: tl.constexpr, NEGATIVE: tl.constexpr, HEADROOM: tl.constexpr, PROJECT: tl.constexpr, ATTEND: tl.constexpr,
@@ -192,8 +191,8 @@ def forward(
     else:
         if ATTEND:
             attend_tile(
-                ticket - project_tiles, query, key_proj, value_proj, out, cu_seqlens_q, rng_state, strides, sizes,
-                exponent, threshold, keep, ready, units, unit, K, D, D_V, UNIT_HEADS,
+                ticket - project_tiles, query, key_proj, value_proj, key_bias, out, cu_seqlens_q, rng_state, strides,
+                sizes, exponent, threshold, keep, ready, units, unit, K, D, D_V, UNIT_HEADS,
                 UNIT_TILES * ((K + BLOCK_K - 1) // BLOCK_K) if PROJECT else 0, NEGATIVE, HEADROOM, PRECISION, BLOCK_Q,
                 BLOCK_S, BLOCK_D, BLOCK_DV, ATTEND_STAGES,
             )  # fmt: skip

@@ -73,7 +73,7 @@ def tune(inputs: tuple[Tensor | None, ...], backward: bool) -> dict[str, tuple[f
     """`search` with the time of the ops on these (query, key, value, proj_key, proj_value), in seconds."""
     call = ops.attention_call(*inputs)
     query = inputs[0]
-    arguments = (*inputs, None, None, None, None)
+    arguments = (*inputs, None, None, None, None, None)
     scalars = (0.0, query.size(-1) ** -0.5, False)
     out, key_proj, value_proj = ops.attention(*arguments, *scalars)
     run = {

@@ -39,12 +39,17 @@ LINFORMER_INLINE float headroom(int64_t k) {
   return k > 1 ? static_cast<float>(64 - __builtin_clzll(static_cast<uint64_t>(k - 1))) : 0.0f;
 }
 
-// The bias of K' of one head, padded with zeros; null without one.
-const float* padded_bias(const Problem& p, int64_t b, int64_t h_kv, int64_t padded, float* target) {
+// The bias of K' of one head times a factor, padded with zeros; null without one. What is finite stays finite: minus
+// infinity alone takes a row out.
+const float* padded_bias(const Problem& p, int64_t b, int64_t h_kv, int64_t padded, float factor, float* target) {
   if (p.key_bias == nullptr) return nullptr;
+  constexpr float kMost = 0x1.fffffep127f;
   const float* source = p.key_bias + b * p.key_bias_batch_stride + h_kv * p.key_bias_head_stride;
-  std::memcpy(target, source, static_cast<size_t>(p.proj_dim) * sizeof(float));
-  for (int64_t k = p.proj_dim; k < padded; ++k) target[k] = 0.0f;
+  for (int64_t k = 0; k < padded; ++k) {
+    const float value = k < p.proj_dim ? source[k] : 0.0f;
+    const float scaled = value * factor;
+    target[k] = scaled < -kMost && value >= -kMost ? -kMost : scaled;
+  }
   return target;
 }
 

@@ -72,19 +72,14 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   return c < 0 ? -most : most;
 }
 
-// The row becomes row * scale + bias; returns its largest value, or 0 where all are minus infinity.
-LINFORMER_INLINE float max_of_biased_row(float* row, int64_t k, float scale, const float* bias) {
+// The largest of row * c + bias, or 0 where all are minus infinity.
+LINFORMER_INLINE float max_of_biased_row(const float* row, int64_t k, float c, const float* bias) {
   const VecF lowest = splat(-__builtin_inff());
-  const auto value = [&](int64_t j) {
-    const VecF score = load(row + j) * scale + load(bias + j);
-    store(row + j, score);
-    return score;
-  };
+  const auto value = [&](int64_t j) { return load(row + j) * c + load(bias + j); };
   const int64_t whole = k / kWidth * kWidth;
   VecF max[4] = {lowest, lowest, lowest, lowest};
   int64_t j = 0;
   for (; j + 4 * kWidth <= whole; j += 4 * kWidth) {
-#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) max[i] = lanes_max(value(j + i * kWidth), max[i]);
   }
   for (; j < whole; j += kWidth) max[0] = lanes_max(value(j), max[0]);
@@ -99,14 +94,14 @@ LINFORMER_INLINE float max_of_biased_row(float* row, int64_t k, float scale, con
 // values are written behind what has been read.
 template <class Out, bool kBiased>
 LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_t k, float c, float max,
-                                           const float* keep) {
+                                           const float* keep, const float* bias) {
   const int64_t whole = k / kWidth * kWidth;
   const VecF top = splat(max);
   const float down = headroom(k);
   const auto power = [&](int64_t j) {
-    const VecF score = load(row + j), e = exp2_nonpositive((score - top) * c, down);
-    if constexpr (!kBiased) return e;
-    return select((VecI)(score == splat(-__builtin_inff())), VecF{}, e);
+    if constexpr (!kBiased) return exp2_nonpositive((load(row + j) - top) * c, down);
+    const VecF score = load(row + j) * c + load(bias + j);
+    return select((VecI)(score == splat(-__builtin_inff())), VecF{}, exp2_nonpositive(score - top, down));
   };
   VecF sum = {};
   for (int64_t j = 0; j < whole; j += kWidth) {
@@ -124,27 +119,21 @@ LINFORMER_INLINE float exponentials_of_row(const float* row, Out* target, int64_
 
 // Rows of scores to exponentials of type Out, unnormalised, in place; inverse_sum gets what makes them probabilities.
 // All maxima come first, so that no row waits for the end of its own reduction. keep_row(i) is null or row i's dropout
-// factors. A bias is added to the scaled scores before all that.
+// factors. A bias, of powers of 2, is added to the scaled scores before all that.
 template <class Out, class KeepRow>
 void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scale, const float* bias,
                   float* inverse_sum, const KeepRow& keep_row) {
-  if (bias) {
-    for (int64_t i = 0; i < rows; ++i) {
-      inverse_sum[i] = max_of_biased_row(scores + i * ld, k, scale, bias);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = scores + i * ld;
-      Out* out = reinterpret_cast<Out*>(row);
-      inverse_sum[i] = inverse_of(exponentials_of_row<Out, true>(row, out, k, kLog2E, inverse_sum[i], keep_row(i)));
-    }
-    return;
-  }
   const float c = scale * kLog2E;
-  for (int64_t i = 0; i < rows; ++i) inverse_sum[i] = max_of_row(scores + i * ld, k, c);
   for (int64_t i = 0; i < rows; ++i) {
-    float* row = scores + i * ld;
-    Out* out = reinterpret_cast<Out*>(row);
-    inverse_sum[i] = 1.0f / exponentials_of_row<Out, false>(row, out, k, c, inverse_sum[i], keep_row(i));
+    const float* row = scores + i * ld;
+    inverse_sum[i] = bias ? max_of_biased_row(row, k, c, bias) : max_of_row(row, k, c);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = scores + i * ld;
+    Out* out = reinterpret_cast<Out*>(scores + i * ld);
+    const float max = inverse_sum[i];
+    inverse_sum[i] = inverse_of(bias ? exponentials_of_row<Out, true>(row, out, k, c, max, keep_row(i), bias)
+                                     : exponentials_of_row<Out, false>(row, out, k, c, max, keep_row(i), nullptr));
   }
 }
 
@@ -238,7 +227,7 @@ struct Tasks {
     const int64_t block = task % blocks, h = task / blocks % p.heads, b = task / blocks / p.heads;
     const int64_t h_kv = h / (p.heads / p.heads_kv);
     const Panels<Word> panels = panels_of(plan, b * p.heads_kv + h_kv);
-    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, kLog2E, scratch.bias);
     const int64_t end = smaller(p.query_length(b), (block + 1) * plan.query_block);
     for (int64_t m0 = block * plan.query_block; m0 < end; m0 += plan.query_tile) {
       const int64_t rows = smaller(plan.query_tile, end - m0);
@@ -379,7 +368,7 @@ struct Tasks {
       zero_words(partial.key, Partial(plan, nullptr).bytes / 4);
       return;
     }
-    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, kLog2E, scratch.bias);
     float* grad_bias = p.grad_key_bias ? scratch.grad_bias : nullptr;
     for (int64_t t = first; t < last; ++t) {
       const int64_t h = h_kv * group + t / tiles_a_head;
@@ -557,43 +546,39 @@ struct Tasks {
   static void pool(const Plan& plan, int64_t task, std::byte* memory) {
     const Problem& p = plan.problem;
     const PoolScratch scratch(plan, memory);
-    const FinishPart part(plan, task);
+    const PoolPart part(plan, task);
     const Rows& source = part.value ? p.value : p.key;
     const int64_t width = part.value ? p.value_dim : p.head_dim, length = p.key_length(part.b);
-    const int64_t whole = width / kWidth * kWidth;
-    const int32_t* segments = segments_of(p, part.b, part.h);
-    const T* rows = row_of<const T>(source, part.b, part.h, p.key_row(part.b, 0));
-    zero_words(scratch.rows, part.rows * scratch.ld);
-    zero_words(scratch.count, part.rows);
-    const auto row_of_part = [&](int64_t n) {
-      return static_cast<uint64_t>(segments[n * p.segments_row_stride] - part.first);
-    };
+    const int64_t whole = width / kWidth * kWidth, heads = part.head1 - part.head0;
     const auto rows_here = static_cast<uint64_t>(part.rows);
-    for (int64_t n = 0; n < length; ++n) {
-      // Rows of one head lie far apart, so the processor does not guess the next ones.
-      constexpr int64_t kAhead = 16;
-      if (n + kAhead < length && row_of_part(n + kAhead) < rows_here) {
-        Prefetch(rows + (n + kAhead) * source.row_stride, 0, 1, width).fetch(1);
-      }
-      const uint64_t k = row_of_part(n);
-      if (k >= rows_here) continue;
-      scratch.count[k] += 1.0f;
-      float* sum = scratch.rows + k * static_cast<uint64_t>(scratch.ld);
-      const T* row = rows + n * source.row_stride;
+    zero_words(scratch.rows, heads * part.rows * scratch.ld);
+    zero_words(scratch.count, heads * part.rows);
+    const auto add_row = [&](int64_t n, int64_t i) {
+      const int32_t* segments = segments_of(p, part.b, part.head0 + i);
+      const auto k = static_cast<uint64_t>(segments[n * p.segments_row_stride] - part.first);
+      if (k >= rows_here) return;
+      const uint64_t place = static_cast<uint64_t>(i) * rows_here + k;
+      scratch.count[place] += 1.0f;
+      float* sum = scratch.rows + place * static_cast<uint64_t>(scratch.ld);
+      const T* row = row_of<const T>(source, part.b, part.head0 + i, p.key_row(part.b, n));
       for (int64_t j = 0; j < whole; j += kWidth) store(sum + j, load(sum + j) + load(row + j));
       if (whole < width) store(sum + whole, load(sum + whole) + load_part(row + whole, width - whole));
+    };
+    for (int64_t n = 0; n < length; ++n) {
+      for (int64_t i = 0; i < heads; ++i) add_row(n, i);
     }
     const Rows& target = part.value ? p.value_proj : p.key_proj;
-    for (int64_t k = 0; k < part.rows; ++k) {
-      const float count = scratch.count[k];
-      if (count > 1) {
-        float* sum = scratch.rows + k * scratch.ld;
-        for (int64_t j = 0; j < width; j += kWidth) store(sum + j, load(sum + j) / count);
+    for (int64_t i = 0; i < heads; ++i) {
+      const int64_t h = part.head0 + i;
+      float* sums = scratch.rows + i * part.rows * scratch.ld;
+      for (int64_t k = 0; k < part.rows; ++k) {
+        const float count = scratch.count[i * part.rows + k];
+        float* sum = sums + k * scratch.ld;
+        for (int64_t j = 0; count > 1 && j < width; j += kWidth) store(sum + j, load(sum + j) / count);
+        if (!part.value) p.count[(part.b * p.heads_kv + h) * p.proj_dim + part.first + k] = count;
       }
-      if (!part.value) p.count[part.bh * p.proj_dim + part.first + k] = count;
+      store_rows(row_of<T>(target, part.b, h, part.first), target.row_stride, sums, scratch.ld, part.rows, width);
     }
-    store_rows(row_of<T>(target, part.b, part.h, part.first), target.row_stride, scratch.rows, scratch.ld, part.rows,
-               width);
   }
 
   static void pool_backward(const Plan& plan, int64_t task, std::byte* memory) {

@@ -50,7 +50,7 @@ struct PoolScratch {
   PoolScratch(const Plan& plan, std::byte* base) {
     Carver carver(base);
     ld = plan.widest();
-    const int64_t k = plan.stages & kPool ? plan.finish_rows : plan.problem.proj_dim;
+    const int64_t k = plan.stages & kPool ? plan.pool_heads * plan.finish_rows : plan.problem.proj_dim;
     rows = carver.take<float>(k * ld);
     count = carver.take<float>(k);
     bytes = carver.used();

@@ -152,9 +152,15 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
   plan.splits = splits_of(p.batch * plan.group_count(), p.len_k, plan.chunk, wanted, threads);
   plan.backward_splits = splits_of(pairs, p.len_q, plan.backward_tile, wanted, threads);
 
+  // Heads that lie side by side are pooled together, so that memory is read in its order, while all sums stay in L2.
+  if (stages & kPool && p.key.head_stride < p.key.row_stride) {
+    plan.pool_heads = std::clamp<int64_t>(2 * kBlockValues / (p.proj_dim * plan.widest()), 1, p.heads_kv);
+    while (plan.pool_heads > 1 && 2 * p.batch * plan.pool_groups() < wanted) plan.pool_heads /= 2;
+  }
   const int64_t finish_unit = shape.tiles ? 32 : 16;
+  const int64_t finished = 2 * (stages & kPool ? p.batch * plan.pool_groups() : pairs);
   const int64_t finish_parts =
-      std::clamp(ceil_div(wanted, std::max<int64_t>(2 * pairs, 1)), int64_t{1}, ceil_div(p.proj_dim, finish_unit));
+      std::clamp(ceil_div(wanted, std::max<int64_t>(finished, 1)), int64_t{1}, ceil_div(p.proj_dim, finish_unit));
   plan.finish_rows = round_to(ceil_div(p.proj_dim, finish_parts), finish_unit);
   // Gradients of K' are divided by their counts once a block.
   plan.pool_block = std::max(round_to(ceil_div(p.len_k, ceil_div(wanted, std::max<int64_t>(2 * pairs, 1))), 16),
@@ -166,7 +172,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
   plan.need_grad_value_proj = p.needs_grad_value_proj();
 
   const auto add = [&plan](TaskKind kind, int64_t tasks) { plan.phases[plan.phase_count++] = {kind, tasks}; };
-  const int64_t finish_tasks = 2 * pairs * plan.finish_parts();
+  const int64_t finish_tasks = finished * plan.finish_parts();
   if (stages & kProject) add(kProjectTask, p.batch * plan.group_count() * plan.splits);
   if (stages & (kProject | kAttend)) add(kFinishProjectTask, finish_tasks);
   if (stages & kAttend) add(kAttendTask, p.batch * p.heads * ceil_div(p.len_q, plan.query_block));

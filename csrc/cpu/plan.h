@@ -28,7 +28,7 @@ enum TaskKind {
   kAttendBackwardTask,     // (b, kv head, split): dQ, partial dK' and dV'
   kFinishBackwardTask,     // a FinishPart: sum of the partials, dK' or dV' written, panels for kProjectBackwardTask
   kProjectBackwardTask,    // (which of E and F, sequence, head, chunk): dK or dV of the chunk, dE or dF of its columns
-  kPoolTask,               // a FinishPart: rows of K' or V' and their counts
+  kPoolTask,               // a PoolPart: rows of K' or V' of some heads, and their counts
   kPoolBackwardTask,       // (b, kv head, key or value, block of the sequence): dK or dV
   kTaskKinds
 };
@@ -62,6 +62,7 @@ struct Plan {
   int64_t backward_splits = 1;
   int64_t backward_chunk = 0;         // rows of the sequence in kProjectBackwardTask
   int64_t pool_block = 0;             // and in kPoolBackwardTask
+  int64_t pool_heads = 1;             // heads of a kPoolTask
   bool stream = false;                // results are too large to stay in the caches
   bool need_grad_key_proj = false;    // dK' or dV' is wanted by somebody
   bool need_grad_value_proj = false;
@@ -90,6 +91,7 @@ struct Plan {
   int64_t matrices() const { return (problem.per_batch_proj ? problem.batch : 1) * heads_of_matrices(); }
   int64_t heads_of_matrices() const { return problem.per_head_proj ? problem.heads_kv : 1; }
   int64_t group_count() const { return (problem.heads_kv + heads_in_group - 1) / heads_in_group; }
+  int64_t pool_groups() const { return (problem.heads_kv + pool_heads - 1) / pool_heads; }
   int64_t finish_parts() const { return (problem.proj_dim + finish_rows - 1) / finish_rows; }
 };
 
@@ -107,6 +109,23 @@ struct FinishPart {
     first = task % parts * plan.finish_rows;
     const int64_t left = plan.problem.proj_dim - first;
     rows = left < plan.finish_rows ? left : plan.finish_rows;
+  }
+};
+
+// Which rows of K' or of V' a kPoolTask sums up, of heads that lie side by side.
+struct PoolPart {
+  int64_t b, head0, head1;
+  bool value;             // V' and not K'
+  int64_t first, rows;    // of K
+  PoolPart(const Plan& plan, int64_t task) {
+    const int64_t parts = plan.finish_parts(), groups = plan.pool_groups();
+    first = task % parts * plan.finish_rows;
+    const int64_t left = plan.problem.proj_dim - first;
+    rows = left < plan.finish_rows ? left : plan.finish_rows;
+    value = task / parts % 2 != 0;
+    head0 = task / parts / 2 % groups * plan.pool_heads;
+    head1 = head0 + plan.pool_heads < plan.problem.heads_kv ? head0 + plan.pool_heads : plan.problem.heads_kv;
+    b = task / parts / 2 / groups;
   }
 };
 

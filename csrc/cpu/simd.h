@@ -271,7 +271,8 @@ LINFORMER_INLINE VecF exp2_of_fraction(VecF f) {
 }
 
 // 2^(x - down) for x <= 0 (a rounding error above is harmless) and a whole number `down` of 0 to 63; where that is
-// below 2^-126 the result is 2^-126 or less. A NaN stays NaN. x = n + f with |f| <= 1/2: 2^f times 2^(n - down).
+// below 2^-126 the result is 0 or a denormal number. A NaN stays NaN. x = n + f with |f| <= 1/2: 2^f times
+// 2^(n - down).
 LINFORMER_INLINE VecF exp2_nonpositive(VecF x, float down) {
 #if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
   // f of minus infinity is 0, so that the result is 0.
@@ -279,10 +280,11 @@ LINFORMER_INLINE VecF exp2_nonpositive(VecF x, float down) {
   return (VecF)_mm512_scalef_ps((__m512)exp2_of_fraction(f), (__m512)(x - f - down));
 #else
   const VecF magic = splat(0x1.8p23f + 127.0f - down);
-  x = lanes_max(splat(down - 126.0f), x);    // this way round a NaN passes through
-  const VecF power = x + magic;              // rounds, and leaves the exponent, n - down + 127, in the low bits
-  return exp2_of_fraction(x - (power - magic)) *
-         (VecF)((VecU)power << 23);    // a product: no payload of a NaN hides it
+  const VecF power = x + magic;    // rounds, and leaves the exponent, n - down + 127, in the low bits
+  const VecF e =
+      exp2_of_fraction(x - (power - magic)) * (VecF)((VecU)power << 23);    // a product: no payload of a NaN hides it
+  // Not 2^-126, which times the largest number is 4: a row far below the others takes no part, whatever it holds.
+  return select((VecI)(x < splat(down - 126.0f)), VecF{}, e);
 #endif
 }
 

@@ -432,7 +432,7 @@ struct TileTasks {
     const int64_t block = task % blocks, h = task / blocks % p.heads, b = task / blocks / p.heads;
     const int64_t h_kv = h / (p.heads / p.heads_kv);
     const TilePanels panels = panels_of(plan, b * p.heads_kv + h_kv);
-    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, 1.0f, scratch.bias);
     const int64_t end = smaller(p.query_length(b), (block + 1) * plan.query_block);
     const int64_t count = steps(p.head_dim), value_tiles = plan.padded_dv / kSide;
     const TileMatrix keys = {panels.key_t, kStep, count * kStep}, values = operand(panels.value, value_tiles);
@@ -735,7 +735,7 @@ struct TileTasks {
     const TileMatrix keys_t = {panels.key_t, kStep, key_steps * kStep};
     const TileMatrix values_t = {panels.value_t, kStep, value_steps * kStep};
     const TileMatrix keys = operand(panels.key, plan.padded_d / kSide);
-    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, scratch.bias);
+    const float* bias = padded_bias(p, b, h_kv, plan.padded_k, 1.0f, scratch.bias);
     float* grad_bias = p.grad_key_bias ? scratch.grad_bias : nullptr;
     const float scale = p.scale < 0 ? -p.scale : p.scale, c = bias ? kLog2E : scale * kLog2E;
     const float* keep = p.dropout_p > 0 ? scratch.keep : nullptr;

@@ -32,7 +32,9 @@ struct Arguments {
   uint32_t aligned = 0;
 
   // Of softmax and dropout, once for all.
-  float exponent = 0.0f;           // |scale| log2 e
+  float exponent = 0.0f;           // |scale| log2 e; with a bias 1, as scores are in bits then
+  float score_factor = 0.0f;       // with a bias: scale log2 e
+  float lowest = 0.0f;             // what the largest score starts at
   bool negative = false;           // scale < 0
   float headroom = 0.0f;           // log2 of what exponentials are divided by, see Softmax
   uint32_t drop_below = 0;         // random words below are dropped; 0: no dropout
@@ -62,15 +64,18 @@ struct Arguments {
   int32_t matrix_tiles = 0;     // tiles of dE and dF
   int32_t matrix_blocks = 1;    // blocks of columns of E
 
+  int32_t pool_tasks = 0;    // of a warp each
+
   bool want_key_proj = false;    // dK', for its own sake or for dK and dE
   bool want_value_proj = false;
 
   // Workspace. Counters are zero when the kernel starts.
   uint32_t* ticket = nullptr;
-  uint32_t* arrived = nullptr;    // a tile: splits that have delivered
-  uint32_t* ready = nullptr;      // a unit, or a (sequence, kv head): tiles that are complete
-  float* partial = nullptr;       // (tile, split): accumulators in the order of registers
-  float* statistics = nullptr;    // (sequence, head, query row, 4): largest score, 1 / sum, delta, unused
+  uint32_t* arrived = nullptr;      // a tile: splits that have delivered
+  uint32_t* ready = nullptr;        // a unit, or a (sequence, kv head): tiles that are complete
+  float* partial = nullptr;         // (tile, split): accumulators in the order of registers
+  float* partial_bias = nullptr;    // (tile, split, row of the tile, 4): gradient of the bias
+  float* statistics = nullptr;      // (sequence, head, query row, 4): largest score, 1 / sum, delta, unused
 };
 
 }    // namespace linformer::cuda

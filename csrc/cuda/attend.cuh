@@ -118,12 +118,17 @@ LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* 
   __syncwarp();
 }
 
+constexpr float kLargestFloat = 3.402823466e38f;
+
 // softmax(scale s), computed as 2^(c s - c largest) with c = |scale| log2 e and s of the sign of scale: one
 // multiply-add and one exponential an element, and the rounding of c largest is common to a row, so it cancels.
 //
 // Divided by 2^headroom, K at least: the sums of unnormalised exponentials times values then stay where those of
 // probabilities would, and overflow for no values for which the formula does not. Not in fp16: its values cannot
 // overflow a sum in fp32, but its small exponentials would lose digits.
+//
+// With a bias s becomes (scale s + bias) log2 e and c is 1, so that no product overflows: a bias may be the lowest
+// number, or -inf, which gives the exponential 0 because the largest score starts at a finite one.
 struct Softmax {
   float c, headroom;
   bool negative;
@@ -140,6 +145,37 @@ struct Softmax {
       }
     }
   }
+
+  // Onto the scores, of which a thread has columns 8 n + 2 t, and the next one, of each tile: the bias of these
+  // columns.
+  template <int kTiles>
+  LINFORMER_DEVICE static void add_bias(float (&s)[kTiles][4], const Arguments& a, const float* bias) {
+    const float* own = bias + 2 * (lane_id() % 4);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const float2 of = *reinterpret_cast<const float2*>(own + 8 * n);
+      s[n][0] = fmaf(s[n][0], a.score_factor, of.x);
+      s[n][1] = fmaf(s[n][1], a.score_factor, of.y);
+      s[n][2] = fmaf(s[n][2], a.score_factor, of.x);
+      s[n][3] = fmaf(s[n][3], a.score_factor, of.y);
+    }
+  }
+
+  // The same of the thread's rows, g and g + 8.
+  template <int kTiles>
+  LINFORMER_DEVICE static void add_bias_of_rows(float (&s)[kTiles][4], const Arguments& a, const float* bias) {
+    const float upper = bias[lane_id() / 4], lower = bias[lane_id() / 4 + 8];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      s[n][0] = fmaf(s[n][0], a.score_factor, upper);
+      s[n][1] = fmaf(s[n][1], a.score_factor, upper);
+      s[n][2] = fmaf(s[n][2], a.score_factor, lower);
+      s[n][3] = fmaf(s[n][3], a.score_factor, lower);
+    }
+  }
+
+  // All rows may be out, by a bias of -inf.
+  LINFORMER_DEVICE static float over(float x, float sum) { return sum == 0.0f ? 0.0f : x / sum; }
 
   LINFORMER_DEVICE float shift(float largest) const { return __fadd_rn(__fmul_rn(largest, c), headroom); }
   LINFORMER_DEVICE float power(float s, float shift) const { return exp2_of(fmaf(s, c, -shift)); }
@@ -181,6 +217,21 @@ struct Softmax {
     }
   }
 };
+
+LINFORMER_DEVICE const float* bias_of(const Problem& p, int64_t b, int64_t head_kv) {
+  return p.key_bias + b * p.key_bias_batch_stride + head_kv * p.key_bias_head_stride;
+}
+
+LINFORMER_DEVICE float bias_in_bits(float bias) {
+  const float bits = bias * 1.4426950408889634f;
+  return fabsf(bias) <= kLargestFloat ? fminf(fmaxf(bits, -kLargestFloat), kLargestFloat) : bias;
+}
+
+// `count` numbers of a bias to shared memory, in bits; 0 from `existing` on. A function of its own for the sake of
+// registers, as load_tile_apart.
+inline __device__ __noinline__ void load_bias(float* shared, const float* bias, int existing, int count) {
+  for (int i = threadIdx.x; i < count; i += kThreads) shared[i] = i < existing ? bias_in_bits(bias[i]) : 0.0f;
+}
 
 // Which elements of P are dropped; the kept ones count `multiplier` times.
 struct Dropout {

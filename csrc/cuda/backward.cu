@@ -1,7 +1,8 @@
 // Backward of attention, one launch: dQ, dK', dV'. Nothing of size N x K leaves the chip; P is computed again.
 //
-//   S = scale Q K'^T    P = softmax(S)    dP = M (dO V'^T)    delta = rowsum(P dP)    dS = P (dP - delta)
-//   dQ = scale dS K'    dK' = scale dS^T Q    dV' = (M P)^T dO        M: 0 or 1 / (1 - p)
+//   S = scale Q K'^T + bias    P = softmax(S)    dP = M (dO V'^T)    delta = rowsum(P dP)    dS = P (dP - delta)
+//   dQ = scale dS K'    dK' = scale dS^T Q    dV' = (M P)^T dO    dbias = sum of dS over the queries
+//   M: 0 or 1 / (1 - p)
 //
 // Row tiles come first: 128 query rows, 16 a warp, pass over K' and V' for the statistics of their rows (the largest
 // score, 1 / sum, delta: 16 bytes a row are kept) and for dQ. For K <= kKeys the one block stays in registers; of a
@@ -20,7 +21,8 @@ LINFORMER_DEVICE int64_t statistics_row(const Problem& p, int64_t b, int64_t hea
   return p.cu_seqlens_q ? head * p.total_q + row : (b * p.heads + head) * p.len_q + row;
 }
 
-template <class Traits>
+// kBiased: there is a bias.
+template <class Traits, bool kBiased>
 LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* shared, int ticket) {
   constexpr DType kType = Traits::kType;
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
@@ -43,6 +45,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   Element<kType>* staged_grad = staged + kRowsPerWarp * Traits::kStagePitch;
   Element<kType>* key_tiles = shared + kWarps * 2 * kRowsPerWarp * Traits::kStagePitch;
   Element<kType>* value_tiles = key_tiles + a.keys * Traits::kPitch;
+  float* bias_tiles = reinterpret_cast<float*>(value_tiles + a.keys * Traits::kPitch);
   const bool resident = proj_dim <= a.keys;    // K' and V' stay in shared memory
   const bool single = proj_dim <= kKeys;       // P and dP stay in registers
   const Softmax softmax(a);
@@ -65,6 +68,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
         __syncthreads();    // nobody reads what stands there any more
         load_tile_apart<kType, kKeys, kDim, kThreads>(key_tiles + slot, Traits::kPitch, keys(), k, 0, threadIdx.x);
         load_tile_apart<kType, kKeys, kDim, kThreads>(value_tiles + slot, Traits::kPitch, values(), k, 0, threadIdx.x);
+        if (kBiased) load_bias(bias_tiles + (resident ? k : 0), bias_of(p, b, head_kv) + k, proj_dim - k, kKeys);
         commit_copies();
         wait_copies<0>();
         __syncthreads();
@@ -80,6 +84,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
                                                      Traits::kPitch, proj_dim - k, p.allow_tf32);
       });
       softmax.orient(scores);
+      if (kBiased) softmax.add_bias(scores, a, bias_tiles + (resident ? k : 0));
       const Dropout dropout(a, b, head);
       if (dropout.on) {
         dropout.apply(grad, row, k);
@@ -91,7 +96,8 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
       }
     };
 
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
+    float largest[2] = {kBiased ? a.lowest : -INFINITY, kBiased ? a.lowest : -INFINITY}, sum[2] = {0.0f, 0.0f},
+          delta[2] = {0.0f, 0.0f};
     for (int k = 0; k < proj_dim; k += kKeys) {
       compute(k, !resident || tile == 0, k == 0);
       float correction[2];
@@ -110,7 +116,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
     const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      inverse[half] = 1.0f / quad_sum(sum[half]);
+      inverse[half] = kBiased ? Softmax::over(1.0f, quad_sum(sum[half])) : 1.0f / quad_sum(sum[half]);
       delta[half] = quad_sum(delta[half]) * inverse[half];
       const int r = g + 8 * half;
       if (t == 0 && r < rows) {
@@ -156,7 +162,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   signal(a.ready + b * p.heads_kv + head_kv);
 }
 
-template <class Traits>
+template <class Traits, bool kBiased>
 LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* shared, uint32_t* shared_word,
                                   int ticket) {
   constexpr DType kType = Traits::kType;
@@ -181,8 +187,16 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   Element<kType>* key_tile = shared;
   Element<kType>* value_tile = key_tile + kRows * Traits::kPitch;
   unsigned char* stages = reinterpret_cast<unsigned char*>(value_tile + kRows * Traits::kPitch);
+  // Of the rows the bias, and of each thread its sums of the gradient, which in registers would be in the way of
+  // others.
+  float* bias_tile = reinterpret_cast<float*>(stages + Traits::kStages * Traits::kQueryBytes);
+  float* bias_sums = bias_tile + kRows;
   load_tile_apart<kType, kRows, kDim, kThreads>(key_tile, Traits::kPitch, keys(), first_k, 0, threadIdx.x);
   load_tile_apart<kType, kRows, kDim, kThreads>(value_tile, Traits::kPitch, values(), first_k, 0, threadIdx.x);
+  if (kBiased && threadIdx.x < kRows) {
+    const int k = first_k + threadIdx.x;
+    bias_tile[threadIdx.x] = k < proj_dim ? bias_in_bits(bias_of(p, b, head_kv)[k]) : 0.0f;
+  }
   commit_copies();
 
   const int tiles = (sequence.length + kQueries - 1) / kQueries;    // of one head
@@ -205,7 +219,7 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
       const int r = row + threadIdx.x;
       const int64_t index = statistics_row(p, b, head, sequence.start + r);
       statistics[threadIdx.x] = r < sequence.length ? __ldcg(reinterpret_cast<const float4*>(a.statistics) + index)
-                                                    : make_float4(0.0f, 0.0f, 0.0f, 0.0f);    // P = 0
+                                                    : make_float4(kLargestFloat, 0.0f, 0.0f, 0.0f);    // P = 0
     }
   };
 
@@ -215,6 +229,9 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   const bool active = warp_row < kRows && first_k + warp_row < proj_dim;
   float sums[2 * kOut / 8][4];    // dK', then dV'
   clear(sums);
+  const bool want_bias = kBiased && p.grad_key_bias && part == 0 && active;
+  const int own_sum = 64 * warp_id() + lane_id();    // of row g; 32 further that of row g + 8
+  if (want_bias) bias_sums[own_sum] = bias_sums[own_sum + 32] = 0.0f;
   float (&grad_key)[kOut / 8][4] = *reinterpret_cast<float (*)[kOut / 8][4]>(&sums[0]);
   float (&grad_value)[kOut / 8][4] = *reinterpret_cast<float (*)[kOut / 8][4]>(&sums[kOut / 8]);
   if (Traits::kStages == 2 && from < to) load(from);
@@ -246,11 +263,12 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     // chosen another number than 1.
     multiply_rows<kType, kDim, kQueries, true>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
                                                Traits::kPitch, kQueries, p.allow_tf32);
-    if (a.want_key_proj) {
+    if (a.want_key_proj || (kBiased && p.grad_key_bias)) {
       multiply_rows<kType, kDim, kQueries, true>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch,
                                                  grad_tile, Traits::kPitch, kQueries, p.allow_tf32);
     }
     softmax.orient(scores);
+    if (kBiased) softmax.add_bias_of_rows(scores, a, bias_tile + warp_row);
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n) {
 #pragma unroll
@@ -266,6 +284,16 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
         scores[n][e] = multiplier * probability;
       }
     }
+    if (want_bias) {
+      float added[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int n = 0; n < kQueries / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) added[e / 2] += grad[n][e];
+      }
+      bias_sums[own_sum] += added[0];
+      bias_sums[own_sum + 32] += added[1];
+    }
     const int out_column = part * kOut;
     if (a.want_value_proj) {
       multiply_scores<kType, kQueries, kOut>(grad_value, scores, grad_tile + out_column, Traits::kPitch, kQueries,
@@ -279,7 +307,27 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   wait_copies<0>();
 
   float* partial = a.partial + static_cast<int64_t>(tile_id) * a.column_splits * (2 * kOut / 8) * 4 * kThreads;
+  float* partial_bias = a.partial_bias + static_cast<int64_t>(tile_id) * a.column_splits * 4 * kRows + own_sum;
+  if (want_bias && a.column_splits > 1) {    // visible to the last CTA as the partial sums are
+    __stcg(partial_bias + split * 4 * kRows, bias_sums[own_sum]);
+    __stcg(partial_bias + split * 4 * kRows + 32, bias_sums[own_sum + 32]);
+  }
   if (!add_splits(sums, partial, a.arrived + tile_id, split, a.column_splits, shared_word) || !active) return;
+  if (want_bias) {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      float sum = a.column_splits > 1 ? 0.0f : bias_sums[own_sum + 32 * half];
+#pragma unroll 1
+      for (int s = 0; a.column_splits > 1 && s < a.column_splits; ++s) {
+        sum += __ldcg(partial_bias + s * 4 * kRows + 32 * half);
+      }
+      sum = quad_sum(sum);
+      const int k = first_k + warp_row + g + 8 * half;
+      if (t == 0 && k < proj_dim) {
+        p.grad_key_bias[(static_cast<int64_t>(b) * p.heads_kv + head_kv) * p.proj_dim + k] = sum;
+      }
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int k = first_k + warp_row + g + 8 * half;
@@ -299,7 +347,7 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   }
 }
 
-template <class Traits>
+template <class Traits, bool kBiased>
 LINFORMER_DEVICE void backward(const Arguments& a) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ uint32_t word;
@@ -308,18 +356,18 @@ LINFORMER_DEVICE void backward(const Arguments& a) {
   // Tickets of a CTA rise, so each role has a loop of its own. In one loop for both, what does not change within a role
   // takes registers from the other: 136 bytes of stack for 16 bits and width 64 on sm_100 (cuobjdump -res-usage).
   int ticket;
-  while ((ticket = next()) < a.attend_tiles) row_item<Traits>(a, shared, ticket);
+  while ((ticket = next()) < a.attend_tiles) row_item<Traits, kBiased>(a, shared, ticket);
   while (ticket < a.attend_tiles + a.column_tiles) {
-    column_tile<Traits>(a, shared, &word, ticket - a.attend_tiles);
+    column_tile<Traits, kBiased>(a, shared, &word, ticket - a.attend_tiles);
     ticket = next();
   }
 }
 
 }    // namespace
 
-#define LINFORMER_KERNEL(name, type, dim)                                                               \
+#define LINFORMER_KERNEL(name, type, dim, biased)                                                       \
   extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ Arguments a) { \
-    backward<Backward<DType::type, dim>>(a);                                                            \
+    backward<Backward<DType::type, dim>, biased>(a);                                                    \
   }
 LINFORMER_KERNELS_OF_TYPE(LINFORMER_BACKWARD_, LINFORMER_KERNEL)
 

@@ -1,4 +1,4 @@
-// Forward, one launch: K' = E key, V' = F value, out = softmax(scale query K'^T) V'.
+// Forward, one launch: K' = E key, V' = F value, out = softmax(scale query K'^T + bias) V'.
 //
 // Work is a list of tickets. Projection tiles come first: kProjectRows rows of K' or V' by 128 columns, which are two
 // heads of width 64, so that a tile of E is read once for both; a long sequence is split, and the CTA that delivers
@@ -38,7 +38,7 @@ LINFORMER_DEVICE void project_tile(const Arguments& a, Element<Traits::kType>* s
     own_column = mine.column + column % a.piece;
   }
   const Piece first = piece_of(a, unit, tile, 0);
-  const Source<kType> matrix = projection_source<kType>(a, first.value, first.head, sequence.length);
+  const Source<kType> matrix = projection_source<kType>(a, first.value, b, first.head, sequence.length);
 
   const int steps = (sequence.length + Shape::kStep - 1) / Shape::kStep;
   const int from = static_cast<int>(static_cast<int64_t>(steps) * split / a.splits);
@@ -96,6 +96,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
   Element<kType>* staged = shared + warp_id() * kRowsPerWarp * Traits::kStagePitch;
   Element<kType>* key_tiles = shared + kWarps * kRowsPerWarp * Traits::kStagePitch;
   Element<kType>* value_tiles = key_tiles + a.keys * Traits::kKeyPitch;
+  float* bias_tiles = reinterpret_cast<float*>(value_tiles + a.keys * Traits::kValuePitch);
   const bool resident = proj_dim <= a.keys;
   const Softmax softmax(a);
   const Dropout dropout(a, b, head);
@@ -109,7 +110,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
 
     float out[kDim / 8][4];
     clear(out);
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+    float largest[2] = {a.lowest, a.lowest}, sum[2] = {0.0f, 0.0f};
     for (int k = 0; k < proj_dim; k += kKeys) {
       const int slot = resident ? k : k % a.keys;    // row of the block in shared memory
       bool waiting = slot == 0 && (!resident || tile == 0);
@@ -122,6 +123,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
                                                         values(), k + next, 0, threadIdx.x);
         }
         commit_copies();
+        if (p.key_bias) load_bias(bias_tiles, bias_of(p, b, head_kv) + k, proj_dim - k, a.keys);
       }
       const Element<kType>* key_tile = key_tiles + slot * Traits::kKeyPitch;
       float scores[kKeys / 8][4];
@@ -136,9 +138,10 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
                                                      Traits::kKeyPitch, proj_dim - k, p.allow_tf32);
       });
       softmax.orient(scores);
+      const int left = proj_dim - k;
+      if (p.key_bias) softmax.add_bias(scores, a, bias_tiles + slot);
 
       float correction[2];
-      const int left = proj_dim - k;
       softmax.step(scores, left, largest, sum, correction, k == 0);
       if (dropout.on) dropout.apply(scores, row, k);
 #pragma unroll
@@ -152,7 +155,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = dropout.multiplier / quad_sum(sum[half]);
+      const float scale = Softmax::over(dropout.multiplier, quad_sum(sum[half]));
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         out[n][2 * half] *= scale;

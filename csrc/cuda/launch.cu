@@ -3,7 +3,9 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 #include "launch.h"
@@ -14,6 +16,8 @@ namespace linformer::cuda {
 LINFORMER_FORWARD_KERNELS(LINFORMER_DECLARE)
 LINFORMER_BACKWARD_KERNELS(LINFORMER_DECLARE)
 LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_DECLARE)
+LINFORMER_POOL_KERNELS(LINFORMER_DECLARE)
+LINFORMER_POOL_BACKWARD_KERNELS(LINFORMER_DECLARE)
 
 namespace {
 
@@ -23,18 +27,23 @@ const void* kernel_named(const char* wanted) {
   LINFORMER_FORWARD_KERNELS(LINFORMER_FIND)
   LINFORMER_BACKWARD_KERNELS(LINFORMER_FIND)
   LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_FIND)
+  LINFORMER_POOL_KERNELS(LINFORMER_FIND)
+  LINFORMER_POOL_BACKWARD_KERNELS(LINFORMER_FIND)
   return nullptr;
 }
 
-// Makes GPU `index` the current one for the lifetime of the object.
-struct DeviceGuard {
-  int previous = 0;
-  explicit DeviceGuard(int index) {
-    cudaGetDevice(&previous);
-    cudaSetDevice(index);
-  }
-  ~DeviceGuard() { cudaSetDevice(previous); }
-};
+// Allows a kernel all the shared memory that the GPU `index` has for one. That is a state of the kernel on the GPU, so
+// it is set once and never to less: a thread whose launch needs little must not take it from one whose launch needs
+// much.
+cudaError_t allow_shared(const void* kernel, int index, int bytes) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({index, kernel})) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status == cudaSuccess) allowed.insert({index, kernel});
+  return status;
+}
 
 }    // namespace
 
@@ -58,8 +67,19 @@ Device device_of(int index, std::string* error) {
   return device;
 }
 
-std::string launch(const Plan& plan, std::byte* workspace, int index, void* stream) {
-  const DeviceGuard guard(index);
+std::string driver_problem() {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  // A driver runs every runtime of its own major version and of older ones.
+  if (driver / 1000 >= CUDART_VERSION / 1000) return "";
+  const auto name = [](int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  };
+  return "the native library was built with CUDA " + name(CUDART_VERSION) + ", and this driver is for CUDA " +
+         name(driver) + ": install a newer driver, or build with an nvcc of that version";
+}
+
+std::string launch(const Plan& plan, std::byte* workspace, int index, int shared_bytes, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   cudaError_t status = cudaSuccess;
   if (plan.counter_bytes) status = cudaMemsetAsync(workspace, 0, plan.counter_bytes, on);
@@ -67,9 +87,7 @@ std::string launch(const Plan& plan, std::byte* workspace, int index, void* stre
     const void* kernel = kernel_named(one.kernel);
     Arguments arguments = one.arguments;
     void* pointers[] = {&arguments};
-    if (status == cudaSuccess) {
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, one.shared_bytes);
-    }
+    if (status == cudaSuccess) status = allow_shared(kernel, index, shared_bytes);
     if (status == cudaSuccess) status = cudaLaunchKernel(kernel, one.grid, one.block, pointers, one.shared_bytes, on);
   }
   return status == cudaSuccess ? std::string() : std::string(cudaGetErrorString(status));

@@ -11,7 +11,11 @@ namespace linformer::cuda {
 // What the current process's GPU `index` is; `error` says why it cannot be used.
 Device device_of(int index, std::string* error);
 
-// Clears the counters and launches, in order, on `stream` of GPU `index`. Returns an empty string, or what CUDA says.
-std::string launch(const Plan& plan, std::byte* workspace, int index, void* stream);
+// Why this machine's driver cannot run the CUDA runtime inside the library, else an empty string.
+std::string driver_problem();
+
+// Clears the counters and launches, in order, on `stream` of GPU `index`, which is the current one and has
+// `shared_bytes` for a kernel (of its Device). Returns an empty string, or what CUDA says.
+std::string launch(const Plan& plan, std::byte* workspace, int index, int shared_bytes, void* stream);
 
 }    // namespace linformer::cuda

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <climits>
 #include <cmath>
 #include <initializer_list>
@@ -36,20 +37,22 @@ struct BackwardInfo {
   const char* name;
   DType type;
   int dim;
+  bool biased;
   int column_rows, parts, tiles;    // of a column tile: rows, parts of the columns, accumulator tiles of a thread
   int keys, key_bytes, staged_bytes;
   int shared_bytes;    // at the least
 };
-#define LINFORMER_INFO(name, type, dim)      \
-  {#name,                                    \
-   DType::type,                              \
-   dim,                                      \
-   Backward<DType::type, dim>::kColumnRows,  \
-   Backward<DType::type, dim>::kParts,       \
-   2 * Backward<DType::type, dim>::kOut / 8, \
-   Backward<DType::type, dim>::kKeys,        \
-   Backward<DType::type, dim>::kKeyBytes,    \
-   Backward<DType::type, dim>::kStagedBytes, \
+#define LINFORMER_INFO(name, type, dim, biased) \
+  {#name,                                       \
+   DType::type,                                 \
+   dim,                                         \
+   biased,                                      \
+   Backward<DType::type, dim>::kColumnRows,     \
+   Backward<DType::type, dim>::kParts,          \
+   2 * Backward<DType::type, dim>::kOut / 8,    \
+   Backward<DType::type, dim>::kKeys,           \
+   Backward<DType::type, dim>::kKeyBytes,       \
+   Backward<DType::type, dim>::kStagedBytes,    \
    Backward<DType::type, dim>::kSharedBytes},
 constexpr BackwardInfo kBackwardKernels[] = {LINFORMER_BACKWARD_KERNELS(LINFORMER_INFO)};
 #undef LINFORMER_INFO
@@ -63,6 +66,16 @@ struct ProjectBackwardInfo {
 constexpr ProjectBackwardInfo kProjectBackwardKernels[] = {LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_INFO)};
 #undef LINFORMER_INFO
 
+struct PoolInfo {
+  const char* name;
+  DType type;
+};
+#define LINFORMER_INFO(name, type) {#name, DType::type},
+constexpr PoolInfo kPoolKernels[] = {LINFORMER_POOL_KERNELS(LINFORMER_INFO)};
+constexpr PoolInfo kPoolBackwardKernels[] = {LINFORMER_POOL_BACKWARD_KERNELS(LINFORMER_INFO)};
+#undef LINFORMER_INFO
+
+constexpr const char* kTooManyTiles = "there are more than 2^31 tiles of work";
 constexpr int64_t kProjectBackwardRows = ProjectBackward<DType::kFloat16>::kRows;
 constexpr int64_t kTilesPerMultiprocessor = 1;    // that splitting aims at: as many CTAs as are resident, as few parts
                                                   // as can be, because each part costs a sum in memory
@@ -128,6 +141,13 @@ Arguments arguments_of(const Problem& p) {
   a.aligned = alignment_of(p);
   a.exponent = std::fabs(p.scale) * 1.4426950408889634f;
   a.negative = p.scale < 0.0f;
+  a.lowest = -INFINITY;
+  if (p.key_bias) {
+    a.score_factor = p.scale * 1.4426950408889634f;
+    a.exponent = 1.0f;
+    a.lowest = -FLT_MAX;
+    a.negative = false;
+  }
   if (p.dtype != DType::kFloat16) {
     while (std::ldexp(1.0, static_cast<int>(a.headroom)) < static_cast<double>(p.proj_dim)) ++a.headroom;
   }
@@ -201,12 +221,12 @@ void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned s
     tiles = problem.batch * a.units * a.unit_tiles * a.row_blocks;
     a.splits = static_cast<int32_t>(splits_for(tiles, device, problem.len_k / kSplitRows));
     tickets = tiles * a.splits;
-    if (tickets > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+    if (tickets > INT_MAX) plan.refusal = kTooManyTiles;
     a.project_tiles = static_cast<int32_t>(tickets);
   }
   if (stages & kAttend) {
     const int64_t attend = set_query_items(a, device);
-    if (attend + tickets > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+    if (attend + tickets > INT_MAX) plan.refusal = kTooManyTiles;
     a.attend_tiles = static_cast<int32_t>(attend);
     tickets += attend;
   }
@@ -216,13 +236,12 @@ void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned s
   a.arrived = layout.add<uint32_t>(a.splits > 1 ? 4 * tiles : 0);
   plan.counter_bytes = layout.used();
   a.partial = layout.add<float>(a.splits > 1 ? tiles * a.splits * kernel->project_tiles * 4 * kThreads * 4 : 0);
-  // All of K' and V', or as much as fits.
-  const int64_t blocks =
-      std::min<int64_t>(ceil_div(problem.proj_dim, kernel->keys),
-                        (device.shared_bytes - kernel->staged_bytes) / kernel->key_bytes / kernel->keys);
+  // All of K' and V', or as much as fits, with a number of the bias a row.
+  const int key_bytes = kernel->key_bytes + (problem.key_bias ? 4 : 0);
+  const int64_t blocks = std::min<int64_t>(ceil_div(problem.proj_dim, kernel->keys),
+                                           (device.shared_bytes - kernel->staged_bytes) / key_bytes / kernel->keys);
   a.keys = static_cast<int32_t>(blocks * kernel->keys);
-  const int64_t shared_bytes =
-      std::max<int64_t>(kernel->shared_bytes, kernel->staged_bytes + a.keys * kernel->key_bytes);
+  const int64_t shared_bytes = std::max<int64_t>(kernel->shared_bytes, kernel->staged_bytes + a.keys * key_bytes);
   plan.launches.push_back({kernel->name, grid_of(tickets, device), kThreads, static_cast<uint32_t>(shared_bytes), a});
 }
 
@@ -230,7 +249,8 @@ void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bo
                           const Device& device, int dim) {
   const BackwardInfo* kernel = nullptr;
   for (const BackwardInfo& one : kBackwardKernels) {
-    if (one.type == problem.dtype && one.dim == dim && one.shared_bytes <= device.shared_bytes) kernel = &one;
+    if (one.type != problem.dtype || one.dim != dim || one.biased != (problem.key_bias != nullptr)) continue;
+    if (one.shared_bytes <= device.shared_bytes) kernel = &one;
   }
   if (!kernel) {
     plan.refusal = kNoMemory;
@@ -241,14 +261,14 @@ void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bo
   a.want_value_proj = want_value_proj;
   const int64_t rows = set_query_items(a, device);
   int64_t tiles = 0, columns = 0;
-  if (want_key_proj || want_value_proj) {
+  if (want_key_proj || want_value_proj || problem.grad_key_bias) {
     a.column_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kernel->column_rows));
     tiles = problem.batch * problem.heads_kv * a.column_blocks * kernel->parts;
     const int64_t group = problem.heads / std::max<int64_t>(problem.heads_kv, 1);
     a.column_splits = static_cast<int32_t>(splits_for(tiles, device, group * problem.len_q / kSplitRows));
     columns = tiles * a.column_splits;
   }
-  if (rows + columns > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+  if (rows + columns > INT_MAX) plan.refusal = kTooManyTiles;
   if (rows + columns == 0 || plan.refusal) return;
   a.attend_tiles = static_cast<int32_t>(rows);
   a.column_tiles = static_cast<int32_t>(columns);
@@ -257,14 +277,15 @@ void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bo
   a.arrived = layout.add<uint32_t>(a.column_splits > 1 ? 4 * tiles : 0);
   plan.counter_bytes = layout.used();
   a.partial = layout.add<float>(a.column_splits > 1 ? tiles * a.column_splits * kernel->tiles * 4 * kThreads * 4 : 0);
+  a.partial_bias = layout.add<float>(
+      a.column_splits > 1 && problem.grad_key_bias ? tiles * a.column_splits * kernel->column_rows * 4 * 4 : 0);
   const int64_t query_rows = problem.cu_seqlens_q ? problem.total_q : problem.batch * problem.len_q;
   a.statistics = layout.add<float>(query_rows * problem.heads * 16);
-  // All of K' and V' if they fit, else one block.
+  // All of K' and V' if they fit, else one block, with a number of the bias a row.
+  const int key_bytes = kernel->key_bytes + (problem.key_bias ? 4 : 0);
   const int64_t all = ceil_div(problem.proj_dim, kernel->keys) * kernel->keys;
-  a.keys =
-      static_cast<int32_t>(kernel->staged_bytes + all * kernel->key_bytes <= device.shared_bytes ? all : kernel->keys);
-  const int64_t shared_bytes =
-      std::max<int64_t>(kernel->shared_bytes, kernel->staged_bytes + a.keys * kernel->key_bytes);
+  a.keys = static_cast<int32_t>(kernel->staged_bytes + all * key_bytes <= device.shared_bytes ? all : kernel->keys);
+  const int64_t shared_bytes = std::max<int64_t>(kernel->shared_bytes, kernel->staged_bytes + a.keys * key_bytes);
   plan.launches.push_back(
       {kernel->name, grid_of(rows + columns, device), kThreads, static_cast<uint32_t>(shared_bytes), a});
 }
@@ -284,20 +305,35 @@ void plan_project_backward(Plan& plan, const Problem& problem, const Device& dev
   if (problem.grad_proj_key.data || problem.grad_proj_value.data) {
     a.row_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kProjectBackwardRows));
     a.matrix_blocks = static_cast<int32_t>(ceil_div(problem.seq_len_max, kTileColumns));
-    matrix =
-        (problem.shared_kv ? 1 : 2) * (problem.per_head_proj ? problem.heads_kv : 1) * a.row_blocks * a.matrix_blocks;
+    const int64_t own = (problem.per_head_proj ? problem.heads_kv : 1) * (problem.per_batch_proj ? problem.batch : 1);
+    matrix = (problem.shared_kv ? 1 : 2) * own * a.row_blocks * a.matrix_blocks;
   }
   if (problem.grad_key.data || problem.grad_value.data) {
     a.input_items = static_cast<int32_t>(
         items(problem.cu_seqlens_k, problem.batch, problem.total_k, problem.len_k, kProjectBackwardRows));
     input = static_cast<int64_t>(a.input_items) * a.units * a.unit_tiles;
   }
-  if (matrix + input > INT_MAX) plan.refusal = "there are more than 2^31 tiles of work";
+  if (matrix + input > INT_MAX) plan.refusal = kTooManyTiles;
   if (matrix + input == 0 || plan.refusal) return;
   a.matrix_tiles = static_cast<int32_t>(matrix);
   a.input_tiles = static_cast<int32_t>(input);
   plan.launches.push_back(
       {kernel->name, grid_of(matrix + input, device), kThreads, static_cast<uint32_t>(kernel->shared_bytes), a});
+}
+
+void plan_pool(Plan& plan, const Problem& problem, unsigned stages) {
+  const bool forward = (stages & kPool) != 0;
+  Arguments a = arguments_of(problem);
+  const int64_t parts = forward ? problem.batch * ceil_div(problem.proj_dim, kPoolRows)
+                                : items(problem.cu_seqlens_k, problem.batch, problem.total_k, problem.len_k, kPoolKeys);
+  const int64_t tasks = 2 * problem.heads_kv * parts;
+  if (tasks > INT_MAX) plan.refusal = kTooManyTiles;
+  if (tasks == 0 || plan.refusal) return;
+  a.pool_tasks = static_cast<int32_t>(tasks);
+  for (const PoolInfo& one : forward ? kPoolKernels : kPoolBackwardKernels) {
+    if (one.type != problem.dtype) continue;
+    plan.launches.push_back({one.name, static_cast<uint32_t>(ceil_div(tasks, kWarps)), kThreads, 0, a});
+  }
 }
 
 }    // namespace
@@ -342,6 +378,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const Device& device, st
     Layout again(workspace);
     if (p.batch) plan_attend_backward(plan, again, p, want_key, want_value, device, dim);
   }
+  if (stages & (kPool | kPoolBackward)) plan_pool(plan, p, stages);
   if (stages & kProjectBackward && !plan.refusal) plan_project_backward(plan, p, device, dim);
   plan.workspace_bytes = layout.used();
   return plan;
@@ -361,7 +398,7 @@ std::vector<Region> regions_of(const Problem& p) {
   };
   const int64_t batch_q = p.cu_seqlens_q ? 1 : p.batch, rows_q = p.cu_seqlens_q ? p.total_q : p.len_q;
   const int64_t batch_k = p.cu_seqlens_k ? 1 : p.batch, rows_k = p.cu_seqlens_k ? p.total_k : p.len_k;
-  const int64_t matrices = p.per_head_proj ? p.heads_kv : 1;
+  const int64_t matrices = p.per_head_proj ? p.heads_kv : 1, batch_e = p.per_batch_proj ? p.batch : 1;
   add_rows("query", p.query, batch_q, p.heads, rows_q, p.head_dim);
   add_rows("out", p.out, batch_q, p.heads, rows_q, p.value_dim);
   add_rows("grad_out", p.grad_out, batch_q, p.heads, rows_q, p.value_dim);
@@ -370,16 +407,28 @@ std::vector<Region> regions_of(const Problem& p) {
   add_rows("value", p.value, batch_k, p.heads_kv, rows_k, p.value_dim);
   add_rows("grad_key", p.grad_key, batch_k, p.heads_kv, rows_k, p.head_dim);
   add_rows("grad_value", p.grad_value, batch_k, p.heads_kv, rows_k, p.value_dim);
-  add_rows("proj_key", p.proj_key, 1, matrices, p.proj_dim, p.seq_len_max);
-  add_rows("proj_value", p.proj_value, 1, matrices, p.proj_dim, p.seq_len_max);
-  add_rows("grad_proj_key", p.grad_proj_key, 1, matrices, p.proj_dim, p.seq_len_max);
-  add_rows("grad_proj_value", p.grad_proj_value, 1, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("proj_key", p.proj_key, batch_e, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("proj_value", p.proj_value, batch_e, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("grad_proj_key", p.grad_proj_key, batch_e, matrices, p.proj_dim, p.seq_len_max);
+  add_rows("grad_proj_value", p.grad_proj_value, batch_e, matrices, p.proj_dim, p.seq_len_max);
   add_rows("key_proj", p.key_proj, p.batch, p.heads_kv, p.proj_dim, p.head_dim);
   add_rows("value_proj", p.value_proj, p.batch, p.heads_kv, p.proj_dim, p.value_dim);
   add_rows("grad_key_proj", p.grad_key_proj, p.batch, p.heads_kv, p.proj_dim, p.head_dim);
   add_rows("grad_value_proj", p.grad_value_proj, p.batch, p.heads_kv, p.proj_dim, p.value_dim);
   if (p.mask && p.batch && p.len_k) {
     add("mask", p.mask, (p.batch - 1) * p.mask_batch_stride + (p.len_k - 1) * p.mask_row_stride + 1);
+  }
+  const int64_t rows_of_k = p.batch * p.heads_kv * p.proj_dim;
+  if (rows_of_k) {
+    add("key_bias", p.key_bias,
+        4 * ((p.batch - 1) * p.key_bias_batch_stride + (p.heads_kv - 1) * p.key_bias_head_stride + p.proj_dim));
+  }
+  add("grad_key_bias", p.grad_key_bias, 4 * rows_of_k);
+  add("count", p.count, 4 * rows_of_k);
+  if (p.segments && batch_k * rows_k) {
+    add("segments", p.segments,
+        4 * ((batch_k - 1) * p.segments_batch_stride + (p.heads_kv - 1) * p.segments_head_stride +
+             (rows_k - 1) * p.segments_row_stride + 1));
   }
   add("cu_seqlens_q", p.cu_seqlens_q, 8 * (p.batch + 1));
   add("cu_seqlens_k", p.cu_seqlens_k, 8 * (p.batch + 1));

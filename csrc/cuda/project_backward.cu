@@ -3,8 +3,8 @@
 //
 // Input tiles: 128 rows of the sequence by 128 columns, which are pieces of heads side by side, so that a tile of E is
 // read once for several heads. Matrix tiles: 128 rows of E by 128 of its columns; they sum over all sequences and heads
-// in registers, in a fixed order, and write each element of dE once: no atomics, nothing to add up afterwards. No tile
-// waits for another.
+// that share the matrix in registers, in a fixed order, and write each element of dE once: no atomics, nothing to add
+// up afterwards. No tile waits for another.
 #include "gemm.cuh"
 #include "kernels.h"
 
@@ -39,7 +39,7 @@ LINFORMER_DEVICE void input_tile(const Arguments& a, Element<Traits::kType>* sha
                                     mine.value ? kAlignedGradValueProj : kAlignedGradKeyProj);
     own_column = mine.column + column % a.piece;
   }
-  const Source<kType> matrix = projection_source<kType>(a, start.value, start.head, sequence.length);
+  const Source<kType> matrix = projection_source<kType>(a, start.value, b, start.head, sequence.length);
 
   float c[Shape::kTilesM * Shape::kTilesN][4];
   clear(c);
@@ -73,11 +73,14 @@ LINFORMER_DEVICE void matrix_tile(const Arguments& a, Element<Traits::kType>* sh
   const Problem& p = a.p;
   const int column = index % a.matrix_blocks * Shape::kN;
   const int row = index / a.matrix_blocks % a.row_blocks * Shape::kM;
-  const int matrix = index / a.matrix_blocks / a.row_blocks;    // [E, F] x heads that have their own
-  const int matrices = p.per_head_proj ? static_cast<int>(p.heads_kv) : 1;
-  const bool of_value = matrix / matrices != 0;
-  const int first_head = p.per_head_proj ? matrix % matrices : 0;
+  // [E, F] x sequences that have their own x heads that have their own
+  const int matrix = index / a.matrix_blocks / a.row_blocks;
+  const int own_heads = p.per_head_proj ? static_cast<int>(p.heads_kv) : 1;
+  const int own_sequences = p.per_batch_proj ? static_cast<int>(p.batch) : 1;
+  const bool of_value = matrix / own_heads / own_sequences != 0;
+  const int first_head = matrix % own_heads, first_sequence = matrix / own_heads % own_sequences;
   const int heads = p.per_head_proj ? 1 : static_cast<int>(p.heads_kv);
+  const int64_t sequences = p.per_batch_proj ? 1 : p.batch;
   const Rows& target = of_value ? p.grad_proj_value : p.grad_proj_key;
   if (!target.data) return;
 
@@ -86,11 +89,11 @@ LINFORMER_DEVICE void matrix_tile(const Arguments& a, Element<Traits::kType>* sh
   const int steps_of_head = p.shared_kv ? key_steps + value_steps : of_value ? value_steps : key_steps;
   float c[Shape::kTilesM * Shape::kTilesN][4];
   clear(c);
-  const int steps = static_cast<int>(p.batch * heads * steps_of_head);
+  const int steps = static_cast<int>(sequences * heads * steps_of_head);
   multiply_stages<kType, Shape>(c, shared, steps, true, p.allow_tf32, [&](auto* grad_tile, auto* x_tile, int step) {
     int d = step % steps_of_head;
     const int head = first_head + step / steps_of_head % heads;
-    const int b = step / steps_of_head / heads;
+    const int b = first_sequence + step / steps_of_head / heads;
     const bool value = p.shared_kv ? d >= key_steps : of_value;
     if (p.shared_kv && value) d -= key_steps;
     const auto grads =
@@ -105,7 +108,7 @@ LINFORMER_DEVICE void matrix_tile(const Arguments& a, Element<Traits::kType>* sh
   store_tile<kType, Shape>(c, shared, [&](int r, int n) {
     Target<kType> to;
     if (row + r >= p.proj_dim) return to;
-    to.data = rows_at<kType>(target, 0, first_head, row + r) + column + n;
+    to.data = rows_at<kType>(target, first_sequence, first_head, row + r) + column + n;
     to.columns = static_cast<int>(p.seq_len_max) - column - n;
     to.aligned = (a.aligned & (of_value ? kAlignedGradProjValue : kAlignedGradProjKey)) != 0;
     return to;

@@ -166,10 +166,10 @@ LINFORMER_DEVICE bool find_item(const int64_t* offsets, int64_t batch, int64_t t
 
 // E or F, dE or dF.
 template <DType kType>
-LINFORMER_DEVICE Source<kType> projection_source(const Arguments& a, bool value, int64_t head, int columns) {
+LINFORMER_DEVICE Source<kType> projection_source(const Arguments& a, bool value, int64_t b, int64_t head, int columns) {
   const Rows& rows = value ? a.p.proj_value : a.p.proj_key;
   Source<kType> source;
-  source.data = rows_at<kType>(rows, 0, head, 0);
+  source.data = rows_at<kType>(rows, b, head, 0);
   source.stride = rows.row_stride;
   source.rows = static_cast<int>(a.p.proj_dim);
   source.columns = columns;

@@ -68,7 +68,7 @@ struct Forward {
   static constexpr int kStagedBytes = kBytes<kType> * kWarps * kRowsPerWarp * kStagePitch;
   static constexpr int kKeyBytes = kBytes<kType> * (kKeyPitch + kValuePitch);    // of one row of K' and V'
   static constexpr int kSharedBytes =
-      larger(Project::kSharedBytes, kStagedBytes + kKeys * kKeyBytes);    // at the least
+      larger(Project::kSharedBytes, kStagedBytes + kKeys * (kKeyBytes + 4));    // at the least; 4: a bias
 };
 
 // Query rows of a CTA at a time.
@@ -86,8 +86,8 @@ struct Backward {
   static constexpr int kStagePitch = pitch_along(kStaged);
   static constexpr int kPitch = pitch_along(kDim);
   static constexpr int kStagedBytes = kBytes<kType> * 2 * kWarps * kRowsPerWarp * kStagePitch;
-  static constexpr int kKeyBytes = kBytes<kType> * 2 * kPitch;          // of one row of K' and V'
-  static constexpr int kRowBytes = kStagedBytes + kKeys * kKeyBytes;    // at the least
+  static constexpr int kKeyBytes = kBytes<kType> * 2 * kPitch;                // of one row of K' and V'
+  static constexpr int kRowBytes = kStagedBytes + kKeys * (kKeyBytes + 4);    // at the least; 4: a bias
 
   // Tiles of rows of K' and V': dK' and dV'.
   static constexpr int kColumnRows = kDim >= 256 ? (kWide ? 16 : 64) : kWide && kDim >= 96 ? 64 : 128;
@@ -96,7 +96,8 @@ struct Backward {
   static constexpr int kParts = kDim / kOut;
   static constexpr int kStages = kDim >= 256 || (kWide && kDim >= 96) ? 1 : 2;
   static constexpr int kQueryBytes = kBytes<kType> * 2 * kQueries * kPitch + 16 * kQueries;
-  static constexpr int kColumnBytes = kBytes<kType> * 2 * kColumnRows * kPitch + kStages * kQueryBytes;
+  static constexpr int kColumnBytes = kBytes<kType> * 2 * kColumnRows * kPitch + kStages * kQueryBytes +
+                                      4 * kColumnRows + 16 * kColumnRows;    // the bias, and sums of its gradient
 
   static constexpr int kSharedBytes = larger(kRowBytes, kColumnBytes);    // at the least
 };
@@ -109,5 +110,10 @@ struct ProjectBackward {
   using Matrix = Gemm<kType, kRows, kTileColumns, false, false>;    // dE = dX' X^T
   static constexpr int kSharedBytes = larger(Input::kSharedBytes, Matrix::kSharedBytes);
 };
+
+// Pooling: rows of K' or V' of a warp, and keys that it loads at a time.
+constexpr int kPoolRows = 4;
+constexpr int kPoolAhead = 4;
+constexpr int kPoolKeys = 32;    // of a warp in the backward
 
 }    // namespace linformer::cuda

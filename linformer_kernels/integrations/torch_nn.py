@@ -21,7 +21,7 @@ def from_torch(
     proj_dim: int | Sequence[int] | None = None,
     sharing: str | None = None,
     projection: LinformerProjection | None = None,
-    init: str = "gaussian",
+    init: str | None = None,
 ) -> Any:
     """The Linformer of a module of torch.nn, with a copy of its weights, and its device, dtype and mode.
 
@@ -123,8 +123,8 @@ def _encoder_from_torch(
     if shared and projection is None:
         heads = options["seq_len"], sizes[0], "key_value", 1, options["init"]
         encoder.projection = make_projection(*heads, device=weight.device, dtype=weight.dtype)
-    if encoder.projection is not None:
-        options = options | {"sharing": "layerwise", "projection": None}
+    if encoder.projection is not None:  # which has the sizes
+        options, sizes = {"sharing": "layerwise"}, [None] * len(sizes)
     for index, (layer, size) in enumerate(zip(module.layers, sizes, strict=True)):
         encoder.layers[index] = from_torch(layer, **options, proj_dim=size)
     return encoder.train(module.training)

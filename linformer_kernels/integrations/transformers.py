@@ -34,7 +34,7 @@ from .._masks import of_scores  # noqa: E402
 from .._validation import integer, refuse_causal  # noqa: E402
 from ..encoders import sizes_by_layer  # noqa: E402
 from ..modules import SHARINGS  # noqa: E402
-from ..projections import SINGLES, WEIGHTLESS, LinformerProjection, from_the_first  # noqa: E402
+from ..projections import SINGLES, WEIGHTLESS, LinformerProjection, check_sizes, from_the_first  # noqa: E402
 
 NAME = "linformer"
 PLACE = "linformer_place"
@@ -138,7 +138,8 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
         model_class: the class to make, e.g. RobertaForMaskedLM, or an Auto class. It may differ from the one saved
             (a masked language model becomes a classifier): what is new in it starts anew, as in from_pretrained.
         path: a folder, or anything that from_pretrained takes.
-        options: for from_pretrained.
+        options: for from_pretrained. attn_implementation="sdpa" gives the model switched to exact attention, with E and
+            F in it; without it the model is set to "linformer", whatever it was set to when it was saved.
 
     Raises:
         TypeError: model_class is no class.
@@ -150,6 +151,7 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
         )
     with_info = options.pop("output_loading_info", False)
     config, options = _config(path, options)
+    chosen = options.pop("attn_implementation", None) or config._attn_implementation
     settings: Any = getattr(config, NAME, None)
     if not isinstance(settings, dict):
         raise ValueError(
@@ -172,6 +174,8 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
     WithProjections.__name__, WithProjections.__module__ = plain.__name__, plain.__module__
     model, info = WithProjections.from_pretrained(path, config=config, output_loading_info=True, **options)
     model.__class__ = plain
+    if chosen not in (None, NAME):
+        model.set_attn_implementation(chosen)
     lost = [key for key in info["missing_keys"] if f"{NAME}." in key]
     if lost:
         raise ValueError(f"path is {str(path)!r}, whose weights lack {', '.join(sorted(lost))}; wanted: all of E and F")
@@ -360,8 +364,8 @@ def _check(
         raise ValueError(
             f'init is {init!r} but projection is {kind!r}, which has a start of its own; wanted: "gaussian"'
         )
-    if init != "gaussian" and seq_len is not None and max(sizes) > seq_len:
-        raise ValueError(f"proj_dim is {max(sizes)} but seq_len {seq_len}; wanted: a position for each row of E")
+    if seq_len is not None and kind != "adaptive" and windows != "valid":
+        check_sizes(seq_len, max(sizes))
     if (init == "svd") != (calibration is not None):
         raise ValueError(
             f"init is {init!r} and calibration is {'missing' if calibration is None else 'given'}; wanted: calibration "

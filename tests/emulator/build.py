@@ -18,7 +18,7 @@ from types import ModuleType
 from emulator.errors import PtxError
 
 HERE = Path(__file__).parent
-BUILD = HERE.parents[1] / "build" / "emulator"
+BUILD = HERE.parents[1] / "build" / "emulator" / sys.implementation.cache_tag  # CMake remembers the Python of a folder
 NAME = "emulator_core"
 
 
