@@ -525,7 +525,7 @@ def test_convert_cuts_batches_to_lengths_of_the_range(examples):
     (["--shortest=41"], "--shortest is 41; wanted: at most --seq-len, 40"),
     (["--model=."], "--model: "),
     (["--data=missing"], "--data: no file or folder named missing"),
-    (["--init=mean", "--proj-dim=50"], "--model: proj_dim is 50 but seq_len 40"),
+    (["--init=mean", "--proj-dim=50"], "--model: proj_dim is 50 but seq_len is 40"),
     (["--resume"], "--resume: there is no checkpoint in out"),
     (["--seq-len=2", "--proj-dim=1"], "--seq-len is 2, of which special tokens take 2; wanted: more"),
     (["--lr=nan"], "--lr is nan; wanted: more than 0"),
