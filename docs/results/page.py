@@ -241,6 +241,18 @@ def seconds_a_step(record: Record) -> float:
     return last(record, "cpu_seconds") / last(record, "step")
 
 
+def exact_by_then(n: int, found: list[Record]) -> str:
+    """Bits of exact attention of the same seeds, at its last evaluation before these runs ended, by the processor."""
+    values = []
+    for record in found:
+        seed, end = record["arguments"]["seed"], last(record, "cpu_seconds")
+        for exact in records(f"copies-n{n}-exact"):
+            points = [p["bits"] for p in exact["held_out"] if p["cpu_seconds"] <= end]
+            if exact["arguments"]["seed"] == seed and points:
+                values.append(points[-1])
+    return spread(values, ".2f")
+
+
 def copies(folder: Path) -> str:
     figure, axes = plt.subplots(1, len(COPIES), figsize=(4 * len(COPIES), 3.6), layout="constrained", sharey=True)
     rows = []
@@ -258,14 +270,29 @@ def copies(folder: Path) -> str:
                     spread([bits_at_equal_steps(r) for r in found], ".2f"),
                     f"{COPIES_STEPS * pace:.0f}",
                 ]
-                longer = [steps, spread([last(r, "bits") for r in found], ".2f"), f"{steps * pace:.0f}"]
-                rows.append([*row, *(longer if steps > COPIES_STEPS else [""] * 3), len(found)])
+                longer = [
+                    steps,
+                    spread([last(r, "bits") for r in found], ".2f"),
+                    f"{steps * pace:.0f}",
+                    "" if name == "exact" else exact_by_then(n, found),
+                ]
+                rows.append([*row, *(longer if steps > COPIES_STEPS else [""] * 4), len(found)])
     axes[0].set(ylabel="bits for each masked byte, held out")
     figure.savefig(folder / "results" / "copies.png", dpi=110)
     plt.close(figure)
     all_runs = [record for n in COPIES for name in COPIES_NAMES for record in records(f"copies-n{n}-{name}")]
     processors = sorted({record["machine"]["processor"] for record in all_runs if "processor" in record["machine"]})
-    head = ["N", "attention", f"bits after {COPIES_STEPS} steps", "seconds", "went on to step", "bits", "seconds", "n"]
+    head = [
+        "N",
+        "attention",
+        f"bits after {COPIES_STEPS} steps",
+        "seconds",
+        "went on to step",
+        "bits",
+        "seconds",
+        "exact in that time",
+        "n",
+    ]
     return f"{table(head, rows)}\nMeasured on: {'; '.join(processors) or 'nothing yet'}, one thread.\n"
 
 
