@@ -317,3 +317,20 @@ def test_the_module_functions_take_numpy_integers_and_no_other_numbers(device):
     for wrong in (2.0, "2", None):
         with pytest.raises(TypeError, match="num_segments is"):
             lk.pool_kv(key, key, segments, wrong)
+
+
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512_bf16", "emulate_amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_out_and_what_is_no_number(name, dtype):
+    """A bias takes all rows out: zeros. All scores are -inf by themselves: NaN, as the formula has it."""
+    key, value = -torch.rand(1, 2, 3, 8, dtype=dtype) - 0.1, torch.randn(1, 2, 3, 8, dtype=dtype)
+    query = torch.rand(1, 2, 20, 8, dtype=dtype) + 0.1
+    query[0, 1, 7] = torch.inf
+    ops.cpu_use_capability(name)
+    try:
+        out = lk.projected_attention(query, key, value, backend="cpu")
+        none = lk.projected_attention(query, key, value, key_bias=torch.tensor(-torch.inf), backend="cpu")
+    finally:
+        ops.cpu_use_capability("")
+    assert out[0, 1, 7].isnan().all() and out.isnan().sum() == 8
+    assert not none[0, 0].any()

@@ -53,9 +53,13 @@ const float* padded_bias(const Problem& p, int64_t b, int64_t h_kv, int64_t padd
   return target;
 }
 
-// What makes probabilities of exponentials with this sum: all rows may be taken out, by a bias of -inf.
-LINFORMER_INLINE float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
-LINFORMER_INLINE VecF inverse_of(VecF sum) { return select((VecI)(sum == VecF{}), VecF{}, splat(1.0f) / sum); }
+// What makes probabilities of exponentials with this sum. A bias of -inf may take all rows out; without one a sum of
+// zero comes of scores that are all -inf, and is a NaN's.
+LINFORMER_INLINE float inverse_of(float sum, bool biased) { return biased && sum == 0.0f ? 0.0f : 1.0f / sum; }
+LINFORMER_INLINE VecF inverse_of(VecF sum, bool biased) {
+  const VecF inverse = splat(1.0f) / sum;
+  return biased ? select((VecI)(sum == VecF{}), VecF{}, inverse) : inverse;
+}
 
 LINFORMER_INLINE std::byte* partial_of(const Plan& plan, int64_t bh, int64_t split, int64_t splits) {
   return plan.workspace + plan.partials + (bh * splits + split) * Partial(plan, nullptr).bytes;

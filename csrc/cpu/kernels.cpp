@@ -132,8 +132,9 @@ void exponentials(float* scores, int64_t ld, int64_t rows, int64_t k, float scal
     const float* row = scores + i * ld;
     Out* out = reinterpret_cast<Out*>(scores + i * ld);
     const float max = inverse_sum[i];
-    inverse_sum[i] = inverse_of(bias ? exponentials_of_row<Out, true>(row, out, k, c, max, keep_row(i), bias)
-                                     : exponentials_of_row<Out, false>(row, out, k, c, max, keep_row(i), nullptr));
+    const float sum = bias ? exponentials_of_row<Out, true>(row, out, k, c, max, keep_row(i), bias)
+                           : exponentials_of_row<Out, false>(row, out, k, c, max, keep_row(i), nullptr);
+    inverse_sum[i] = inverse_of(sum, bias != nullptr);
   }
 }
 

@@ -491,7 +491,7 @@ struct TileTasks {
           };
           multiply_columns(value_tiles, pairs, scratch.scores, kScores, 64, rows_of_v, begin,
                            [&](int64_t j, auto number) { store_tiles(number, sums + j * kTileBytes, kTileBytes); });
-          if (last) out.rows(m0 + m, n, {sums, 0, kTileBytes}, inverse_of(load(sum)));
+          if (last) out.rows(m0 + m, n, {sums, 0, kTileBytes}, inverse_of(load(sum), bias != nullptr));
         }
       }
     }
@@ -655,7 +655,7 @@ struct TileTasks {
       dots[r] = low_dot + high_dot;
     };
     each_row(top, c, keep != nullptr, columns, headroom(columns), row);
-    const VecF by = inverse_of(sum_rows(sums));
+    const VecF by = inverse_of(sum_rows(sums), kBiased);
     store(inverse, by);
     store(delta, sum_rows(dots) * by);
     const int64_t word = m % kPair / 2 * 64;
