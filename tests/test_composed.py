@@ -35,9 +35,10 @@ def test_chosen(case, device, seed):
 
 @pytest.mark.parametrize("index", range(20))
 def test_sampled(index, device, seed):
+    """In float32: SDPA rounds 16-bit gradients in its own way, and a tensor of a few elements shows it."""
     rng = np.random.default_rng(seed)
     case = next(filter(served, iter(lambda: attention.sampled(rng), None)))
-    cases.check(case, device, "composed")
+    cases.check(dataclasses.replace(case, dtype=torch.float32), device, "composed")
 
 
 @pytest.mark.parametrize("per_head", [False, True])
