@@ -55,11 +55,10 @@ LINFORMER_INLINE VecI tail_lanes(int64_t k) {
   return lanes;
 }
 
-// The value of the row that is largest times c, for c of either sign.
-LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
+// The largest of k values, value(j) a vector of them from j on.
+template <class Value>
+LINFORMER_INLINE float max_of_values(int64_t k, const Value& value) {
   const VecF lowest = splat(-__builtin_inff());
-  const VecU flip = (VecU)splat(c) & 0x80000000u;
-  const auto value = [&](int64_t j) { return (VecF)((VecU)load(row + j) ^ flip); };
   const int64_t whole = k / kWidth * kWidth;
   VecF max[4] = {lowest, lowest, lowest, lowest};
   int64_t j = 0;
@@ -68,23 +67,19 @@ LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
   }
   for (; j < whole; j += kWidth) max[0] = lanes_max(value(j), max[0]);
   if (whole < k) max[1] = lanes_max(select(tail_lanes(k), value(whole), lowest), max[1]);
-  const float most = max_of_lanes(lanes_max(lanes_max(max[0], max[1]), lanes_max(max[2], max[3])));
+  return max_of_lanes(lanes_max(lanes_max(max[0], max[1]), lanes_max(max[2], max[3])));
+}
+
+// The value of the row that is largest times c, for c of either sign.
+LINFORMER_INLINE float max_of_row(const float* row, int64_t k, float c) {
+  const VecU flip = (VecU)splat(c) & 0x80000000u;
+  const float most = max_of_values(k, [&](int64_t j) { return (VecF)((VecU)load(row + j) ^ flip); });
   return c < 0 ? -most : most;
 }
 
 // The largest of row * c + bias, or 0 where all are minus infinity.
 LINFORMER_INLINE float max_of_biased_row(const float* row, int64_t k, float c, const float* bias) {
-  const VecF lowest = splat(-__builtin_inff());
-  const auto value = [&](int64_t j) { return load(row + j) * c + load(bias + j); };
-  const int64_t whole = k / kWidth * kWidth;
-  VecF max[4] = {lowest, lowest, lowest, lowest};
-  int64_t j = 0;
-  for (; j + 4 * kWidth <= whole; j += 4 * kWidth) {
-    for (int i = 0; i < 4; ++i) max[i] = lanes_max(value(j + i * kWidth), max[i]);
-  }
-  for (; j < whole; j += kWidth) max[0] = lanes_max(value(j), max[0]);
-  if (whole < k) max[1] = lanes_max(select(tail_lanes(k), value(whole), lowest), max[1]);
-  const float most = max_of_lanes(lanes_max(lanes_max(max[0], max[1]), lanes_max(max[2], max[3])));
+  const float most = max_of_values(k, [&](int64_t j) { return load(row + j) * c + load(bias + j); });
   return most == -__builtin_inff() ? 0.0f : most;
 }
 
