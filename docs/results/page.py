@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from plan import (
+    ADAPTIVE,
     CONTINUED,
     CONVERTED,
     CONVERTED_TASKS,
@@ -470,9 +471,11 @@ def variants(option: str, usual: str) -> str:
 def converted_and_tuned(_: Path) -> str:
     rows = []
     for task, _data, n, _sizes in CONVERTED_TASKS:
-        runs = {"exact": "exact"} | {f"Linformer, K = {k}": f"k{k}" for k in tuned_sizes(n)}
+        runs = {"exact": "exact"}
+        runs |= {f"adaptive, K = {k}, not taught": f"adaptive{k}" for length, k in ADAPTIVE if length == n}
+        runs |= {f"learned, K = {k}": f"k{k}" for k in tuned_sizes(n)}
         if n == LONGER[0]:
-            runs[f"Linformer, K = {LONGER[1]}, converted longer"] = "longer"
+            runs[f"learned, K = {LONGER[1]}, converted longer"] = "longer"
         for label, name in runs.items():
             found = records(f"minilm-{task}-{name}")
             values = [spread([100 * last(r, metric) for r in found]) for metric in ("accuracy", "f1")]

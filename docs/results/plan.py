@@ -21,6 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import AutoModel, AutoTokenizer
+
+from linformer_kernels.integrations.transformers import linformerize
+
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
 EXAMPLES = HERE.parents[1] / "examples"
@@ -53,6 +57,8 @@ CONTINUE = ["--steps", "200", "--batch", "2", "--lr", "3e-4", "--evaluate-every"
 LONGER = (128, 64)  # is converted in more steps too, for the tasks of that N
 LONGER_NAME = f"longer-n{LONGER[0]}-k{LONGER[1]}"
 CONVERT_LONGER = ["--steps", "1500", "--evaluate-every", "500"]
+# MiniLM with an adaptive projection, converted without training and then fine-tuned: N and K.
+ADAPTIVE = ((512, 128), (128, 64), (512, 64))
 CONVERTED_TASKS = (
     ("imdb", "aclImdb", 512, ["--steps", "100", "--batch", "8", "--evaluation-examples", "1000"]),
     ("sst2", "sst2", 128, ["--steps", "250", "--batch", "16"]),
@@ -73,10 +79,17 @@ class Run(NamedTuple):
     name: str
     script: str
     arguments: list[str]
-    after: str | None = None  # the run whose checkpoint it starts from; MINILM: none, from that model
+    after: str | None = None  # the run whose checkpoint it starts from, or one of the models that `prepare` makes
 
 
 MINILM = "MiniLM"
+
+
+def adaptive(n: int, k: int) -> str:
+    return f"adaptive-n{n}-k{k}"
+
+
+PREPARED = (None, MINILM, *(adaptive(n, k) for n, k in ADAPTIVE))
 
 
 def minilm() -> Path:
@@ -129,6 +142,9 @@ def converted_runs(seed: int) -> Iterator[Run]:
         yield Run(f"minilm-{task}-exact-{seed}", "finetune.py", common, after=MINILM)
         for k in tuned_sizes(n):
             yield Run(f"minilm-{task}-k{k}-{seed}", "finetune.py", common, after=f"minilm-n{n}-k{k}-{seed}")
+        for length, k in ADAPTIVE:
+            if length == n:
+                yield Run(f"minilm-{task}-adaptive{k}-{seed}", "finetune.py", common, after=adaptive(n, k))
         if n == LONGER[0]:
             yield Run(f"minilm-{task}-longer-{seed}", "finetune.py", common, after=f"minilm-{LONGER_NAME}-{seed}")
 
@@ -157,7 +173,12 @@ def imdb(data: Path) -> Path:
 
 
 def prepare(data: Path, work: Path) -> None:
-    """One text file of IMDB's training reviews, as pretraining reads text and not labels."""
+    """One text file of IMDB's training reviews, as pretraining reads text and not labels; MiniLM, converted."""
+    for n, k in ADAPTIVE:
+        if not (work / adaptive(n, k)).exists():
+            model = AutoModel.from_pretrained(minilm())
+            linformerize(model, seq_len=n, proj_dim=k, projection="adaptive").save_pretrained(work / adaptive(n, k))
+            AutoTokenizer.from_pretrained(minilm()).save_pretrained(work / adaptive(n, k))
     target = work / "imdb.txt"
     if target.exists():
         return
@@ -201,7 +222,7 @@ def work_off(runs: list[Run], data: Path, work: Path, jobs: int, minutes: float)
             )
             if process.returncode == 0:
                 shutil.move(work / f"{run.name}.json", RUNS / f"{run.name}.json")
-        ready = [run for run in waiting if run.after in (None, MINILM) or (RUNS / f"{run.after}.json").exists()]
+        ready = [run for run in waiting if run.after in PREPARED or (RUNS / f"{run.after}.json").exists()]
         if time.monotonic() > stop or (not ready and not active):
             break
         if ready and len(active) < jobs:
