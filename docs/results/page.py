@@ -140,13 +140,13 @@ def in_short(_: Path) -> str:
         ran = [f"{of(value, name, form)} ({title})" for title, name in names.items() if records(name)]
         return ", ".join(ran) or "(not run yet)"
 
-    def speedup(op: str) -> str:
+    def faster(op: str) -> str:
         found = [
-            f"{before / after:.1f} times faster"
-            for name, o, before, after, *_ in model_speeds()
-            if (name, o) == ("roberta-base", op)
+            f"{speedup(*pair):.1f} times faster ({pair[1]['model']})"
+            for record, name, *pair in model_speeds()
+            if (record["options"]["shape"], name) == ("roberta-base", op)
         ]
-        return found[0] if found else "(not run yet)"
+        return ", ".join(found) or "(not run yet)"
 
     tasks = "; ".join(
         f"{percent(task, 'exact')} % unconverted, {percent(task, f'k{k}')} % with K = {k} and "
@@ -183,8 +183,8 @@ def in_short(_: Path) -> str:
         ),
         (
             "Time and memory grow linearly",
-            f"A model of RoBERTa-base's shape with K = 128 at N = 4,096 is {speedup('fwd')} forward and "
-            f"{speedup('train')} in training.",
+            f"A model of RoBERTa-base's shape with K = 128 at N = 4,096 is {faster('fwd')} forward and "
+            f"{faster('train')} in training.",
         ),
     ]  # fmt: skip
     made = "".join(f"- **{claim}.** {text}\n" for claim, text in rows)
@@ -483,30 +483,34 @@ def converted_and_tuned(_: Path) -> str:
     return table(["task", "N", "attention", "accuracy, %", "F1, %", "minutes", "n"], rows)
 
 
-def model_speeds() -> Iterator[tuple[str, str, float, float, Record, Record, Record]]:
-    """Of each pair on record: model, operation, median seconds exact and ours, both results, and the whole record."""
+def model_speeds() -> Iterator[tuple[Record, str, Record, Record]]:
+    """Of each pair on record: the whole record, the operation, what exact attention took, and what another did."""
     for name in ("minilm", "roberta-base"):
         file = RUNS / f"speed-{name}.json"
-        if not file.exists():
-            continue
-        record = json.loads(file.read_text())
-        for op in record["options"]["ops"]:
-            exact, ours = (result for result in record["results"] if result["op"] == op)
-            times = [statistics.median(result["seconds"]) for result in (exact, ours)]
-            yield name, op, *times, exact, ours, record
+        record = json.loads(file.read_text()) if file.exists() else {"results": []}
+        exact: dict[str, Record] = {result["op"]: result for result in record["results"] if result["model"] == "exact"}
+        for result in record["results"]:
+            if result["model"] != "exact":
+                yield record, result["op"], exact[result["op"]], result
+
+
+def speedup(exact: Record, other: Record) -> float:
+    return statistics.median(exact["seconds"]) / statistics.median(other["seconds"])
 
 
 def speed(_: Path) -> str:
     rows = []
-    for name, op, before, after, exact, ours, record in model_speeds():
-        o = record["options"]
+    for record, op, exact, other in model_speeds():
+        o, pair = record["options"], (exact, other)
         rows.append([
-            f"{name}, {o['layers'] or 'all'} layers", op, o["seq_len"], o["proj_dim"], f"{before:.2f}", f"{after:.2f}",
-            f"{before / after:.2f}", *(f"{r['extra_bytes'] / 2**20:,.0f}" for r in (exact, ours)),
-            len(ours["seconds"]), record["machine"]["load_average"],
+            f"{o['shape']}, {o['layers'] or 'all'} layers", op, o["seq_len"], o["proj_dim"], other["model"],
+            *(f"{statistics.median(result['seconds']):.2f}" for result in pair), f"{speedup(*pair):.2f}",
+            *(f"{result['extra_bytes'] / 2**20:,.0f}" for result in pair), len(other["seconds"]),
+            f"{record['machine']['device']}, {record['machine']['capability']}",
         ])  # fmt: skip
     head = [
-        "model", "", "N", "K", "exact, s", "Linformer, s", "ratio", "exact, MiB", "Linformer, MiB", "samples", "load",
+        "shape", "", "N", "K", "attention", "exact, s", "this, s", "ratio", "exact, MiB", "this, MiB", "samples",
+        "processor",
     ]  # fmt: skip
     return table(head, rows)
 
