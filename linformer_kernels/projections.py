@@ -431,7 +431,7 @@ class LinformerProjection(nn.Module):
         check_project(key, value, key.new_empty(1, self._longest), None, None, cu_seqlens_k)  # any E of this length
         position = torch.arange(self._longest, device=key.device)
         mask = position < cu_seqlens_k.diff()[:, None]
-        source = torch.where(mask, position + cu_seqlens_k[:-1, None], key.size(0))
+        source = torch.where(mask, position + cu_seqlens_k[:-1, None], key.size(0)).clamp(0, key.size(0))
         pad = lambda rows: functional.pad(rows, (0, 0, 0, 0, 0, 1))[source].transpose(1, 2)  # noqa: E731
         return pad(key), pad(value), mask
 

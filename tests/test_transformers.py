@@ -203,8 +203,7 @@ def test_from_pretrained_alone_is_no_exact_model(tmp_path):
 @pytest.mark.parametrize("sharing, kind", [
     (sharing, kind)
     for sharing in ("none", "headwise", "key_value", "layerwise")
-    for kind in ("learned", "fixed", "mean", "max", "conv")
-    if sharing != "none" or kind not in ("mean", "max")  # pooling has no weights that heads could have of their own
+    for kind in ("learned", "fixed", "mean", "max", "conv", "adaptive")
 ])  # fmt: skip
 def test_save_and_load(kind, sharing, tmp_path):
     sizes = 16 if sharing == "layerwise" else [16, 8, 4]

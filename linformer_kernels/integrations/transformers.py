@@ -407,7 +407,7 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
             LinformerProjection(
                 settings["seq_len"],
                 size,
-                num_heads=heads if settings["sharing"] == "none" else None,
+                num_heads=heads if settings["sharing"] == "none" and settings["projection"] not in WEIGHTLESS else None,
                 kind=settings["projection"],
                 share_kv=settings["sharing"] in ("key_value", "layerwise"),
                 **more,
