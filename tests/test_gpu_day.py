@@ -1,0 +1,177 @@
+"""bench.gpu_day without a GPU: its control flow with stand-ins for the steps, and what the steps do where a CPU can."""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from test_package import ROOT, python, succeeded
+
+sys.path.insert(0, str(ROOT))
+from bench import gpu_day
+from bench.gpu_day import Step
+
+SLEEP = "import time; print('asleep', flush=True); time.sleep(60)"
+
+
+def stand_in(name: str, code: str, seconds: float = 20, **more) -> Step:
+    return Step(name, (sys.executable, "-S", "-c", code), seconds, **more)
+
+
+def day(tmp_path, *batches, seconds: float = 60) -> tuple[int, dict[str, dict], dict]:
+    code = gpu_day.run("correctness", batches, tmp_path, seconds)
+    found = json.loads((tmp_path / "correctness.json").read_text())
+    return code, {result["name"]: result for result in found["results"]}, found
+
+
+def test_what_a_step_says_comes_into_log_summary_and_json(tmp_path, capsys):
+    code, results, found = day(tmp_path, [stand_in("one", "print('>> 138 us'); print('more')")])
+    assert code == 0 and found["condemned"] == {}
+    assert results["one"]["status"] == "ok" and results["one"]["facts"] == ["138 us"]
+    assert capsys.readouterr().out.rstrip().endswith("s")
+    assert "one| more" in (tmp_path / "correctness.log").read_text()
+
+
+def test_a_hang_takes_its_backend_out(tmp_path, capsys):
+    code, results, found = day(
+        tmp_path,
+        [stand_in("hangs", SLEEP, 0.4, backend="cuda")],
+        [stand_in("after", "", backend="cuda"), stand_in("other", "", backend="triton"), stand_in("none", "")],
+    )
+    assert code == 1
+    assert {name: result["status"] for name, result in results.items()} == {
+        "hangs": "HANG", "after": "skipped", "other": "ok", "none": "ok",
+    }  # fmt: skip
+    assert "asleep" in results["hangs"]["note"] and results["after"]["note"] == "cuda: hangs hung"
+    assert found["condemned"] == {"cuda": "hangs hung"}
+    summary = capsys.readouterr().out.split("\n== ")[1]
+    assert "HANG" in summary and "not called any more: cuda: hangs hung" in summary
+    assert '"<string>", line 1' in (tmp_path / "correctness.log").read_text()  # where it was, by Python's faulthandler
+
+
+def test_silence_is_a_hang_and_slow_work_is_not(tmp_path):
+    talks = "import time\nfor _ in range(40): print('still', flush=True); time.sleep(0.05)"
+    _, results, found = day(
+        tmp_path,
+        [
+            stand_in("silent", SLEEP, backend="cuda", silence=0.6),
+            stand_in("slow", talks, 1.2, backend="triton", silence=0.6),
+        ],
+    )
+    assert results["silent"]["status"] == "HANG" and "asleep" in results["silent"]["note"]
+    assert results["slow"]["status"] == "CUT" and results["slow"]["seconds"] >= 1.2
+    assert list(found["condemned"]) == ["cuda"]
+
+
+def test_a_crash_and_a_failure_are_told_and_the_phase_goes_on(tmp_path):
+    crash = "import os, signal; print('before', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    fail = "raise SystemExit('an illegal memory access was encountered')"
+    code, results, _ = day(
+        tmp_path,
+        [stand_in("crash", crash, backend="cuda"), stand_in("fail", fail, backend="cuda")],
+        [stand_in("after", "", backend="cuda")],
+    )
+    assert code == 1
+    assert results["crash"]["status"] == "CRASH" and results["crash"]["note"].startswith("SIGSEGV")
+    assert results["fail"]["status"] == "FAILED" and "illegal memory access" in results["fail"]["note"]
+    assert results["after"]["status"] == "ok"
+
+
+def test_the_phase_ends_in_time_and_blames_nobody_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, "LEAST", 0.2)
+    before = time.monotonic()
+    code, results, found = day(
+        tmp_path,
+        [stand_in("long", SLEEP, 30, backend="cuda")],
+        [stand_in("after", "")],
+        seconds=gpu_day.RESERVE + 0.6,
+    )
+    assert time.monotonic() - before < 5
+    assert code == 1 and results["long"]["status"] == "CUT" and found["condemned"] == {}
+    assert results["after"] == results["after"] | {"status": "skipped", "note": "no time left in this phase"}
+
+
+def test_a_whole_batch_is_killed_at_once(tmp_path):
+    """Each had a second for its last words, one after the other: fourteen shards would have outlasted the phase."""
+    stubborn = "import signal, time; signal.signal(signal.SIGABRT, signal.SIG_IGN); time.sleep(60)"
+    before = time.monotonic()
+    _, results, _ = day(tmp_path, [stand_in(f"shard {i}", stubborn, 0.5) for i in range(5)])
+    assert time.monotonic() - before < 5
+    assert {result["status"] for result in results.values()} == {"HANG"}
+
+
+def test_what_a_step_leaves_running_is_killed(tmp_path):
+    child = f"import subprocess, sys\nprint('>>', subprocess.Popen([sys.executable, '-S', '-c', {SLEEP!r}]).pid)"
+    _, results, _ = day(tmp_path, [stand_in("parent", child)])
+    number = int(results["parent"]["facts"][0])
+    stop = time.monotonic() + 10
+    while alive(number) and time.monotonic() < stop:
+        time.sleep(0.02)
+    assert results["parent"]["status"] == "ok" and not alive(number)
+
+
+def alive(number: int) -> bool:
+    try:
+        with open(f"/proc/{number}/stat") as file:
+            return file.read().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_library_that_does_not_load_costs_the_cuda_backend_alone(tmp_path):
+    _, results, found = day(
+        tmp_path,
+        [stand_in("library", "print('!! cuda: the native library did not load: no such symbol')")],
+        [stand_in("smoke cuda", "", backend="cuda"), stand_in("smoke triton", "", backend="triton")],
+    )
+    assert results["smoke cuda"]["status"] == "skipped" and "no such symbol" in results["smoke cuda"]["note"]
+    assert results["library"]["status"] == results["smoke triton"]["status"] == "ok"
+    assert found["condemned"]["cuda"].startswith("the native library did not load")
+
+
+def test_without_a_gpu_nothing_else_is_tried(tmp_path):
+    _, results, _ = day(tmp_path, [stand_in("facts", "print('!! all: torch sees no GPU')")], [stand_in("rest", SLEEP)])
+    assert results["rest"] == results["rest"] | {"status": "skipped", "note": "torch sees no GPU"}
+
+
+def test_an_interrupted_phase_says_what_it_has(tmp_path, capsys):
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    code, results, _ = day(
+        tmp_path, [stand_in("first", "print('>> 1')")], [stand_in("long", SLEEP)], [stand_in("z", "")]
+    )
+    assert code == 1 and results["first"]["facts"] == ["1"]
+    assert results["long"]["status"] == "CUT" and results["z"]["note"] == "interrupted"
+    assert "first" in capsys.readouterr().out.split("\n== ")[1]
+
+
+def test_a_summary_fits_into_the_tail_that_is_kept(tmp_path, capsys):
+    day(tmp_path, [stand_in("many", "for i in range(400): print('>>', i, 100 * 'x')")])
+    summary = capsys.readouterr().out.split("\n== ", 1)[1]
+    assert len(summary) < 12_000 and "correctness.json" in summary and "many" in summary
+    assert len(json.loads((tmp_path / "correctness.json").read_text())["results"][0]["facts"]) == 400
+
+
+@pytest.mark.parametrize("phase", gpu_day.PHASES)
+def test_dry_run(phase, tmp_path):
+    out = succeeded(python("-m", "bench.gpu_day", phase, "--dry-run", "--out", tmp_path / "new", cwd=ROOT))
+    assert "bench.gpu_steps library" in out and not (tmp_path / "new").exists()
+
+
+def test_no_gpu_can_stop_the_program_itself():
+    code = "import sys, bench.gpu_day; print('torch' in sys.modules)"
+    assert succeeded(python("-c", code, cwd=ROOT)).strip() == "False"
+
+
+def test_steps_have_names_of_their_own_and_a_backend_each():
+    for phase in gpu_day.PHASES:
+        steps = list(itertools.chain(*gpu_day.batches(phase, ROOT)))
+        assert len({one.name for one in steps}) == len(steps)
+        for one in steps:
+            named = {word for argument in one.command[3:] for word in argument.replace("=", " ").split()}
+            assert named & {"cuda", "triton"} <= {one.backend}, one
+            assert one.seconds < gpu_day.LIMIT
