@@ -3,16 +3,19 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 
 import pytest
+import torch
 from test_package import ROOT, python, succeeded
 
 sys.path.insert(0, str(ROOT))
-from bench import gpu_day
+from bench import gpu_day, gpu_steps, pieces
+from bench.candidates import eager
 from bench.gpu_day import Step
 
 SLEEP = "import time; print('asleep', flush=True); time.sleep(60)"
@@ -175,3 +178,133 @@ def test_steps_have_names_of_their_own_and_a_backend_each():
             named = {word for argument in one.command[3:] for word in argument.replace("=", " ").split()}
             assert named & {"cuda", "triton"} <= {one.backend}, one
             assert one.seconds < gpu_day.LIMIT
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The steps on CPU tensors, small."""
+    monkeypatch.setattr(gpu_steps, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_steps, "SIZES", ((1, 2, 20), (2, 2, 33)))
+    for name, count in (("REPEATS", 3), ("SAMPLES", 2), ("CALLS", 3)):
+        monkeypatch.setattr(gpu_steps, name, count)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def ends(step, *arguments) -> int:
+    """What a step exits with."""
+    try:
+        return step(*arguments) or 0
+    except SystemExit as end:
+        return int(end.code)
+
+
+def facts(capsys) -> list[str]:
+    return [line[3:] for line in capsys.readouterr().out.splitlines() if line.startswith(gpu_day.FACT)]
+
+
+def test_smoke_is_right_or_says_what_is_not(on_cpu, monkeypatch, capsys):
+    assert ends(gpu_steps.smoke, "cpu", "full", "float32") == 0
+    assert "cpu full float32: right" in facts(capsys)[0]
+    monkeypatch.setattr(gpu_steps, "ours", lambda backend, query, *rest: eager(query * 1.001, *rest))
+    assert ends(gpu_steps.smoke, "cpu", "fwd", "float32") == 1
+    assert "OVER" in facts(capsys)[0]
+
+
+def test_repetition_finds_a_bit(on_cpu, monkeypatch, capsys):
+    assert ends(gpu_steps.races, "cpu") == 0
+    told = facts(capsys)
+    assert len(told) == len(gpu_steps.KINDS) + 2 and all("same bits" in line for line in told)
+    usual, calls = gpu_steps.ours, itertools.count()
+
+    def now_and_then(*arguments):
+        out = usual(*arguments)
+        return out * (1 + 2**-6) if next(calls) % 5 == 4 else out
+
+    monkeypatch.setattr(gpu_steps, "ours", now_and_then)
+    assert ends(gpu_steps.races, "cpu") == 1
+    assert sum("DIFFER" in line for line in facts(capsys)) > len(gpu_steps.KINDS)
+    assert ends(gpu_steps.many, "cpu", "6") == 1
+
+
+def test_cells_are_told_one_by_one(on_cpu, tmp_path, capsys):
+    grid = ("--seq-len=64,96", "--heads=2", "--proj-dim=8", "--head-dim=16", "--cell-time=0.01", "--min-time=1e-4")
+    assert ends(gpu_steps.cells, str(tmp_path / "cells.jsonl"), "--backend=cpu", "--rivals=bmm", *grid) == 0
+    told = facts(capsys)
+    assert len(told) == 2 and "ours:cpu" in told[0] and "| bmm" in told[0] and "N=96" in told[1]
+    rows = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [row["candidate"] for row in rows] == ["ours:cpu", "bmm"] * 2 and all(row["samples"] for row in rows)
+    assert ends(gpu_steps.cells, str(tmp_path / "cells.jsonl"), "--backend=triton", "--rivals=none", *grid) == 1
+
+
+def test_pieces(on_cpu, monkeypatch):
+    small = ("--device=cpu", "--batch=2", "--heads=2", "--seq-len=40", "--proj-dim=8", "--head-dim=16")
+    settings = pieces.parse([*small, "--cell-time=0.001", "--backend=cpu,cuda"])
+    settings.min_time, settings.probe = 1e-6, 0
+    told = list(pieces.lines(settings))
+    assert [line[:11] for line in told] == ["project fwd", "project bwd", "attend fwd ", "attend bwd ", "dE fwd bflo"]
+    assert all("ours:cpu" in line and "ours:cuda failed" in line for line in told[:4])
+    assert all(name in told[1] for name in ("matmul", "packed", "bmm")) and "WRONG" not in str(told)
+    monkeypatch.setattr(pieces, "projected_attention", lambda *tensors, backend: pieces.attend(*tensors) * 1.1)
+    assert str(list(pieces.lines(settings))).count("ours:cpu WRONG") == 2
+
+
+def test_the_remaining_steps_run(on_cpu, monkeypatch, capsys):
+    gpu_steps.host("cpu")
+    gpu_steps.others("cpu")
+    gpu_steps.once("cpu", "8", "20", "1")
+    told = facts(capsys)
+    assert sum("us a call" in line for line in told) == 3 and "packed" in told[-1] and "masked" in told[-1]
+    gpu_steps.facts()
+    assert "!! all: torch" in capsys.readouterr().out or torch.cuda.is_available()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    gpu_steps.profiler("cuda")
+    gpu_steps.sanitizer("memcheck", "cuda")
+    assert len(facts(capsys)) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: these tests run by themselves")
+def test_tests_that_were_all_skipped_are_no_success(tmp_path):
+    done = python("-m", "bench.gpu_steps", "tests", "cuda", "1", "8", cwd=ROOT)
+    assert done.returncode == 1 and "skipped" in done.stdout and ">> tests of cuda, part 2/8" in done.stdout
+    named = [line for line in done.stdout.splitlines() if line.startswith("tests/test_gpu.py::")]
+    assert len(named) > 20 and all("cuda" in name for name in named)
+    assert ["bf16" in name for name in named] == sorted(("bf16" in name for name in named), reverse=True)
+
+
+@pytest.mark.parametrize(("before", "builds", "after", "code", "says"), [
+    (None, True, None, 0, "the one that was there"),
+    ("did not load", True, None, 0, "built here"),
+    ("did not load", False, "did not load", 1, "!! cuda: did not load; and the build failed"),
+    ("was built for 80", True, "this driver is for CUDA 12.8", 1, "!! cuda: this driver is for CUDA 12.8"),
+])  # fmt: skip
+def test_a_library_that_does_not_load_is_built(before, builds, after, code, says, monkeypatch, capsys):
+    answers = iter((before, after))
+    monkeypatch.setattr(gpu_steps, "asked_elsewhere", lambda: next(answers))
+    command = [sys.executable, "-S", "-c", f"raise SystemExit({int(not builds)})"]
+    monkeypatch.setattr(gpu_steps, "build_command", lambda: (command, {}))
+    assert ends(gpu_steps.library) == code
+    assert says in capsys.readouterr().out
+
+
+def test_the_library_is_asked_in_another_process(monkeypatch):
+    reason = gpu_steps.asked_elsewhere()
+    assert reason is None if torch.cuda.is_available() else "asking failed: " in reason, reason
+
+
+NCU = """==PROF== Connected
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum"
+"","","us","Mbyte"
+"0","linformer_forward_bf16_d64_r128(Arguments)","138.5","300"
+"1","backward","400","500"
+"""
+
+
+def test_profile_of_ncu():
+    assert gpu_steps.profile(NCU) == [
+        "linformer_forward_bf16_d64_r128: gpu__time_duration 138.5 us, dram__bytes 300 Mbyte",
+        "backward: gpu__time_duration 400 us, dram__bytes 500 Mbyte",
+    ]
+    assert gpu_steps.profile("==ERROR== no permission") == []
