@@ -74,8 +74,10 @@ def sdpa_packed(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, pro
 
 
 def expanded(proj: Tensor, rows: Tensor) -> Tensor:
-    """proj @ rows as a batch of products with one matrix, of rows as they lie: torch.matmul copies them for a matrix that
-    needs gradients."""
+    """proj @ rows as a batch of products with one matrix, of rows as they lie.
+
+    torch.matmul copies them where the matrix needs gradients.
+    """
     b, h, n, d = rows.shape
     if rows.stride(1) < rows.stride(2):  # stored (B, N, H, D)
         wide = rows.transpose(1, 2).reshape(b, n, h * d)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -177,6 +178,11 @@ TRITON_FIRST = {2: 9}
 UNFENCED_TRITON = unfenced_triton(getattr(sys.modules.get("triton"), "__version__", None))
 UNFENCED = (9, 10)  # major compute capabilities
 
+# Where `tune` leaves what it finds, for those who can have used it.
+_TUNED: Any = None
+if BACKENDS["triton"].missing is None:
+    _TUNED = importlib.import_module(".triton_kernels.tuned", __package__)
+
 # A thread of its own choice; and unlike a ContextVar, torch.compile can read it and guards on what it read.
 _chosen = threading.local()
 
@@ -214,7 +220,55 @@ def _in_order(call: Call) -> Iterable[Backend]:
             at = last
         elif major >= TRITON_FIRST.get(call.dtype.itemsize, math.inf):
             at = first
-    return [*others[:at], BACKENDS["triton"], *others[at:]]
+    order = [*others[:at], BACKENDS["triton"], *others[at:]]
+    name = _found_fastest(call)
+    if name is None or (name == "triton" and at == last):  # no speed makes up for results that may be wrong
+        return order
+    return [BACKENDS[name], *[backend for backend in order if backend.name != name]]
+
+
+def _found_fastest(call: Call) -> str | None:
+    """The backend that `tune` has found to be the fastest for such calls on this GPU, if it was asked."""
+    found = () if _TUNED is None else _fastest_on(call.device)
+    # Only calls of the kind that was tried.
+    more = (call.key_bias, call.key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
+    if not found or call.dropout_p or any(tensor is not None for tensor in more):
+        return None
+    query, value, proj = call.query, call.value, call.proj_key
+    if query is None or value is None or proj is None:
+        return None
+    per_head = proj.dim() == 3 or (proj.dim() == 4 and proj.shape[1] != 1)
+    shape = (call.dtype.itemsize, proj.shape[-2], query.shape[-1], value.shape[-1], per_head, call.proj_value is None)
+    for name, *of in found:
+        if all(a == b for a, b in zip(of, shape, strict=True)):
+            return name
+    return None
+
+
+def _fastest_on(device: torch.device) -> tuple[tuple[Any, ...], ...]:
+    """Of each shape that was tuned on this GPU: the backend, and the shape."""
+    entries = _TUNED.fastest().values()
+    if not entries:  # before the name of the GPU, which takes longer to ask for
+        return ()
+    name = torch.cuda.get_device_name(device)
+    return tuple(
+        (one.backend, *dataclasses.astuple(one.shape))
+        for one in entries
+        if one.device == name and one.backend in BACKENDS
+    )
+
+
+# As what it finds changes with `tune` alone: compiled code keeps what was known when it was compiled.
+_fastest_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def contenders(call: Call) -> list[str]:
+    """The backends of which one may be the fastest for a call, by name; "reference" is none."""
+    names = [backend.name for backend in BACKENDS.values() if backend.supports(call) is None]
+    unfenced = UNFENCED_TRITON is not None and call.device_type == "cuda"
+    if unfenced and torch.cuda.get_device_capability(call.device)[0] in UNFENCED:
+        names.remove("triton")
+    return [name for name in names if name != "reference"]
 
 
 def choose(call: Call, backend: str | None) -> Backend:
