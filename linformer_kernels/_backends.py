@@ -61,6 +61,7 @@ def _fused(name: str, missing: str | None, device_types: tuple[str, ...], operat
 
 
 _GPU_WIDEST_HEAD = 256
+OLDEST_TRITON = (3, 6)  # that of torch 2.10; no older one was tried
 
 
 def _gpu_limits(call: Call, name: str) -> str | None:
@@ -69,21 +70,27 @@ def _gpu_limits(call: Call, name: str) -> str | None:
     widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
     if widest > _GPU_WIDEST_HEAD:
         return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "composed"'
-    if call.device_type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(call.device)
+    return gpu_problem(call.device, name) if call.device_type == "cuda" else None
+
+
+def gpu_problem(device: torch.device, name: str) -> str | None:
+    """Why the CUDA or the Triton kernels do not run on this GPU, else None."""
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "composed"'
-    if name == "cuda" and not _library.has_code_for(_ARCHITECTURES, major, minor):
+    if name != "cuda":
+        return None
+    code = _library.code_for(_ARCHITECTURES, major, minor)
+    if code is None:
         return (
             f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
             f'reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use "triton"'
         )
-    return (_driver_problem() or None) if name == "cuda" else None
+    return _driver_problem(code == "PTX") or None
 
 
-def _driver_problem() -> str:
-    return _library.driver_problem()
+def _driver_problem(ptx: bool) -> str:
+    return _library.driver_problem(ptx)
 
 
 # The compiler need not trace it: it does not change within a process.
@@ -115,6 +122,10 @@ def triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     try:
+        version = importlib.import_module("triton").__version__
+        if _numbers(version) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"Triton {version} is too old, {oldest} or newer is wanted: pip install --upgrade triton"
         from .triton_kernels import ops
     except Exception as error:  # whatever a broken installation raises is the reason
         return f"Triton does not import: {type(error).__name__}: {error}"
@@ -124,9 +135,13 @@ def triton_problem() -> str | None:
     return None
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
 def unfenced_triton(version: str | None) -> str | None:
     """Why a version of Triton comes after "composed" on `UNFENCED` GPUs, else None."""
-    if version is None or tuple(map(int, re.findall(r"\d+", version)[:3])) >= (3, 7, 1):
+    if version is None or _numbers(version) >= (3, 7, 1):
         return None
     return (
         f"Triton {version} leaves out a fence between copies and products (proxy fence, cp.async and wgmma) on compute "
@@ -230,12 +245,12 @@ def _in_order(call: Call) -> Iterable[Backend]:
 def _found_fastest(call: Call) -> str | None:
     """The backend that `tune` has found to be the fastest for such calls on this GPU, if it was asked."""
     found = () if _TUNED is None else _fastest_on(call.device)
-    # Only calls of the kind that was tried.
-    more = (call.key_bias, call.key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
-    if not found or call.dropout_p or any(tensor is not None for tensor in more):
+    if not found:
         return None
+    # Only calls of the kind that was tried.
     query, value, proj = call.query, call.value, call.proj_key
-    if query is None or value is None or proj is None:
+    more = (call.key_bias, call.key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
+    if query is None or value is None or proj is None or call.dropout_p or any(one is not None for one in more):
         return None
     per_head = proj.dim() == 3 or (proj.dim() == 4 and proj.shape[1] != 1)
     shape = (call.dtype.itemsize, proj.shape[-2], query.shape[-1], value.shape[-1], per_head, call.proj_value is None)

@@ -75,8 +75,8 @@ def _reason(backend: Backend) -> str | None:
     gpu = torch.cuda.is_available() or (backend.name == "triton" and torch.xpu.is_available())
     if backend.missing is None and backend.name in ("cuda", "triton") and not gpu and not _backends.interpreting():
         return f"torch {torch.__version__} sees no GPU"
-    if backend.missing is None and backend.name == "cuda":
-        return _library.driver_problem() or None
+    if backend.missing is None and backend.name in ("cuda", "triton") and torch.cuda.is_available():
+        return _backends.gpu_problem(torch.device("cuda"), backend.name)
     if backend.missing is None and backend.name == "cpu":
         return _cpu_kernels()[1]
     return backend.missing

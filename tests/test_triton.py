@@ -496,7 +496,11 @@ def test_a_spoilt_file_of_tiles_is_not_used(tuned_file, text):
     assert info.collect()["tuned"]["problem"] == tuned.problem()
 
 
-@pytest.mark.parametrize("source, says", [("raise RuntimeError('half of it')", "half of it"), (None, "not installed")])
+@pytest.mark.parametrize("source, says", [
+    ("raise RuntimeError('half of it')", "half of it"),
+    ("__version__ = '3.5.1'", "Triton 3.5.1 is too old, 3.6 or newer is wanted"),
+    (None, "not installed"),
+])  # fmt: skip
 def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
     """And neither an error nor output at import; the CPU goes on."""
     code = "import sys\n"
@@ -507,7 +511,8 @@ def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
         (tmp_path / "triton" / "__init__.py").write_text(source)
     code += "import torch, linformer_kernels as lk\nfrom linformer_kernels import info\n"
     code += "x, e = torch.randn(1, 1, 4, 8), torch.randn(2, 4)\nlk.linformer_attention(x, x, x, e)\n"
-    code += "print(info.collect()['backends']['triton'])"
+    code += "from linformer_kernels import _backends\nprint(info.collect()['backends']['triton'])\n"
+    code += "assert 'triton' not in [b.name for b in _backends.BACKENDS.values() if b.missing is None]"
     paths = os.pathsep.join([str(tmp_path), str(Path(lk.__file__).parent.parent)])
     environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -557,3 +562,29 @@ def test_pooling_loads_whole_vectors(dtype, arch):
     for compiled in of_pooling:
         assert emulated_triton.resources(compiled)["spilled"] == 0
         assert "ld.global.v" in compiled.asm["ptx"], compiled.name
+
+
+def test_a_first_call_may_be_captured(monkeypatch):
+    """Loading a kernel, which Triton does at the first launch, ended the capture. Of a stand-in for the driver."""
+    ops, capture = (importlib.import_module(f"linformer_kernels.triton_kernels.{name}") for name in ("ops", "capture"))
+    mode, seen = [0], []  # 0: what a capture of torch's sets
+
+    def exchange(argument):
+        mode[0], argument._obj.value = argument._obj.value, mode[0]
+
+    driver = types.SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange)
+    monkeypatch.setattr(capture, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: seen.append(mode[0])
+
+    one = ops.Launch(Kernel(), 1, {}, 4)
+    for capturing, wanted in ((False, 0), (True, 2)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        ops.launch(one)
+        assert seen.pop() == wanted and mode == [0]
+    with pytest.raises(KeyError), capture.may_load():
+        raise KeyError
+    assert mode == [0]
