@@ -36,6 +36,8 @@ BACKENDS = ("cuda", "triton")
 LIMIT = 590.0  # seconds of a phase, of which the last few are for the summary
 RESERVE = 6.0
 LEAST = 3.0  # a step is not begun with less
+COLD = 90.0  # seconds of silence, or of a short step, that mean a hang: Triton compiles some 10 s a kernel
+SLOW = 1e4  # of a tool that says nothing while it works: it is cut, and its backend not blamed
 TAIL = 11_000  # characters of the summary: who reads a tail of the output gets all of it
 FACT = ">> "  # begins a line for the summary
 CONDEMN = "!! "  # "!! cuda: why" takes a backend out, "!! all: why" all of them
@@ -215,16 +217,18 @@ class Day:
     def summary(self) -> str:
         counts = Counter(result.status for result in self.results)
         head = ", ".join(f"{count} {status}" for status, count in counts.items())
-        facts = [f"  {fact}" for result in self.results for fact in result.facts]
         rows = [row(result) for result in self.results]
         rows += [f"not called any more: {backend}: {why}" for backend, why in self.condemned.items()]
-        seconds = time.monotonic() - self.begin
-        ends = [f"\n== {self.phase}", *rows, f"== {self.phase}: {head}, in {seconds:.0f} s"]
-        room = TAIL - sum(len(line) + 1 for line in ends)
-        while facts and sum(len(line) + 1 for line in facts) > room:
-            facts.pop()
-            ends[0] = f"\n== {self.phase} (not all figures fit here; all are in {self.phase}.json)"
-        return "\n".join([ends[0], *facts, *ends[1:]])
+        rows.append(f"== {self.phase}: {head}, in {time.monotonic() - self.begin:.0f} s")
+        room = TAIL - sum(len(line) + 1 for line in rows)
+        facts = [[f"  {fact}" for fact in result.facts] for result in self.results]
+        title = f"\n== {self.phase}"
+        while (most := max(facts, key=len, default=[])) and sum(
+            len(fact) + 1 for some in facts for fact in some
+        ) > room:
+            most.pop()  # of the step that has the most to say
+            title = f"\n== {self.phase}: not all figures fit here, {self.phase}.json has them"
+        return "\n".join([title, *(fact for some in facts for fact in some), *rows])
 
 
 def row(result: Result) -> str:
@@ -239,20 +243,21 @@ def step(name: str, seconds: float, *arguments: str, backend: str = "", **more: 
 
 def batches(phase: str, folder: Path, ptxas: Sequence[str] = ()) -> Iterator[list[Step]]:
     """The steps of a phase; those of a list run at the same time."""
-    yield [step("library", 150, "library")]
-    yield [step("facts", 30, "facts")]
+    yield [step("library", 180, "library")]
+    yield [step("facts", 40, "facts")]
     # Before anything that takes long, also where only speed is asked for: who hangs here is out.
     kinds = ("fwd bfloat16", "full bfloat16", "full float32") if phase == "correctness" else ("full bfloat16",)
     for backend in BACKENDS:
-        yield [step(f"smoke {backend} {kind}", 45, "smoke", backend, *kind.split(), backend=backend) for kind in kinds]
+        yield [
+            step(f"smoke {backend} {kind}", COLD, "smoke", backend, *kind.split(), backend=backend) for kind in kinds
+        ]
     yield from {"correctness": correctness, "speed": speed, "doubt": doubt}[phase](folder, ptxas)
 
 
 def correctness(folder: Path, ptxas: Sequence[str]) -> Iterator[list[Step]]:
     for backend in BACKENDS:
-        yield [step(f"first call captured {backend}", 45, "first_capture", backend, backend=backend)]
-    yield [step("smoke composed full bfloat16", 45, "smoke", "composed", "full", "bfloat16")]
-    # Triton compiles for some 10 s a case, and so much silence is no sign.
+        yield [step(f"first call captured {backend}", COLD, "first_capture", backend, backend=backend)]
+    yield [step("smoke composed full bfloat16", COLD, "smoke", "composed", "full", "bfloat16")]
     for backend, shards, seconds, silence in (("cuda", 8, 120, 60), ("triton", 14, 230, 120)):
         yield [
             step(
@@ -276,49 +281,56 @@ CELLS = {
 
 
 def speed(folder: Path, ptxas: Sequence[str]) -> Iterator[list[Step]]:
-    yield [step("pieces of PyTorch", 60, "pieces", "torch", "graph", silence=40)]
+    yield [step("pieces of PyTorch", 60, "pieces", "torch", "graph", silence=COLD)]
     for backend in BACKENDS:
-        yield [step(f"pieces {backend}", 60, "pieces", backend, "graph", backend=backend, silence=40)]
-    yield [step("host composed", 30, "host", "composed")]
+        yield [step(f"pieces {backend}", 60, "pieces", backend, "graph", backend=backend, silence=COLD)]
+    yield [step("host composed", COLD, "host", "composed")]
     for backend in BACKENDS:
-        yield [step(f"host {backend}", 30, "host", backend, backend=backend)]
-    for timing, names in (("graph", tuple(CELLS)), ("events", ("main", "long", "small"))):
-        for name in names:
-            for backend in BACKENDS:
-                yield [cells(name, backend, timing, folder)]
+        yield [step(f"host {backend}", COLD, "host", backend, backend=backend)]
+    for name in CELLS:
+        for backend in BACKENDS:
+            yield [cells(name, backend, "graph", folder)]
     for backend in BACKENDS:
-        yield [step(f"masked and packed {backend}", 40, "others", backend, backend=backend, silence=30)]
-    yield [step("tiles of triton", 90, "tune", "128", backend="triton", silence=60)]
+        yield [step(f"masked and packed {backend}", COLD, "others", backend, backend=backend)]
     for backend in BACKENDS:
-        yield [step(f"profiler {backend}", 60, "profiler", backend, backend=backend, silence=40)]
+        yield [step(f"profiler {backend}", 60, "profiler", backend, backend=backend, silence=SLOW)]
+    for name in ("main", "long", "small"):
+        for backend in BACKENDS:
+            yield [cells(name, backend, "events", folder)]
 
 
 def cells(name: str, backend: str, timing: str, folder: Path) -> Step:
     """Part of the grid of `python -m bench`, each cell with the rivals beside it; exact attention in one."""
     rivals = "bmm,sdpa_packed,sdpa_proj" + (",exact" if name == "main" and timing == "graph" else "")
-    more = ("--dtype=bf16", "--cell-time=1.5", f"--backend={backend}", f"--rivals={rivals}", f"--timing={timing}")
-    arguments = ("cells", str(folder / "cells.jsonl"), *more, *CELLS[name].split())
-    return step(f"{name}: {backend}, {timing}", 90, *arguments, backend=backend, silence=45)
+    more = ("--dtype=bf16", "--cell-time=1", "--repeats=8", "--min-time=0.01", f"--timing={timing}")
+    arguments = ("cells", str(folder / "cells.jsonl"), f"--backend={backend}", f"--rivals={rivals}", *more)
+    return step(f"{name}: {backend}, {timing}", 90, *arguments, *CELLS[name].split(), backend=backend, silence=COLD)
 
 
 def doubt(folder: Path, ptxas: Sequence[str]) -> Iterator[list[Step]]:
     uncached = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # each tensor its own allocation, so that strays show
     for backend in BACKENDS:
-        yield [step(f"memcheck {backend}", 75, "sanitizer", "memcheck", backend, backend=backend, environment=uncached)]
+        name, more = f"memcheck {backend}", {"environment": uncached, "silence": SLOW}
+        yield [step(name, 100, "sanitizer", "memcheck", backend, backend=backend, **more)]
     for tool in ("racecheck", "synccheck", "initcheck"):
-        yield [step(f"{tool} cuda", 60, "sanitizer", tool, "cuda", backend="cuda")]
-    yield [step("bits of ptxas", 90, "ptxas", *ptxas, backend="triton", silence=45)]
+        yield [step(f"{tool} cuda", 60, "sanitizer", tool, "cuda", backend="cuda", silence=SLOW)]
+    yield [step("bits of ptxas", 150, "ptxas", *ptxas, backend="triton", silence=SLOW)]
     for backend in BACKENDS:
-        yield [step(f"20,000 forwards {backend}", 60, "many", backend, "20000", backend=backend, silence=30)]
+        yield [step(f"20,000 forwards {backend}", 60, "many", backend, "20000", backend=backend, silence=COLD)]
     for backend in BACKENDS:
-        yield [step(f"over 2^31 elements {backend}", 60, "tests", backend, "0", "1", "slow", backend=backend)]
+        yield [step(f"over 2^31 elements {backend}", COLD, "tests", backend, "0", "1", "slow", backend=backend)]
     for k in ("128", "256"):
-        yield [step(f"tune K = {k}", 120, "tune", k, backend="triton", silence=60)]
+        yield [step(f"tune K = {k}", 200, "tune", k, backend="triton", silence=COLD)]
 
 
-def dry_run(phase: str, folder: Path, ptxas: Sequence[str]) -> str:
+def chosen(batches: Iterable[Sequence[Step]], text: str) -> Iterator[list[Step]]:
+    for number, batch in enumerate(batches):
+        yield [one for one in batch if number < 2 or text in one.name]
+
+
+def dry_run(phase: str, batches: Iterable[Sequence[Step]]) -> str:
     lines = [f"{phase}: at most {LIMIT:g} s; steps of a group run at the same time"]
-    for number, batch in enumerate(batches(phase, folder, ptxas), 1):
+    for number, batch in enumerate(batches, 1):
         for one in batch:
             silence = "" if one.silence == math.inf else f", {one.silence:g} s of silence"
             variables = " ".join(f"{name}={value} " for name, value in one.environment)
@@ -336,13 +348,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=out, help="folder to write (default: $OUT, else build/gpu_day)")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="of the whole phase (default: %(default)g)")
     parser.add_argument("--ptxas", action="append", default=[], metavar="PATH", help="doubt: another ptxas to compare")
+    parser.add_argument("--only", default="", metavar="TEXT", help="steps with this in their names, and the first two")
     parser.add_argument("--dry-run", action="store_true", help="show the steps, run nothing")
     options = parser.parse_args(arguments)
+    steps = chosen(batches(options.phase, options.out, options.ptxas), options.only)
     if options.dry_run:
-        print(dry_run(options.phase, options.out, options.ptxas))
+        print(dry_run(options.phase, steps))
         return 0
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash with a GPU's memory mapped would write for minutes
-    return run(options.phase, batches(options.phase, options.out, options.ptxas), options.out, options.seconds)
+    return run(options.phase, steps, options.out, options.seconds)
 
 
 def run(phase: str, steps: Iterable[Sequence[Step]], folder: Path, seconds: float) -> int:

@@ -35,6 +35,7 @@ from bench.gpu_day import CONDEMN, FACT, ROOT
 from bench.report import duration
 
 DEVICE = "cuda"
+NATIVE = ROOT / "linformer_kernels" / "_native.so"
 
 
 def say(text: str) -> None:
@@ -68,9 +69,7 @@ def facts() -> None:
         print(f"backend {name}: {'available' if backend['available'] else backend['reason']}", flush=True)
         if backend["note"]:
             say(f"{name}: {backend['note']}")
-    if not torch.cuda.is_available():
-        condemn("all", f"torch {torch.__version__} sees no GPU")
-    elif report["backends"]["triton"]["reason"]:
+    if report["backends"]["triton"]["reason"]:
         condemn("triton", report["backends"]["triton"]["reason"])
 
 
@@ -120,6 +119,9 @@ def build_command() -> tuple[list[str], dict[str, str]]:
 
 def library() -> None:
     """The native library: the one that is there if it serves this GPU, else one that is built here."""
+    if not torch.cuda.is_available():
+        condemn("all", f"torch {torch.__version__} sees no GPU")
+        return
     if importlib.util.find_spec("linformer_kernels.triton_kernels") is None:  # a source tree that was never installed
         (ROOT / "linformer_kernels" / "triton_kernels").symlink_to(Path("..") / "triton_kernels")
     reason = asked_elsewhere()
@@ -128,8 +130,11 @@ def library() -> None:
         return
     say(f"native library: {reason}; building")
     command, environment = build_command()
-    start = time.monotonic()
+    start, before = time.monotonic(), NATIVE.read_bytes() if NATIVE.exists() else None
+    NATIVE.unlink(missing_ok=True)  # not written over: this process may have it loaded
     built = subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode == 0
+    if before is not None and not NATIVE.exists():
+        NATIVE.write_bytes(before)
     reason = asked_elsewhere()
     if reason is not None:
         condemn("cuda", reason if built else f"{reason}; and the build failed")
@@ -510,7 +515,7 @@ def sanitizer(tool: str, backend: str) -> None:
 def bits(backend: str) -> None:
     """A number for all bits of some results, and the time of the largest problem."""
     digest = hashlib.sha256()
-    for k, d, dtype in KINDS:
+    for k, d, dtype in KINDS[:2]:
         problem = Problem(backend, 2, 8, 1000, k, d, dtype)
         for tensor in problem.run():
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())

@@ -1,5 +1,6 @@
 """bench.gpu_day without a GPU: its control flow with stand-ins for the steps, and what the steps do where a CPU can."""
 
+import inspect
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 from test_package import ROOT, python, succeeded
 
 sys.path.insert(0, str(ROOT))
-from bench import gpu_day, gpu_steps, pieces
+from bench import gpu_day, gpu_steps, options, pieces
 from bench.candidates import eager
 from bench.gpu_day import Step
 
@@ -153,16 +154,23 @@ def test_an_interrupted_phase_says_what_it_has(tmp_path, capsys):
 
 
 def test_a_summary_fits_into_the_tail_that_is_kept(tmp_path, capsys):
-    day(tmp_path, [stand_in("many", "for i in range(400): print('>>', i, 100 * 'x')")])
+    """And each step has its part of it."""
+    _, results, _ = day(
+        tmp_path,
+        [stand_in("many", "for i in range(400): print('>>', i, 100 * 'x')")],
+        [stand_in("few", "print('>> 138 us')")],
+    )
     summary = capsys.readouterr().out.split("\n== ", 1)[1]
-    assert len(summary) < 12_000 and "correctness.json" in summary and "many" in summary
-    assert len(json.loads((tmp_path / "correctness.json").read_text())["results"][0]["facts"]) == 400
+    assert 8_000 < len(summary) < 12_000 and "correctness.json" in summary and "138 us" in summary
+    assert len(results["many"]["facts"]) == 400
 
 
 @pytest.mark.parametrize("phase", gpu_day.PHASES)
 def test_dry_run(phase, tmp_path):
     out = succeeded(python("-m", "bench.gpu_day", phase, "--dry-run", "--out", tmp_path / "new", cwd=ROOT))
     assert "bench.gpu_steps library" in out and not (tmp_path / "new").exists()
+    only = succeeded(python("-m", "bench.gpu_day", phase, "--dry-run", "--only", "smoke cuda", cwd=ROOT))
+    assert "library" in only and "smoke cuda" in only and "triton" not in only
 
 
 def test_no_gpu_can_stop_the_program_itself():
@@ -170,7 +178,9 @@ def test_no_gpu_can_stop_the_program_itself():
     assert succeeded(python("-c", code, cwd=ROOT)).strip() == "False"
 
 
-def test_steps_have_names_of_their_own_and_a_backend_each():
+def test_steps_have_names_of_their_own_and_a_backend_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(options, "free_bytes", lambda device: 2**37)
     for phase in gpu_day.PHASES:
         steps = list(itertools.chain(*gpu_day.batches(phase, ROOT)))
         assert len({one.name for one in steps}) == len(steps)
@@ -178,6 +188,10 @@ def test_steps_have_names_of_their_own_and_a_backend_each():
             named = {word for argument in one.command[3:] for word in argument.replace("=", " ").split()}
             assert named & {"cuda", "triton"} <= {one.backend}, one
             assert one.seconds < gpu_day.LIMIT
+            name, *arguments = one.command[3:]
+            inspect.signature(gpu_steps.STEPS[name]).bind(*arguments)
+            if name == "cells":
+                assert options.cells(options.parse([*arguments[1:], "--device=cuda"]))
 
 
 @pytest.fixture
@@ -258,7 +272,10 @@ def test_the_remaining_steps_run(on_cpu, monkeypatch, capsys):
     told = facts(capsys)
     assert sum("us a call" in line for line in told) == 3 and "packed" in told[-1] and "masked" in told[-1]
     gpu_steps.facts()
-    assert "!! all: torch" in capsys.readouterr().out or torch.cuda.is_available()
+    assert torch.__version__ in str(facts(capsys))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu_steps.library()
+    assert capsys.readouterr().out == f"!! all: torch {torch.__version__} sees no GPU\n"
     monkeypatch.setattr(shutil, "which", lambda name: None)
     gpu_steps.profiler("cuda")
     gpu_steps.sanitizer("memcheck", "cuda")
@@ -280,13 +297,18 @@ def test_tests_that_were_all_skipped_are_no_success(tmp_path):
     ("did not load", False, "did not load", 1, "!! cuda: did not load; and the build failed"),
     ("was built for 80", True, "this driver is for CUDA 12.8", 1, "!! cuda: this driver is for CUDA 12.8"),
 ])  # fmt: skip
-def test_a_library_that_does_not_load_is_built(before, builds, after, code, says, monkeypatch, capsys):
-    answers = iter((before, after))
+def test_a_library_that_does_not_load_is_built(before, builds, after, code, says, tmp_path, monkeypatch, capsys):
+    """And a build that fails leaves the one that was there."""
+    answers, native = iter((before, after)), tmp_path / "_native.so"
     monkeypatch.setattr(gpu_steps, "asked_elsewhere", lambda: next(answers))
-    command = [sys.executable, "-S", "-c", f"raise SystemExit({int(not builds)})"]
-    monkeypatch.setattr(gpu_steps, "build_command", lambda: (command, {}))
+    monkeypatch.setattr(gpu_steps, "NATIVE", native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    native.write_text("old")
+    build = f"open({str(native)!r}, 'w').write('new')" if builds else "raise SystemExit(1)"
+    monkeypatch.setattr(gpu_steps, "build_command", lambda: ([sys.executable, "-S", "-c", build], {}))
     assert ends(gpu_steps.library) == code
     assert says in capsys.readouterr().out
+    assert native.read_text() == ("new" if before and builds else "old")
 
 
 def test_the_library_is_asked_in_another_process(monkeypatch):
