@@ -46,7 +46,7 @@ def code_for(architectures: str, major: int, minor: int) -> str | None:
     found = None
     for name in filter(None, architectures.split(",")):
         number, _, ptx = name.partition("+")
-        if int(number) <= capability:
+        if number.isdecimal() and int(number) <= capability:  # 90a has some kernels more for 9.0, beside those of 90
             if int(number) // 10 == major:
                 return "machine code"
             found = "PTX" if ptx else found

@@ -55,6 +55,8 @@ def test_info():
     ("90+PTX", (8, 0), None),
     ("86,120+PTX", (8, 9), "machine code"),
     ("86,120+PTX", (9, 0), None),
+    ("80,90+PTX,90a", (9, 0), "machine code"),
+    ("80,90+PTX,90a", (10, 0), "PTX"),
     ("", (8, 0), None),
 ])  # fmt: skip
 def test_which_gpus_a_build_serves(architectures, gpu, code):
