@@ -29,6 +29,8 @@ def main() -> int:
         print(report.dry_run(cells, peaks))
         return 0
     facts = machine.facts(settings)
+    if settings.timing == "graph":
+        facts["clock"] = "replays of CUDA graphs"
     print(cost.FORMULAS, "", *(f"{key}: {value}" for key, value in facts.items()), sep="\n")
     rows: list[Row] = []
     progress = report.Progress(len(cells))
@@ -102,11 +104,12 @@ def measure_cell(
         progress.part(0.5 * place / len(found), f"checking {one.name}")
         attempt([row], partial(check, one, row))
     checkers.clear()
+    stopwatch = (measure.GraphStopwatch if settings.timing == "graph" else measure.Stopwatch)(settings)
     live = {row["candidate"]: row for row in rows if row["candidate"] in runners}
 
     def sample() -> None:
         tick = partial(progress.part, text="timing in turn")
-        for name, samples in measure.take_samples(runners, measure.Stopwatch(settings), settings, tick).items():
+        for name, samples in measure.take_samples(runners, stopwatch, settings, tick).items():
             live[name] |= {"samples": samples.seconds, "slow_samples": samples.slow, "quiet": samples.quiet}
 
     if runners:

@@ -73,6 +73,23 @@ def sdpa_packed(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, pro
     return scaled_dot_product_attention(query, pack(proj_key, key), value_proj)
 
 
+def expanded(proj: Tensor, rows: Tensor) -> Tensor:
+    """proj @ rows as a batch of products with one matrix, of rows as they lie.
+
+    torch.matmul copies them where the matrix needs gradients.
+    """
+    b, h, n, d = rows.shape
+    if rows.stride(1) < rows.stride(2):  # stored (B, N, H, D)
+        wide = rows.transpose(1, 2).reshape(b, n, h * d)
+        return torch.bmm(proj.expand(b, -1, -1), wide).view(b, -1, h, d).transpose(1, 2)
+    return torch.bmm(proj.expand(b * h, -1, -1), rows.reshape(b * h, n, d)).view(b, h, -1, d)
+
+
+def bmm(query: Tensor, key: Tensor, value: Tensor, proj_key: Tensor, proj_value: Tensor | None) -> Tensor:
+    value_proj = expanded(proj_key if proj_value is None else proj_value, value)
+    return scaled_dot_product_attention(query, expanded(proj_key, key), value_proj)
+
+
 def upcast(query: Tensor, *others: Tensor | None) -> Tensor:
     """What a user writes who has found 16-bit matrix products slow on a CPU without instructions for them."""
     wide: Any = [None if tensor is None else tensor.float() for tensor in (query, *others)]
@@ -103,7 +120,7 @@ def candidates(options: argparse.Namespace, cell: Cell) -> list[Candidate]:
         found = [Candidate(f"ours:{b}", partial(ours, None if b == "auto" else b), "ours") for b in options.backend]
     calls: dict[str, Callable[..., Tensor]] = {"eager": eager, "sdpa_proj": sdpa_proj, "exact": exact}
     if cell.sharing != "none":
-        calls |= {"eager_packed": eager_packed, "sdpa_packed": sdpa_packed}
+        calls |= {"eager_packed": eager_packed, "sdpa_packed": sdpa_packed, "bmm": bmm}
     if "compile" in options.rivals:  # else not touched: loading the compiler takes seconds
         torch._dynamo.reset()  # a ninth shape would be one too many for a function, which then runs uncompiled
         calls["compile"] = torch.compile(eager, dynamic=False)

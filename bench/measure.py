@@ -34,12 +34,13 @@ class Runner:
         machine.use_capability(self.capability)
         return self.call(*self.inputs.tensors) if self.op == "bwd" else None
 
-    def run(self, out: Tensor | None) -> list[Tensor]:
+    def run(self, out: Tensor | None, keep: bool = False) -> list[Tensor]:
+        """With `keep` the backward pass of the same `out` can be run again."""
         if self.op == "fwd":
             with torch.no_grad():
                 return [self.call(*self.inputs.tensors)]
         out = self.call(*self.inputs.tensors) if out is None else out
-        return [out, *torch.autograd.grad(out, self.leaves, self.inputs.grad_out)]
+        return [out, *torch.autograd.grad(out, self.leaves, self.inputs.grad_out, retain_graph=keep)]
 
 
 class Stopwatch:
@@ -70,6 +71,45 @@ class Stopwatch:
             torch.cuda.synchronize()
             return sum(start.elapsed_time(stop) for start, stop in marks) / 1e3 / calls
         return sum(stop - start for start, stop in marks) / calls
+
+
+class GraphStopwatch(Stopwatch):
+    """Seconds a call on a GPU alone, by replays of CUDA graphs: the host does its part at the capture."""
+
+    MOST = 100  # calls in a graph
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.stream = torch.cuda.Stream()
+        self.graphs: dict[tuple[Runner, int], tuple[Any, Any]] = {}
+
+    def sample(self, runner: Runner, calls: int) -> float:
+        inside = min(calls, self.MOST)
+        replays = math.ceil(calls / inside)
+        graph = self.captured(runner, inside)
+        start = self.mark()
+        for _ in range(replays):
+            graph.replay()
+        stop = self.mark()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3 / (inside * replays)
+
+    def captured(self, runner: Runner, calls: int) -> Any:
+        if (runner, calls) not in self.graphs:
+            torch.cuda.synchronize()
+            # A backward pass runs on the stream of its forward, which has to be the one that is captured.
+            with torch.cuda.stream(self.stream):
+                out = runner.prepare()
+                runner.run(out, keep=True)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=self.stream):
+                    for _ in range(calls):
+                        runner.run(out, keep=True)
+            graph.replay()
+            torch.cuda.synchronize()
+            self.graphs[runner, calls] = graph, out  # which holds what the backward pass reads
+        return self.graphs[runner, calls][0]
 
 
 @dataclass

@@ -80,7 +80,8 @@ FLASH = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is 
 LAYOUT_HELP = "storage of query, key and value: bnhd (B, N, H, D), what linear layers leave; bhnd (B, H, N, D)"
 RIVALS_HELP = (
     "eager formula; sdpa_proj: matmul, then SDPA on K', V'; eager_packed, sdpa_packed: the same with one product for "
-    "all heads, E @ (N, H * D), unless each head has its E; upcast: sdpa_proj in float32, for 16-bit inputs; "
+    "all heads, E @ (N, H * D), unless each head has its E; bmm: E expanded over the batch, so that nothing is copied, "
+    "and SDPA; upcast: sdpa_proj in float32, for 16-bit inputs; "
     "compile: torch.compile of eager; exact: SDPA over the whole sequence; "
     "flash: the same by the package flash_attn, for 16-bit inputs on a GPU; none"
 )
@@ -100,8 +101,8 @@ OTHERS = (
     ("--backend", names(OURS), "auto", "list of ours: " + OURS.replace(" ", ", ")),
     (
         "--rivals",
-        names("eager sdpa_proj eager_packed sdpa_packed upcast compile exact flash none"),
-        "eager,sdpa_proj,eager_packed,sdpa_packed,upcast,compile,exact" + (",flash" if FLASH else ""),
+        names("eager sdpa_proj eager_packed sdpa_packed bmm upcast compile exact flash none"),
+        "eager,sdpa_proj,eager_packed,sdpa_packed,bmm,upcast,compile,exact" + (",flash" if FLASH else ""),
         RIVALS_HELP,
     ),
     (
@@ -141,6 +142,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             group.add_argument(flag, type=kind, default=default, help=text, metavar="X")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, needs --threads 1")
+    parser.add_argument(
+        "--timing",
+        choices=("events", "graph"),
+        default="events",
+        help="on a GPU: events around calls, which see the host where it is the slower one, or replays of CUDA graphs, "
+        "the GPU alone (default: %(default)s)",
+    )
     parser.add_argument("--flush", action="store_true", help="sweep the caches before each call")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and their predicted cost, then exit")
     parser.add_argument("--refcheck", action="store_true", help="check the answers against float64, time nothing")
@@ -150,6 +158,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
         parser.error("--clock cpu counts the time of one CPU thread; add --device cpu --threads 1")
+    if options.timing == "graph" and (options.device != "cuda" or options.flush):
+        parser.error("--timing graph replays CUDA graphs: add --device cuda, leave out --flush")
     if options.capability and options.device != "cpu":
         parser.error("--capability names builds of the CPU kernels; add --device cpu")
     for path in filter(None, (options.csv, options.json, options.plot)):

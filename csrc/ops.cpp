@@ -756,9 +756,9 @@ std::string cuda_architectures() {
 #endif
 }
 
-std::string cuda_driver_problem() {
+std::string cuda_driver_problem([[maybe_unused]] bool ptx) {
 #ifdef LINFORMER_WITH_CUDA
-  return cuda::driver_problem();
+  return cuda::driver_problem(ptx);
 #else
   return "";
 #endif

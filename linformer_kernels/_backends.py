@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -60,6 +61,7 @@ def _fused(name: str, missing: str | None, device_types: tuple[str, ...], operat
 
 
 _GPU_WIDEST_HEAD = 256
+OLDEST_TRITON = (3, 6)  # that of torch 2.10; no older one was tried
 
 
 def _gpu_limits(call: Call, name: str) -> str | None:
@@ -68,21 +70,27 @@ def _gpu_limits(call: Call, name: str) -> str | None:
     widest = max(tensor.shape[-1] for tensor in heads if tensor is not None)
     if widest > _GPU_WIDEST_HEAD:
         return f'its kernels take heads of up to {_GPU_WIDEST_HEAD} columns, and these have {widest}: use "composed"'
-    if call.device_type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(call.device)
+    return gpu_problem(call.device, name) if call.device_type == "cuda" else None
+
+
+def gpu_problem(device: torch.device, name: str) -> str | None:
+    """Why the CUDA or the Triton kernels do not run on this GPU, else None."""
+    major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "composed"'
-    if name == "cuda" and not _library.has_code_for(_ARCHITECTURES, major, minor):
+    if name != "cuda":
+        return None
+    code = _library.code_for(_ARCHITECTURES, major, minor)
+    if code is None:
         return (
             f"the native library was built for {_ARCHITECTURES}, and this GPU has compute capability {major}.{minor}: "
             f'reinstall with LINFORMER_CUDA_ARCHS={major}{minor}, or use "triton"'
         )
-    return (_driver_problem() or None) if name == "cuda" else None
+    return _driver_problem(code == "PTX") or None
 
 
-def _driver_problem() -> str:
-    return _library.driver_problem()
+def _driver_problem(ptx: bool) -> str:
+    return _library.driver_problem(ptx)
 
 
 # The compiler need not trace it: it does not change within a process.
@@ -114,6 +122,10 @@ def triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     try:
+        version = importlib.import_module("triton").__version__
+        if _numbers(version) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            return f"Triton {version} is too old, {oldest} or newer is wanted: pip install --upgrade triton"
         from .triton_kernels import ops
     except Exception as error:  # whatever a broken installation raises is the reason
         return f"Triton does not import: {type(error).__name__}: {error}"
@@ -123,9 +135,13 @@ def triton_problem() -> str | None:
     return None
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
 def unfenced_triton(version: str | None) -> str | None:
     """Why a version of Triton comes after "composed" on `UNFENCED` GPUs, else None."""
-    if version is None or tuple(map(int, re.findall(r"\d+", version)[:3])) >= (3, 7, 1):
+    if version is None or _numbers(version) >= (3, 7, 1):
         return None
     return (
         f"Triton {version} leaves out a fence between copies and products (proxy fence, cp.async and wgmma) on compute "
@@ -177,6 +193,11 @@ TRITON_FIRST = {2: 9}
 UNFENCED_TRITON = unfenced_triton(getattr(sys.modules.get("triton"), "__version__", None))
 UNFENCED = (9, 10)  # major compute capabilities
 
+# Where `tune` leaves what it finds, for those who can have used it.
+_TUNED: Any = None
+if BACKENDS["triton"].missing is None:
+    _TUNED = importlib.import_module(".triton_kernels.tuned", __package__)
+
 # A thread of its own choice; and unlike a ContextVar, torch.compile can read it and guards on what it read.
 _chosen = threading.local()
 
@@ -214,7 +235,55 @@ def _in_order(call: Call) -> Iterable[Backend]:
             at = last
         elif major >= TRITON_FIRST.get(call.dtype.itemsize, math.inf):
             at = first
-    return [*others[:at], BACKENDS["triton"], *others[at:]]
+    order = [*others[:at], BACKENDS["triton"], *others[at:]]
+    name = _found_fastest(call)
+    if name is None or (name == "triton" and at == last):  # no speed makes up for results that may be wrong
+        return order
+    return [BACKENDS[name], *[backend for backend in order if backend.name != name]]
+
+
+def _found_fastest(call: Call) -> str | None:
+    """The backend that `tune` has found to be the fastest for such calls on this GPU, if it was asked."""
+    found = () if _TUNED is None else _fastest_on(call.device)
+    if not found:
+        return None
+    # Only calls of the kind that was tried.
+    query, value, proj = call.query, call.value, call.proj_key
+    more = (call.key_bias, call.key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
+    if query is None or value is None or proj is None or call.dropout_p or any(one is not None for one in more):
+        return None
+    per_head = proj.dim() == 3 or (proj.dim() == 4 and proj.shape[1] != 1)
+    shape = (call.dtype.itemsize, proj.shape[-2], query.shape[-1], value.shape[-1], per_head, call.proj_value is None)
+    for name, *of in found:
+        if all(a == b for a, b in zip(of, shape, strict=True)):
+            return name
+    return None
+
+
+def _fastest_on(device: torch.device) -> tuple[tuple[Any, ...], ...]:
+    """Of each shape that was tuned on this GPU: the backend, and the shape."""
+    entries = _TUNED.fastest().values()
+    if not entries:  # before the name of the GPU, which takes longer to ask for
+        return ()
+    name = torch.cuda.get_device_name(device)
+    return tuple(
+        (one.backend, *dataclasses.astuple(one.shape))
+        for one in entries
+        if one.device == name and one.backend in BACKENDS
+    )
+
+
+# As what it finds changes with `tune` alone: compiled code keeps what was known when it was compiled.
+_fastest_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def contenders(call: Call) -> list[str]:
+    """The backends of which one may be the fastest for a call, by name; "reference" is none."""
+    names = [backend.name for backend in BACKENDS.values() if backend.supports(call) is None]
+    unfenced = UNFENCED_TRITON is not None and call.device_type == "cuda"
+    if unfenced and torch.cuda.get_device_capability(call.device)[0] in UNFENCED:
+        names.remove("triton")
+    return [name for name in names if name != "reference"]
 
 
 def choose(call: Call, backend: str | None) -> Backend:

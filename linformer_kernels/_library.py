@@ -33,18 +33,21 @@ def cuda_architectures() -> str:
 
 
 @functools.cache
-def driver_problem() -> str:
-    """Why the driver cannot run the CUDA runtime in the native library, else an empty string. For a process that uses
-    CUDA already: asking may load the driver."""
-    return torch.ops.linformer_kernels.cuda_driver_problem()
+def driver_problem(ptx: bool) -> str:
+    """Why the driver cannot run the CUDA runtime in the native library, else an empty string; with `ptx`, for a GPU
+    that the library has only PTX for. For a process that uses CUDA already: asking may load the driver."""
+    return torch.ops.linformer_kernels.cuda_driver_problem(ptx)
 
 
-def has_code_for(architectures: str, major: int, minor: int) -> bool:
-    """Whether one of the architectures serves a GPU of this compute capability: machine code for its major version, no
-    newer than the GPU, or PTX, which the driver compiles for every newer GPU."""
+def code_for(architectures: str, major: int, minor: int) -> str | None:
+    """What serves a GPU of this compute capability: "machine code" for its major version, no newer than the GPU; "PTX",
+    which the driver compiles for every newer GPU; or nothing."""
     capability = 10 * major + minor
+    found = None
     for name in filter(None, architectures.split(",")):
         number, _, ptx = name.partition("+")
-        if int(number) <= capability and (ptx or int(number) // 10 == major):
-            return True
-    return False
+        if number.isdecimal() and int(number) <= capability:  # 90a has some kernels more for 9.0, beside those of 90
+            if int(number) // 10 == major:
+                return "machine code"
+            found = "PTX" if ptx else found
+    return found

@@ -294,7 +294,7 @@ LIBRARY.define(
 )
 # The architectures of the CUDA kernels in the library, e.g. "80,90"; empty without any.
 LIBRARY.define("cuda_architectures() -> str")
-LIBRARY.define("cuda_driver_problem() -> str")
+LIBRARY.define("cuda_driver_problem(bool ptx) -> str")
 
 
 def _rows(shape: Sequence[int]) -> int:

@@ -59,12 +59,13 @@ def _cpu_kernels() -> tuple[str | None, str | None]:
 
 
 def _tuned() -> dict[str, Any]:
-    """What `linformer_kernels.tune` has left for the Triton kernels."""
+    """What `linformer_kernels.tune` has left."""
     if _backends.triton_problem() is not None:
-        return {"path": None, "for": [], "problem": None}
+        return {"path": None, "for": [], "fastest": {}, "problem": None}
     from .triton_kernels import tuned
 
-    return {"path": str(tuned.path()), "for": sorted(tuned.table()), "problem": tuned.problem()}
+    fastest = {key: found.backend for key, found in tuned.fastest().items()}
+    return {"path": str(tuned.path()), "for": sorted(tuned.table()), "fastest": fastest, "problem": tuned.problem()}
 
 
 def _reason(backend: Backend) -> str | None:
@@ -74,8 +75,8 @@ def _reason(backend: Backend) -> str | None:
     gpu = torch.cuda.is_available() or (backend.name == "triton" and torch.xpu.is_available())
     if backend.missing is None and backend.name in ("cuda", "triton") and not gpu and not _backends.interpreting():
         return f"torch {torch.__version__} sees no GPU"
-    if backend.missing is None and backend.name == "cuda":
-        return _library.driver_problem() or None
+    if backend.missing is None and backend.name in ("cuda", "triton") and torch.cuda.is_available():
+        return _backends.gpu_problem(torch.device("cuda"), backend.name)
     if backend.missing is None and backend.name == "cpu":
         return _cpu_kernels()[1]
     return backend.missing
@@ -108,7 +109,8 @@ def main() -> None:
         lines[f"backend {name}"] = available if backend["available"] else f"not available: {backend['reason']}"
     tuned = data["tuned"]
     if tuned["for"] or tuned["problem"]:
-        lines["tuned tiles"] = f"{tuned['path']}: {tuned['problem'] or '; '.join(tuned['for'])}"
+        found = "; ".join(f"{key}: {tuned['fastest'].get(key, 'tiles')}" for key in tuned["for"])
+        lines["tuned"] = f"{tuned['path']}: {tuned['problem'] or found}"
     for label, text in lines.items():
         print(f"{label:18} {text}")
 

@@ -1,5 +1,6 @@
 """`python -m bench` and `bench.host`: right answers, the candidates, which samples count, builds side by side."""
 
+import contextlib
 import json
 import sys
 import threading
@@ -57,7 +58,7 @@ def test_percentiles():
 @pytest.mark.parametrize("sharing", ["headwise", "key_value", "none"])
 def test_rivals_give_the_answer(layout, sharing):
     """One product for all heads is no rival where each head has its own E."""
-    rivals = "--rivals=eager,sdpa_proj,eager_packed,sdpa_packed"
+    rivals = "--rivals=eager,sdpa_proj,eager_packed,sdpa_packed,bmm"
     settings = options.parse([*TINY, "--device=cpu", f"--layout={layout}", f"--sharing={sharing}", rivals])
     (cell,) = options.cells(settings)
     inputs = make_inputs(cell, "cpu")
@@ -65,7 +66,7 @@ def test_rivals_give_the_answer(layout, sharing):
         layout == "bnhd"
     }
     check, found = Checker(cell, inputs, exact=False), candidates(settings, cell)
-    assert [one.name for one in found][3:] == ([] if sharing == "none" else ["eager_packed", "sdpa_packed"])
+    assert [one.name for one in found][3:] == ([] if sharing == "none" else ["eager_packed", "sdpa_packed", "bmm"])
     for one in found:
         assert all(verdict.right for verdict in check(one)), one.name
 
@@ -101,6 +102,80 @@ def samples_beside(rates, monkeypatch, repeats):
     arguments = [f"--repeats={repeats}", "--min-time=1e-9", "--cell-time=100", "--device=cpu"]
     settings = options.parse(arguments)
     return measure.take_samples({"one": script}, measure.Stopwatch(settings), settings, lambda done: None)["one"]
+
+
+class FakeGraphs:
+    """In the place of torch.cuda: a graph keeps what was called in its capture, a replay does it again."""
+
+    def __init__(self, monkeypatch):
+        self.clock, self.capturing, self.captures = 0.0, None, []
+        for name in ("synchronize", "stream", "Stream", "CUDAGraph", "graph", "Event"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def synchronize(self):
+        assert self.capturing is None, "a graph cannot be captured over that"
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def Stream(self):
+        return "side"
+
+    def CUDAGraph(self):
+        return types.SimpleNamespace(calls=0, replay=lambda: None)
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        assert stream == "side"
+        self.capturing = graph
+        yield
+        self.capturing = None
+        self.captures.append(graph.calls)
+
+        def replay():
+            self.clock += 2.0 * graph.calls
+
+        graph.replay = replay
+
+    def Event(self, enable_timing):
+        event = types.SimpleNamespace(at=0.0)
+        event.record = lambda: setattr(event, "at", self.clock)
+        event.elapsed_time = lambda other: other.at - event.at
+        return event
+
+    def launch(self):
+        if self.capturing is not None:
+            self.capturing.calls += 1
+
+
+def test_graphs_are_timed_without_the_host(monkeypatch):
+    """Of stand-ins: a call takes 2 ms there, whatever it takes here, and one graph serves all samples."""
+    cells = options.cells(options.parse([*TINY, "--device=cpu", "--op=bwd"]))
+    graphs = FakeGraphs(monkeypatch)
+    inputs = make_inputs(cells[0], "cpu")
+
+    class Launching(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, out):
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            graphs.launch()
+            return grad
+
+    runner = measure.Runner(lambda *tensors: Launching.apply(eager(*tensors)), inputs, "bwd", exact=False)
+    stopwatch = measure.GraphStopwatch(types.SimpleNamespace(device="cuda", clock="wall", flush=False))
+    assert [stopwatch.sample(runner, calls) for calls in (1, 250, 250, 7)] == pytest.approx([0.002] * 4)
+    assert graphs.captures == [1, 100, 7]
+
+
+@pytest.mark.parametrize("more", [["--device=cpu"], ["--device=cuda", "--flush"]])
+def test_graphs_are_of_a_gpu(more, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        options.parse([*TINY, "--timing=graph", *more])
+    assert "--timing graph" in capsys.readouterr().err
 
 
 def test_samples_beside_a_slow_phase_do_not_count(monkeypatch):

@@ -1,5 +1,6 @@
 """The package from outside: import, info, backend choice, broken installs, instruction sets and examples."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -47,17 +48,19 @@ def test_info():
     assert torch.ops.linformer_kernels.cpu_capability() in text
 
 
-@pytest.mark.parametrize(("architectures", "gpu", "served"), [
-    ("80+PTX,86,90+PTX", (8, 0), True),
-    ("80+PTX,86,90+PTX", (8, 9), True),  # machine code of 8.6, or PTX of 8.0
-    ("80+PTX,86,90+PTX", (12, 0), True),  # PTX of 9.0
-    ("90+PTX", (8, 0), False),
-    ("86,120+PTX", (8, 9), True),  # machine code of 8.6
-    ("86,120+PTX", (9, 0), False),
-    ("", (8, 0), False),
+@pytest.mark.parametrize(("architectures", "gpu", "code"), [
+    ("80+PTX,86,90+PTX", (8, 0), "machine code"),
+    ("80+PTX,86,90+PTX", (8, 9), "machine code"),  # of 8.6
+    ("80+PTX,86,90+PTX", (12, 0), "PTX"),  # of 9.0
+    ("90+PTX", (8, 0), None),
+    ("86,120+PTX", (8, 9), "machine code"),
+    ("86,120+PTX", (9, 0), None),
+    ("80,90+PTX,90a", (9, 0), "machine code"),
+    ("80,90+PTX,90a", (10, 0), "PTX"),
+    ("", (8, 0), None),
 ])  # fmt: skip
-def test_which_gpus_a_build_serves(architectures, gpu, served):
-    assert _library.has_code_for(architectures, *gpu) == served
+def test_which_gpus_a_build_serves(architectures, gpu, code):
+    assert _library.code_for(architectures, *gpu) == code
 
 
 def test_a_build_for_other_gpus_is_refused(monkeypatch):
@@ -115,6 +118,19 @@ def test_rocm_has_no_cuda_kernels(monkeypatch):
     assert _backends._cuda_missing() is None
 
 
+def test_info_says_what_this_gpu_lacks(monkeypatch):
+    """It said that a library without code for the GPU was available."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_backends, "_ARCHITECTURES", "90+PTX")
+    for name in ("cuda", "triton"):
+        there = dataclasses.replace(_backends.BACKENDS[name], missing=None)
+        reason = info._reason(there)
+        assert (
+            (reason and "LINFORMER_CUDA_ARCHS=80" in reason) if name == "cuda" else "capability" not in (reason or "")
+        )
+
+
 def test_a_driver_too_old_for_the_library_is_refused(monkeypatch):
     """It was an error in the middle of the first call; Triton needs no runtime."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -123,18 +139,24 @@ def test_a_driver_too_old_for_the_library_is_refused(monkeypatch):
     call = types.SimpleNamespace(query=tensor, key=tensor, value=tensor, key_proj=None, value_proj=None)
     call.device, call.device_type, call.dtype = torch.device("cuda"), "cuda", torch.float32
     for problem in ("this driver is for CUDA 12.8", ""):
-        monkeypatch.setattr(_library, "driver_problem", lambda problem=problem: problem)
+        monkeypatch.setattr(_library, "driver_problem", lambda ptx, problem=problem: problem)
         assert _backends.BACKENDS["cuda"].limits(call) == (problem or None)
         assert _backends.BACKENDS["triton"].limits(call) is None
+    # One of the same major version runs machine code, and cannot compile newer PTX.
+    monkeypatch.setattr(_library, "driver_problem", lambda ptx: "newer PTX" if ptx else "")
+    assert _backends.BACKENDS["cuda"].limits(call) is None
+    monkeypatch.setattr(_backends, "_ARCHITECTURES", "80+PTX")
+    assert _backends.BACKENDS["cuda"].limits(call) == "newer PTX"
 
 
 def test_without_a_driver():
     """Asking the library is no error, and without CUDA in it there is nothing to say."""
-    problem = torch.ops.linformer_kernels.cuda_driver_problem()
+    problem, of_ptx = (torch.ops.linformer_kernels.cuda_driver_problem(ptx) for ptx in (False, True))
     if not _library.cuda_architectures():
-        assert problem == ""
+        assert problem == of_ptx == ""
     elif not torch.cuda.is_available():
         assert re.match(r"the native library was built with CUDA \d+\.\d+, and this driver is for CUDA 0\.0", problem)
+        assert "PTX" in of_ptx and "PTX" not in problem
 
 
 DAMAGED = """

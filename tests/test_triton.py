@@ -3,12 +3,16 @@
 The algorithm alone, over the whole matrix of cases, is test_triton_interpreted.py's. On a GPU, test_gpu.py runs it all.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib
+import json
 import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import cases
@@ -20,7 +24,7 @@ import torch
 from cases import Case
 
 import linformer_kernels as lk
-from linformer_kernels import info, linformer_attention
+from linformer_kernels import _backends, _validation, info, linformer_attention, tuning
 
 triton = pytest.importorskip("triton")  # behind it, what needs Triton: that must import
 emulated_triton = importlib.import_module("emulated_triton")
@@ -356,20 +360,34 @@ def tuned_file(tmp_path, monkeypatch):
     tuned._read.cache_clear()
 
 
-def test_tune(tuned_file, monkeypatch):
-    """The fastest tiles serve later calls, in later processes too; tiles that do not fit are passed over."""
+def timer(tiles_of, calls=None):
+    """In the place of triton.testing.do_bench: milliseconds, by the tiles of the moment; of whole calls by backend."""
 
     def time(run, return_mode):
+        if isinstance(run, functools.partial):
+            run()
+            return 1000 * calls[run.keywords["backend"]]
         (tiles,) = tuned.table().values()
+        return 1000 * tiles_of(tiles)
+
+    return time
+
+
+def test_tune(tuned_file, monkeypatch, capsys):
+    """The fastest tiles serve later calls, in later processes too; tiles that do not fit are passed over."""
+
+    def seconds(tiles):
         if tiles.forward.block_s == 32:
             raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
-        return 1000 * (9 - (tiles.forward.block_q == 64) - 2 * (tiles.forward.num_warps == 4))
+        return 9 - (tiles.forward.block_q == 64) - 2 * (tiles.forward.num_warps == 4)
 
-    monkeypatch.setattr(triton.testing, "do_bench", time)
+    monkeypatch.setattr(triton.testing, "do_bench", timer(seconds, {"triton": 6, "cpu": 9, "composed": 7}))
     x = cases.Inputs(Case(dtype=BF16, d=64, k=64, n=100, n_q=100, heads=2, kv_heads=2, batch=1), "cpu")
     with emulated_triton.emulated() as run:
-        found = lk.tune(*x.positional(), backward=False)
+        found = lk.tune(*x.positional(), backward=False, verbose=True)
     assert found["forward"] == (9, 6)
+    told = capsys.readouterr().out
+    assert "forward, {'block_s': 32}: does not fit" in told and "composed: 7000000.0 us" in told
     tuned._read.cache_clear()  # as in another process
     (tiles,) = tuned.table().values()
     assert (tiles.forward.block_q, tiles.forward.num_warps) == (64, 4)
@@ -379,16 +397,110 @@ def test_tune(tuned_file, monkeypatch):
     assert info.collect()["tuned"]["for"] == list(tuned.table()) and info.collect()["tuned"]["path"] == str(tuned_file)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": {"forward": {}}}'])
+@pytest.mark.parametrize("fastest, backward", [("composed", True), ("triton", False), ("cuda", False)])
+def test_tune_finds_a_backend(fastest, backward, tuned_file, monkeypatch):
+    """Of those that take the call. It serves calls of that kind on that GPU, in later processes too."""
+    case = Case(dtype=BF16, d=32, k=16, n=40, n_q=40, heads=2, kv_heads=2, batch=1)
+    x = cases.Inputs(case, "cpu")
+    times = {"triton": 5.0, "cpu": 6.0, "composed": 7.0, "cuda": 8.0} | {fastest: 4.0}
+    monkeypatch.setattr(triton.testing, "do_bench", timer(lambda tiles: 1.0, times))
+    takes_all = dataclasses.replace(_backends.BACKENDS["cpu"], name="cuda", missing=None, limits=lambda call: None)
+    monkeypatch.setitem(_backends.BACKENDS, "cuda", takes_all)  # stands in on CPU tensors
+    with emulated_triton.emulated():
+        found = lk.tune(*x.positional(), backward=backward)
+    assert {name: found[name] for name in ("cuda", "cpu", "composed")} == {
+        name: (times["triton"], times[name]) for name in ("cuda", "cpu", "composed")
+    }
+    tuned._read.cache_clear()  # as in another process
+    (one,) = tuned.fastest().values()
+    assert one.backend == fastest and list(info.collect()["tuned"]["fastest"].values()) == [fastest]
+
+    monkeypatch.setattr(_backends, "_TUNED", tuned)
+    monkeypatch.setattr(_backends, "UNFENCED_TRITON", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: one.device)
+
+    def first(x=x, **more):
+        checked = _validation.check_attention(*x.positional(), None, None, None, None, 0.0, None, False, False)
+        call = dataclasses.replace(checked, device_type="cuda", **more)
+        return next(iter(_backends._in_order(call))).name
+
+    assert first() == fastest
+    assert first(cases.Inputs(dataclasses.replace(case, n=70, n_q=50, batch=3), "cpu")) == fastest
+    for other in ({"k": 17}, {"d": 16}, {"sharing": "key-value"}, {"dtype": torch.float32}):
+        by_rule = "cuda" if "dtype" in other else "triton"
+        assert first(cases.Inputs(dataclasses.replace(case, **other), "cpu")) == by_rule, other
+    assert first(dropout_p=0.1) == first(key_padding_mask=torch.ones(1, 40, dtype=torch.bool)) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    assert first() == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: one.device)
+    monkeypatch.setattr(_backends, "UNFENCED_TRITON", "leaves out a fence")
+    assert first() == ("cuda" if fastest == "triton" else fastest)
+
+
+def test_compiled_code_asks_what_was_tuned(tuned_file, monkeypatch):
+    """Sizes that a compiler keeps open must not break its graph."""
+    shape = config.Shape(2, 16, 32, 32, False, True)
+    tuned.fastest()["any"] = tuned.Fastest("composed", "GPU", shape)
+    monkeypatch.setattr(_backends, "_TUNED", tuned)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+
+    def asked(query, proj):
+        call = _validation.check_attention(query, query, query, proj, None, *[None] * 4, 0.0, None, False, False)
+        return query + (1 if _backends._found_fastest(call) == "composed" else 2)
+
+    compiled = torch.compile(asked, fullgraph=True, dynamic=True, backend="eager")
+    for k, n, wanted in ((16, 40, 1), (16, 50, 1), (17, 50, 2)):
+        query, proj = torch.zeros(1, 2, n, 32, dtype=BF16), torch.zeros(k, n, dtype=BF16)
+        assert asked(query, proj).max() == compiled(query, proj).max() == wanted
+
+
+def test_tune_times_on_the_gpu_of_the_tensors(tuned_file, monkeypatch):
+    """Triton's timer and its kernels take the current GPU."""
+    current = []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    call = types.SimpleNamespace(
+        **dict.fromkeys(("query", "key", "value", "proj_key", "proj_value")), device="cuda:1", device_type="cuda"
+    )
+    seen = []
+    tuner = importlib.import_module("linformer_kernels.triton_kernels.tune")
+    monkeypatch.setattr(tuning, "check_attention", lambda *arguments: call)
+    monkeypatch.setattr(tuning, "choose", lambda call, backend: None)
+    monkeypatch.setattr(tuning, "contenders", lambda call: ["composed"])
+    monkeypatch.setattr(tuner, "tune", lambda *arguments: seen.append(list(current)) or {})
+    monkeypatch.setattr(tuner, "seconds", lambda run: seen.append(list(current)) or 1.0)
+    monkeypatch.setattr(tuner, "keep_fastest", lambda *arguments: seen.append(arguments[1]))
+    assert lk.tune(None, None, None, None) == {"composed": (1.0, 1.0)}
+    assert seen == [["cuda:1"]] * 3 + ["composed"] and current == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": {"forward": {}}}', "fastest"])
 def test_a_spoilt_file_of_tiles_is_not_used(tuned_file, text):
+    if text == "fastest":
+        entry = dataclasses.asdict(config.config_for(SHAPE, DEVICE)) | {
+            "fastest": {"backend": "composed", "device": "x"}
+        }
+        text = json.dumps({"a": entry})
     tuned_file.parent.mkdir()
     tuned_file.write_text(text)
     assert tuned.config_of(SHAPE, DEVICE) == config.config_for(SHAPE, DEVICE)
     assert text == "[]" or tuned.problem()
+    assert tuned.fastest() == {}
     assert info.collect()["tuned"]["problem"] == tuned.problem()
 
 
-@pytest.mark.parametrize("source, says", [("raise RuntimeError('half of it')", "half of it"), (None, "not installed")])
+@pytest.mark.parametrize("source, says", [
+    ("raise RuntimeError('half of it')", "half of it"),
+    ("__version__ = '3.5.1'", "Triton 3.5.1 is too old, 3.6 or newer is wanted"),
+    (None, "not installed"),
+])  # fmt: skip
 def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
     """And neither an error nor output at import; the CPU goes on."""
     code = "import sys\n"
@@ -399,7 +511,8 @@ def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
         (tmp_path / "triton" / "__init__.py").write_text(source)
     code += "import torch, linformer_kernels as lk\nfrom linformer_kernels import info\n"
     code += "x, e = torch.randn(1, 1, 4, 8), torch.randn(2, 4)\nlk.linformer_attention(x, x, x, e)\n"
-    code += "print(info.collect()['backends']['triton'])"
+    code += "from linformer_kernels import _backends\nprint(info.collect()['backends']['triton'])\n"
+    code += "assert 'triton' not in [b.name for b in _backends.BACKENDS.values() if b.missing is None]"
     paths = os.pathsep.join([str(tmp_path), str(Path(lk.__file__).parent.parent)])
     environment = os.environ | {"PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -449,3 +562,29 @@ def test_pooling_loads_whole_vectors(dtype, arch):
     for compiled in of_pooling:
         assert emulated_triton.resources(compiled)["spilled"] == 0
         assert "ld.global.v" in compiled.asm["ptx"], compiled.name
+
+
+def test_a_first_call_may_be_captured(monkeypatch):
+    """Loading a kernel, which Triton does at the first launch, ended the capture. Of a stand-in for the driver."""
+    ops, capture = (importlib.import_module(f"linformer_kernels.triton_kernels.{name}") for name in ("ops", "capture"))
+    mode, seen = [0], []  # 0: what a capture of torch's sets
+
+    def exchange(argument):
+        mode[0], argument._obj.value = argument._obj.value, mode[0]
+
+    driver = types.SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange)
+    monkeypatch.setattr(capture, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: seen.append(mode[0])
+
+    one = ops.Launch(Kernel(), 1, {}, 4)
+    for capturing, wanted in ((False, 0), (True, 2)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        ops.launch(one)
+        assert seen.pop() == wanted and mode == [0]
+    with pytest.raises(KeyError), capture.may_load():
+        raise KeyError
+    assert mode == [0]

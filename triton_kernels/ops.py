@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _ops
 from .backward import backward
+from .capture import may_load
 from .checks import check
 from .common import Bias, Mask, Sizes, Strides, opaque
 from .config import Device, Shape, power_of_2, unit_for
@@ -45,7 +46,8 @@ class Launch:
 
 def launch(one: Launch) -> None:
     """The one place that launches; the tests put their emulator here."""
-    one.kernel[(one.grid,)](**one.arguments, num_warps=one.num_warps)
+    with may_load():
+        one.kernel[(one.grid,)](**one.arguments, num_warps=one.num_warps)
 
 
 def device_of(tensor: Tensor) -> Device:

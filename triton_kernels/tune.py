@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .config import Config, Device, Shape, power_of_2
-from .tuned import config_of, key_of, save, table
+from .tuned import Fastest, config_of, fastest, key_of, save, table
 
 _ROWS = ("block_k", "block_s", "block_r")  # of K
 _TRIED = {
@@ -39,10 +39,13 @@ def changed(config: Config, part: str, change: dict[str, int], shape: Shape) -> 
     return replace(config, **{part: new})
 
 
-def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dict[str, tuple[float, float]]:
+def search(
+    shape: Shape, device: Device, seconds: Callable[[str], float], say: Callable[[str], None]
+) -> dict[str, tuple[float, float]]:
     """Greedy, kernel by kernel: a change that lessens `seconds(kernel)` stays; tiles that do not fit are passed over.
 
-    What was found is in the table and the file from now on. Returns seconds before and after for each kernel.
+    What was found is in the table and the file from now on; each trial is told. Returns seconds before and after for
+    each kernel.
     """
     key = key_of(shape, device)
     best = config_of(shape, device)
@@ -50,6 +53,7 @@ def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dic
     for part, changes in _TRIED.items():
         table()[key] = best
         before = least = seconds(part)
+        say(f"{part}: {1e6 * before:.1f} us")
         for change in changes:
             new = changed(best, part, change, shape)
             if new == best or any(
@@ -60,7 +64,9 @@ def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dic
             try:
                 taken = seconds(part)
             except triton.runtime.errors.OutOfResources:
+                say(f"{part}, {change}: does not fit")
                 continue
+            say(f"{part}, {change}: {1e6 * taken:.1f} us")
             if taken < least:
                 best, least = new, taken
         found[part] = (before, least)
@@ -69,7 +75,21 @@ def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dic
     return found
 
 
-def tune(inputs: tuple[Tensor | None, ...], backward: bool) -> dict[str, tuple[float, float]]:
+def seconds(run: Callable[[], object]) -> float:
+    """What a call takes on the current GPU, the host's part with it where that is the longer one."""
+    return triton.testing.do_bench(run, return_mode="median") / 1000
+
+
+def keep_fastest(inputs: tuple[Tensor | None, ...], backend: str) -> None:
+    """Which backend serves calls like that of these inputs from now on."""
+    call = ops.attention_call(*inputs)
+    fastest()[key_of(call.shape, call.device)] = Fastest(backend, call.device.name, call.shape)
+    save()
+
+
+def tune(
+    inputs: tuple[Tensor | None, ...], backward: bool, say: Callable[[str], None]
+) -> dict[str, tuple[float, float]]:
     """`search` with the time of the ops on these (query, key, value, proj_key, proj_value), in seconds."""
     call = ops.attention_call(*inputs)
     query = inputs[0]
@@ -81,5 +101,5 @@ def tune(inputs: tuple[Tensor | None, ...], backward: bool) -> dict[str, tuple[f
         "backward": lambda: ops.attention_backward(out, *arguments, key_proj, value_proj, *scalars, 0b11111),
     }
     run["project_backward"] = run["backward"]
-    time = lambda part: triton.testing.do_bench(run[part], return_mode="median") / 1000  # noqa: E731
-    return search(call.shape, call.device, time if backward else lambda part: time(part) if part == "forward" else 0.0)
+    wanted = lambda part: seconds(run[part]) if backward or part == "forward" else 0.0  # noqa: E731
+    return search(call.shape, call.device, wanted, say)

@@ -40,7 +40,11 @@ cudaError_t allow_shared(const void* kernel, int index, int bytes) {
   static std::set<std::pair<int, const void*>> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed.count({index, kernel})) return cudaSuccess;
+  // This loads the kernel. Where a first call is captured in a graph, only a thread that asks for it may.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaThreadExchangeStreamCaptureMode(&mode);
   if (status == cudaSuccess) allowed.insert({index, kernel});
   return status;
 }
@@ -67,16 +71,17 @@ Device device_of(int index, std::string* error) {
   return device;
 }
 
-std::string driver_problem() {
+std::string driver_problem(bool ptx) {
   int driver = 0;
   cudaDriverGetVersion(&driver);
-  // A driver runs every runtime of its own major version and of older ones.
-  if (driver / 1000 >= CUDART_VERSION / 1000) return "";
+  // A driver runs every runtime of its own major version and of older ones, but compiles no PTX newer than itself.
+  if (driver >= CUDART_VERSION || (!ptx && driver / 1000 == CUDART_VERSION / 1000)) return "";
   const auto name = [](int version) {
     return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
   };
   return "the native library was built with CUDA " + name(CUDART_VERSION) + ", and this driver is for CUDA " +
-         name(driver) + ": install a newer driver, or build with an nvcc of that version";
+         name(driver) + (ptx ? " and would have to compile newer PTX for this GPU" : "") +
+         ": install a newer driver, or build with an nvcc of that version";
 }
 
 std::string launch(const Plan& plan, std::byte* workspace, int index, int shared_bytes, void* stream) {
