@@ -15,13 +15,14 @@ SOURCES := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator -type f))
 step = @printf '\n==> %s\n' $(1)
 
-.PHONY: help demo bench test lint matrix clean
+.PHONY: help demo bench test lint matrix docs clean
 
 help:
 	@echo 'make demo    install into .venv, then a short benchmark and the training example'
 	@echo 'make test    install into .venv, then linters, types and tests: what CI runs'
 	@echo 'make bench   the benchmark over more shapes'
 	@echo 'make matrix  a part of the tests on other versions of torch and transformers: hours, gigabytes, one at a time'
+	@echo 'make docs    a site of docs/ and of the docstrings in build/site; a link that leads nowhere is an error'
 	@echo 'make clean   remove .venv and everything that was built'
 
 demo: .venv/installed | build
@@ -44,6 +45,15 @@ test: lint
 # Outside CI. Goes on where it was interrupted; MATRIX_ARGS are options of tests/matrix.py.
 matrix:
 	'$(PYTHON)' tests/matrix.py $(MATRIX_ARGS)
+
+docs: build/docs-venv/installed
+	build/docs-venv/bin/mkdocs build --strict
+
+# Apart from .venv: the site is made of text, and needs neither PyTorch nor the library.
+build/docs-venv/installed: requirements-docs.txt | build
+	'$(PYTHON)' -m venv build/docs-venv
+	build/docs-venv/bin/pip install -r $<
+	@touch $@
 
 lint: .venv/installed
 	$(call step,'Python: ruff')

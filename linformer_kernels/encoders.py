@@ -54,7 +54,7 @@ class LinformerEncoderLayer(nn.TransformerEncoderLayer):
         seq_len, proj_dim, sharing, projection, init, num_kv_heads, head_dim: see `LinformerAttention`.
 
     Raises:
-        As `LinformerAttention`; ValueError also for an unknown activation.
+        ValueError, TypeError: as `LinformerAttention`; also for an unknown activation.
     """
 
     self_attn: LinformerAttention  # type: ignore[assignment]
@@ -126,7 +126,7 @@ class LinformerEncoderLayer(nn.TransformerEncoderLayer):
             As src.
 
         Raises:
-            As `LinformerAttention.forward`.
+            ValueError, TypeError: as `LinformerAttention.forward`.
         """
         refuse_mask("src_mask", src_mask)
         options: dict[str, Any] = {"key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
@@ -156,7 +156,8 @@ class LinformerEncoder(nn.Module):
         seq_len, init, num_kv_heads, head_dim: see `LinformerAttention`.
 
     Raises:
-        As `LinformerEncoderLayer`; ValueError also for a proj_dim a layer that are too few or many, or for "layerwise".
+        ValueError, TypeError: as `LinformerEncoderLayer`; also for a proj_dim a layer that are too few or many, or for
+            "layerwise".
     """
 
     @_refuse_a_layer
@@ -233,7 +234,7 @@ class LinformerEncoder(nn.Module):
             As src.
 
         Raises:
-            As `LinformerAttention.forward`.
+            ValueError, TypeError: as `LinformerAttention.forward`.
         """
         refuse_mask("mask", mask)
         refuse_causal(bool(is_causal))

@@ -153,7 +153,8 @@ def linformer_attention_varlen(
         (total_q, H, D_v), contiguous.
 
     Raises:
-        As `linformer_attention`; ValueError also if cu_seqlens_q or cu_seqlens_k does not describe the rows.
+        ValueError, TypeError: as `linformer_attention`; also if cu_seqlens_q or cu_seqlens_k does not describe the
+            rows.
     """
     return _attention(
         query,
@@ -200,7 +201,7 @@ def project_kv(
         K' (B, H_kv, K, D) and V' (B, H_kv, K, D_v), contiguous, for padded and packed tensors alike.
 
     Raises:
-        As `linformer_attention_varlen`; ValueError also if key_padding_mask and cu_seqlens_k come together.
+        ValueError, TypeError: as `linformer_attention_varlen`; also if key_padding_mask and cu_seqlens_k come together.
     """
     short = short_way(backend, key, value, proj_key, proj_value, key_padding_mask)
     if short is not None and cu_seqlens_k is None:
@@ -248,7 +249,7 @@ def projected_attention(
         (B, H, N_q, D_v) in the storage order of the query, or (total_q, H, D_v).
 
     Raises:
-        As `linformer_attention_varlen`.
+        ValueError, TypeError: as `linformer_attention_varlen`.
     """
     short = short_way(backend, query, key_proj, value_proj)
     if short is not None and cu_seqlens_q is None and key_bias is None:
@@ -305,7 +306,7 @@ def pool_kv(
         count, to each of its positions.
 
     Raises:
-        As `project_kv`; ValueError and TypeError also for segments of a wrong shape, type or number.
+        ValueError, TypeError: as `project_kv`; also for segments of a wrong shape, type or number.
     """
     key, value = autocast(key, value)
     call, number = check_pool(key, value, segments, num_segments, key_padding_mask, cu_seqlens_k)
@@ -345,8 +346,8 @@ def pooled_attention(
         position that takes part.
 
     Raises:
-        As `pool_kv` and `projected_attention`; ValueError also for one of cu_seqlens_q and cu_seqlens_k without the
-        other.
+        ValueError, TypeError: as `pool_kv` and `projected_attention`; also for one of cu_seqlens_q and cu_seqlens_k
+            without the other.
     """
     query, key, value = autocast(query, key, value)
     check_pooled_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)

@@ -221,8 +221,8 @@ class LinformerProjection(nn.Module):
             D_v columns.
 
         Raises:
-            As `linformer_attention` and `linformer_attention_varlen`; ValueError also for what is of a query, without
-            one, and for "adaptive" without a query.
+            ValueError, TypeError: as `linformer_attention` and `linformer_attention_varlen`; also for what is of a
+                query, without one, and for "adaptive" without a query.
         """
         check_tensor("key", key)
         key, value, query = autocast(key, value, query)

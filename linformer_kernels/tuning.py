@@ -44,7 +44,7 @@ def tune(
         its name, the seconds of a whole call on "triton" as tuned, and on that backend.
 
     Raises:
-        As `linformer_attention` with backend="triton".
+        ValueError, TypeError: as `linformer_attention` with backend="triton".
     """
     call = check_attention(query, key, value, proj_key, proj_value, None, None, None, None, 0.0, None, False, False)
     choose(call, "triton")
