@@ -39,6 +39,11 @@ def changed(config: Config, part: str, change: dict[str, int], shape: Shape) -> 
     return replace(config, **{part: new})
 
 
+def _use(key: str, tiles: Config) -> None:
+    table()[key] = tiles
+    ops.forget()
+
+
 def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dict[str, tuple[float, float]]:
     """Greedy, kernel by kernel: a change that lessens `seconds(kernel)` stays; tiles that do not fit are passed over.
 
@@ -48,7 +53,7 @@ def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dic
     best = config_of(shape, device)
     found = {}
     for part, changes in _TRIED.items():
-        table()[key] = best
+        _use(key, best)
         before = least = seconds(part)
         for change in changes:
             new = changed(best, part, change, shape)
@@ -56,7 +61,7 @@ def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dic
                 name in _ROWS and value > power_of_2(shape.proj_dim) for name, value in change.items()
             ):
                 continue
-            table()[key] = new
+            _use(key, new)
             try:
                 taken = seconds(part)
             except triton.runtime.errors.OutOfResources:
@@ -64,7 +69,7 @@ def search(shape: Shape, device: Device, seconds: Callable[[str], float]) -> dic
             if taken < least:
                 best, least = new, taken
         found[part] = (before, least)
-    table()[key] = best
+    _use(key, best)
     save()
     return found
 
