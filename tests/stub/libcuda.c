@@ -120,6 +120,3 @@ NOTHING(cuPointerGetAttributes)
 NOTHING(cuStreamIsCapturing)
 NOTHING(cuTensorMapEncodeIm2col)
 NOTHING(cuTensorMapEncodeTiled)
-
-// Takes the launches of the native library (linformer_emulate) and does nothing.
-void stub_ignore(void) {}
