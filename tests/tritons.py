@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import triton
+from test_package import ROOT, python, succeeded
 
-ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "triton"
 OTHERS = ("3.6.0", "3.8.0")  # that releases of torch bring: 2.10 and 2.11, and 2.14
 VERSIONS = (*OTHERS, triton.__version__)
@@ -44,9 +44,5 @@ def run(version: str, script: str, *arguments: str) -> str:
     paths = [str(Path(__file__).parent), str(ROOT)]
     if version != triton.__version__:
         paths.insert(0, str(BUILD / version))
-    # Each version keeps compiled kernels apart by itself.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    # Each version keeps what it compiles apart from that of others.
+    return succeeded(python(str(Path(__file__).parent / script), *arguments, PYTHONPATH=os.pathsep.join(paths)))

@@ -161,19 +161,21 @@ class Plan:
         self.tensors, self._unaligned = [], []
         return self
 
+    def make(self) -> list[Tensor]:
+        """The tensors for one call: results and temporary ones."""
+        return [
+            torch.zeros(shape, dtype=dtype, device=self.device)
+            if zero
+            else torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+            for zero, (shape, strides, dtype) in self._made
+        ]
+
     def run(self, inputs: Sequence[Tensor | None]) -> Any:
-        tensors = list(inputs)
-        if self._before is not None:
-            tensors += self._before(*inputs)
-        device = self.device
-        for zero, (shape, strides, dtype) in self._made:
-            if zero:
-                tensors.append(torch.zeros(shape, dtype=dtype, device=device))
-            else:
-                tensors.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+        before = () if self._before is None else self._before(*inputs)
+        tensors = [*inputs, *before, *self.make()]
         if self._launches:
             # Triton launches on the current device.
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
                 for one in self._launches:
                     launch(one, tensors)
         results = tensors[self._results]
