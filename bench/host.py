@@ -2,15 +2,19 @@
 
     python -m bench.host
     python -m bench.host --json build/host.json
+    python -m bench.host --gpu
 
 The first problem is as good as empty: what it takes is the time of the call itself. SDPA attends to N rows, ours to K.
 `grad` is the forward pass of tensors that require gradients, `full` that and the backward pass.
+
+With --gpu: the host's part of a call on a GPU, without a GPU; see bench/host_gpu.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cell-time", type=float, default=2.0, help="seconds a line, about")
     parser.add_argument("--probe", type=float, default=0.75, help="as in python -m bench")
     parser.add_argument("--json", type=Path, help="write the samples to this file")
+    parser.add_argument("--gpu", action="store_true", help="the backends for GPUs, up to the driver; without a GPU")
+    parser.add_argument("--rounds", type=int, default=7, help="with --gpu: samples of each, in turn")
+    parser.add_argument("--round-time", type=float, default=0.2, help="with --gpu: seconds of a sample, about")
     options = parser.parse_args(arguments)
     if not set(options.mode.split(",")) <= set(MODES):
         parser.error(f"--mode is {options.mode}; wanted: {', '.join(MODES)}, or some of them")
@@ -83,6 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     about = machine.facts(options)
     print(", ".join(f"{name} {value}" for name, value in about.items() if value is not None))
+    if options.gpu:
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where nobody has chosen
+        from bench import host_gpu  # it needs the tests' stub of a driver
+
+        return write(options, about, host_gpu.main(options))
     print(f"{options.dtype}, one thread, us a call: medians, and how many samples counted of how many")
     results: list[dict[str, Any]] = []
     for problem in PROBLEMS:
@@ -100,6 +112,10 @@ def main(arguments: list[str] | None = None) -> None:
                 results.append(
                     {"problem": sizes, "mode": mode, "name": name, "seconds": one.counted, "slow_seconds": one.slow}
                 )
+    write(options, about, results)
+
+
+def write(options: argparse.Namespace, about: dict[str, Any], results: list[dict[str, Any]]) -> None:
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         options.json.write_text(

@@ -75,7 +75,7 @@ def _gpu_limits(call: Call, name: str) -> str | None:
 
 def gpu_problem(device: torch.device, name: str) -> str | None:
     """Why the CUDA or the Triton kernels do not run on this GPU, else None."""
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _capability(device)
     if major < 8:
         return f'its kernels need compute capability 8.0, and this GPU has {major}.{minor}: use "composed"'
     if name != "cuda":
@@ -93,8 +93,16 @@ def _driver_problem(ptx: bool) -> str:
     return _library.driver_problem(ptx)
 
 
-# The compiler need not trace it: it does not change within a process.
+def _capability(device: torch.device) -> tuple[int, int]:
+    return _asked_capability(device)
+
+
+_asked_capability = functools.cache(torch.cuda.get_device_capability)  # a call needs it twice, and torch takes its time
+
+
+# The compiler need not trace them: they do not change within a process.
 _driver_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda_missing() -> str | None:
@@ -230,7 +238,7 @@ def _in_order(call: Call) -> Iterable[Backend]:
     if call.device_type == "xpu" or torch.version.hip is not None:
         at = last  # Triton's kernels have not even been compiled for AMD and Intel
     else:
-        major, _ = torch.cuda.get_device_capability(call.device)
+        major, _ = _capability(call.device)
         if UNFENCED_TRITON is not None and major in UNFENCED:
             at = last
         elif major >= TRITON_FIRST.get(call.dtype.itemsize, math.inf):
@@ -281,7 +289,7 @@ def contenders(call: Call) -> list[str]:
     """The backends of which one may be the fastest for a call, by name; "reference" is none."""
     names = [backend.name for backend in BACKENDS.values() if backend.supports(call) is None]
     unfenced = UNFENCED_TRITON is not None and call.device_type == "cuda"
-    if unfenced and torch.cuda.get_device_capability(call.device)[0] in UNFENCED:
+    if unfenced and _capability(call.device)[0] in UNFENCED:
         names.remove("triton")
     return [name for name in names if name != "reference"]
 
@@ -323,7 +331,7 @@ _VARIABLES, _KEY = (
 
 
 def short_way(backend: str | None, first: Any, *others: Any) -> _autograd.Operations | None:
-    """The CPU kernels' operations where a call of these tensors may be tried on them without checks and choice.
+    """The native kernels' operations where a call of these tensors may be tried on them without checks and choice.
 
     These are half of a small call's time on the host (`python -m bench.host`). The native ops check for themselves what
     memory safety needs, and refuse whatever the checks refuse; tests/test_short_way.py compares the two. So a call that
@@ -334,13 +342,26 @@ def short_way(backend: str | None, first: Any, *others: Any) -> _autograd.Operat
         return None
     if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
         return None
-    if type(first) not in _PLAIN or not first.is_cpu or first.dtype not in _SHORT_TYPES:
+    if type(first) not in _PLAIN or first.dtype not in _SHORT_TYPES:
+        return None
+    on_cpu = first.is_cpu
+    if not on_cpu and not (first.is_cuda and cuda_comes_first(first.device, first.dtype)):
+        return None
+    if not on_cpu and _TUNED is not None and _TUNED.fastest():  # another backend may be the faster one
         return None
     for tensor in others:
-        if tensor is not None and (type(tensor) not in _PLAIN or not tensor.is_cpu):
+        if tensor is not None and (type(tensor) not in _PLAIN or not (tensor.is_cpu if on_cpu else tensor.is_cuda)):
             return None
     asked = getattr(_chosen, "name", None) is not None or _KEY in _VARIABLES
     return None if asked or torch._C._get_tracing_state() is not None else _SHORT
+
+
+@functools.cache
+def cuda_comes_first(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether "cuda" serves a call of this kind that asks for no backend; heads too wide for it the op refuses."""
+    heads = torch.empty(1, 1, 1, 1, device="meta")
+    call = Call(dtype, device, "cuda", query=heads, key=heads, value=heads)
+    return next(backend.name for backend in _in_order(call) if backend.supports(call) is None) == "cuda"
 
 
 def for_onnx() -> bool:

@@ -90,10 +90,8 @@ def linformer_attention(
         try:
             factor = _plain_factor(query, dropout_p, scale)
             if factor is not None:
-                mask = key_padding_mask
-                return short.attention(
-                    query, key, value, proj_key, proj_value, None, mask, None, None, None, 0.0, factor, False
-                )[0]
+                tensors = query, key, value, proj_key, proj_value, None, key_padding_mask, None, None, None
+                return short.attention(*tensors, 0.0, factor, _plain_tf32(query))[0]
         except REFUSALS:
             pass  # the long way has words for it, or copies
     return _attention(
@@ -206,7 +204,7 @@ def project_kv(
     short = short_way(backend, key, value, proj_key, proj_value, key_padding_mask)
     if short is not None and cu_seqlens_k is None:
         try:
-            return short.project(key, value, proj_key, proj_value, key_padding_mask, None, False)
+            return short.project(key, value, proj_key, proj_value, key_padding_mask, None, _plain_tf32(key))
         except REFUSALS:
             pass  # the long way has words for it, or copies
     key, value, proj_key, proj_value = autocast(key, value, proj_key, proj_value)
@@ -256,7 +254,8 @@ def projected_attention(
         try:
             factor = _plain_factor(query, dropout_p, scale)
             if factor is not None:
-                return short.projected_attention(query, key_proj, value_proj, None, None, None, 0.0, factor, False)
+                numbers = 0.0, factor, _plain_tf32(query)
+                return short.projected_attention(query, key_proj, value_proj, None, None, None, *numbers)
         except REFUSALS:
             pass  # the long way has words for it, or copies
     query, key_proj, value_proj = autocast(query, key_proj, value_proj)
@@ -435,6 +434,10 @@ def _draw_rng_state(call: Call) -> Tensor | None:
 
 def _allow_tf32(call: Call) -> bool:
     return call.device_type == "cuda" and call.dtype == torch.float32 and _torch_allows_tf32()
+
+
+def _plain_tf32(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype == torch.float32 and _torch_allows_tf32()
 
 
 def _torch_allows_tf32() -> bool:

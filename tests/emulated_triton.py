@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -71,37 +71,53 @@ def _bits(value: Any) -> Any:
 def emulated(arch: int = 80, multiprocessors: int = 3, execute: bool = True, **options: Any) -> Iterator[Run]:
     """Within the block backend "triton" takes CPU tensors: its kernels are compiled for `arch` and run in the emulator
     (`options` are those of its Kernel.launch), or, without `execute`, are only compiled."""
-    assert _backends.triton_problem() is None, _backends.triton_problem()
     from linformer_kernels.triton_kernels import ops
 
     run = Run()
 
-    def launch(one: ops.Launch) -> None:
-        compiled = one.kernel.run(**one.arguments, grid=(one.grid,), warmup=True, num_warps=one.num_warps)
+    def launch(one: ops.Launch, tensors: Sequence[torch.Tensor | None] = ()) -> None:
+        arguments = one.filled(tensors)
+        compiled = one.kernel.run(**arguments, grid=(one.grid,), warmup=True, num_warps=one.num_warps)
         run.kernels.append(compiled.name)
         run.grids.append(one.grid)
         run.compiled.append(compiled)
         if not execute:
             return
         signature = compiled.src.signature
-        args = [_bits(x) for name, of in signature.items() for x in _flat(of, one.arguments.get(name))]
+        args = [_bits(x) for name, of in signature.items() for x in _flat(of, arguments.get(name))]
         names = [n for name, of in signature.items() for n in _flat(of, _names(name, of))] + ["scratch", "profile"]
         run.stats.append(_kernel(compiled).launch(one.grid, args, names=names, **options))
 
-    usual, ops.launch = ops.launch, launch
+    with on_cpu(_Driver(arch, multiprocessors)):
+        usual, ops.launch = ops.launch, launch
+        try:
+            yield run
+        finally:
+            ops.launch = usual
+
+
+@contextmanager
+def on_cpu(driver: Any) -> Iterator[None]:
+    """Within the block backend "triton" takes CPU tensors, and Triton asks this driver about the GPU."""
+    assert _backends.triton_problem() is None, _backends.triton_problem()
+    from linformer_kernels.triton_kernels import ops
+
+    def forget() -> None:
+        ops._device.cache_clear()
+        ops.forget()
+
     backend = _backends.BACKENDS["triton"]
     _backends.BACKENDS["triton"] = dataclasses.replace(backend, missing=None, limits=lambda call: None)
-    ops._device.cache_clear()
     config = triton.runtime.driver
     before = config._active
-    config.set_active(_Driver(arch, multiprocessors))
+    config.set_active(driver)
+    forget()
     try:
-        yield run
+        yield
     finally:
-        ops.launch = usual
         _backends.BACKENDS["triton"] = backend
-        ops._device.cache_clear()
         config._active = before
+        forget()
 
 
 def _names(name: str, signature: Any) -> Any:
@@ -117,6 +133,13 @@ def _kernel(compiled: Any) -> Any:
     if compiled.hash not in _KERNELS:
         _KERNELS[compiled.hash] = emulator.from_triton(compiled)
     return _KERNELS[compiled.hash]
+
+
+def parameter_count(compiled: Any) -> int:
+    """Of the kernel, by its PTX."""
+    ptx = compiled.asm["ptx"]
+    entry = ptx[ptx.index(".entry") :]
+    return entry[: entry.index("{")].count(".param")
 
 
 def resources(compiled: Any) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 from test_package import ROOT, python, succeeded
 
 sys.path.insert(0, str(ROOT))
-from bench import host, machine, measure, options
+from bench import host, host_gpu, machine, measure, options
 from bench.candidates import Candidate, candidates, eager, make_inputs
 from bench.check import Checker
 from bench.measure import percentiles
@@ -245,3 +245,15 @@ def test_a_build_that_is_not_there_is_refused_every_time():
     for _ in range(2):
         with pytest.raises(NotImplementedError, match="abacus"):
             machine.use_capability("abacus")
+
+
+def test_host_of_a_gpu(tmp_path):
+    """In a process of its own, for the stub of a driver that it loads."""
+    where = tmp_path / "host.json"
+    arguments = ("--gpu", "--rounds=1", "--round-time=0.001", f"--json={where}")
+    out = succeeded(python("-m", "bench.host", *arguments, cwd=ROOT))
+    names = {result["name"] for result in json.loads(where.read_text())["results"]}
+    for backend in ("cuda", "triton"):
+        name = f"{backend}: linformer_attention"
+        reason = host_gpu.why_not(backend)
+        assert reason in out if reason else name in names and name in out

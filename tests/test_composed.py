@@ -187,7 +187,7 @@ def call(device, **change):
 ])  # fmt: skip
 def test_when_it_is_chosen(of, name, monkeypatch):
     monkeypatch.delenv("LINFORMER_BACKEND", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_backends, "_capability", lambda device: (8, 0))
     assert _backends.choose(of, None).name == name
 
 

@@ -65,7 +65,7 @@ def test_which_gpus_a_build_serves(architectures, gpu, code):
 
 def test_a_build_for_other_gpus_is_refused(monkeypatch):
     """Before a launch fails: another backend takes the call, or the error says what to do."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_backends, "_capability", lambda device: (8, 0))
     monkeypatch.setattr(_backends, "_ARCHITECTURES", "90+PTX")
     tensor = types.SimpleNamespace(shape=(1, 1, 4, 8))
     call = types.SimpleNamespace(query=tensor, key=tensor, value=tensor, key_proj=None, value_proj=None)
@@ -95,7 +95,7 @@ def order(device="cuda", dtype=torch.bfloat16) -> list[str]:
 def test_order_on_a_gpu(major, dtype, version, wanted, monkeypatch):
     """Triton's older versions were preferred on 9.x, where they leave out the fence between cp.async and wgmma."""
     monkeypatch.setattr(_backends, "UNFENCED_TRITON", note := _backends.unfenced_triton(version))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(_backends, "_capability", lambda device: (major, 0))
     assert order(dtype=dtype) == wanted.split()
     shown = info.collect()["backends"]["triton"]["note"]
     assert shown == note and (note is None or f"Triton {version}" in note)
@@ -133,7 +133,7 @@ def test_info_says_what_this_gpu_lacks(monkeypatch):
 
 def test_a_driver_too_old_for_the_library_is_refused(monkeypatch):
     """It was an error in the middle of the first call; Triton needs no runtime."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(_backends, "_ARCHITECTURES", "90")
     tensor = types.SimpleNamespace(shape=(1, 1, 4, 8))
     call = types.SimpleNamespace(query=tensor, key=tensor, value=tensor, key_proj=None, value_proj=None)

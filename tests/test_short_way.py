@@ -3,12 +3,13 @@
 import dataclasses
 import random
 
+import emulated
 import pytest
 import torch
 from cases import Spy
 
 import linformer_kernels as lk
-from linformer_kernels import _backends
+from linformer_kernels import _backends, _library
 
 pytestmark = pytest.mark.skipif(_backends._SHORT is None, reason="Triton's interpreter comes first")
 
@@ -104,9 +105,21 @@ def alike(one, other):
     )
 
 
+@pytest.fixture(params=["cpu", "as on a GPU"])
+def where(request):
+    """As on a GPU: the ops check and plan what they would launch there, and nothing is computed."""
+    if request.param == "cpu":
+        yield
+    elif not _library.cuda_architectures():
+        pytest.skip("the native library has no CUDA kernels")
+    else:
+        with emulated.unlaunched():
+            yield
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [attention, project, projected], ids=lambda make: make.__name__)
-def test_both_ways_are_one(make, seed, monkeypatch):
+def test_both_ways_are_one(make, where, seed, monkeypatch):
     """Right calls, changed in up to two places. So the native ops refuse whatever the checks refuse."""
     draw = random.Random(seed)
     short, taken = _backends._SHORT, []
@@ -198,3 +211,25 @@ def test_a_tensor_that_outlived_a_transform():
         grads.append((out.detach(), torch.autograd.grad(out.sum(), proj)[0]))
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "architectures", "wanted"), [
+    ((8, 0), torch.bfloat16, "80,90", True),
+    ((9, 0), torch.float32, "80,90", True),
+    ((9, 0), torch.bfloat16, "80,90", False),  # Triton's is first
+    ((9, 0), torch.float32, "80", False),
+    ((7, 5), torch.float16, "70+PTX", False),
+])  # fmt: skip
+def test_who_goes_the_short_way_on_a_gpu(capability, dtype, architectures, wanted, monkeypatch):
+    """Calls that "cuda" would serve if they went the long way."""
+    monkeypatch.setattr(_backends, "_capability", lambda device: capability)
+    monkeypatch.setattr(_backends, "_driver_problem", str)
+    monkeypatch.setattr(_backends, "_ARCHITECTURES", architectures)
+    monkeypatch.setattr(_backends, "UNFENCED_TRITON", None)
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(_backends.BACKENDS, name, dataclasses.replace(_backends.BACKENDS[name], missing=None))
+    asked = _backends.cuda_comes_first.__wrapped__
+    assert asked(torch.device("cuda", 0), dtype) == wanted
+    monkeypatch.setattr(_backends, "UNFENCED_TRITON", "it lacks a fence")
+    has_code = architectures != "80" and capability[0] >= 8
+    assert asked(torch.device("cuda", 0), dtype) == (has_code or wanted)

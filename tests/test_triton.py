@@ -259,6 +259,88 @@ def test_no_recompilation_storm():
         assert len([1 for kernel, _ in compiled if kernel == name]) <= most, (name, len(compiled))
 
 
+def one_after_the_other():
+    """Calls that differ from one another in little, twice each, in an order of its own each time."""
+    base = Case(batch=2, heads=4, kv_heads=2, n_q=50, n=70, extra=10, k=40, d=32, dtype=BF16)
+    changes = [
+        {}, {"batch": 3}, {"heads": 2}, {"n_q": 51}, {"n": 71}, {"extra": 9}, {"extra": 18}, {"k": 41}, {"d": 24},
+        {"d_v": 64}, {"dtype": FP16}, {"dtype": torch.float32}, {"mask": "random"}, {"bias": "normal"},
+        {"bias": "holes", "bias_shape": "1hk"}, {"sharing": "key-value"}, {"sharing": "same"}, {"sharing": "per-head"},
+        {"sharing": "per-sequence"}, {"sharing": "per-sequence-head"}, {"layout": "bnhd"}, {"layout": "padded"},
+        {"layout": "offset"}, {"layout": "expanded"}, {"grad": "scalar"}, {"grad": "bnhd"}, {"alias": "kv"},
+        {"alias": "qk", "n_q": 70, "heads": 2}, {"scale": 0.5}, {"scale": -0.5}, {"dropout_p": 0.3},
+        {"dropout_p": 0.4}, {"lengths": (50, 20)}, {"lengths": (50, 20), "lengths_q": (30, 40)}, {"lengths": (20, 50)},
+        {"lengths": (50, 19)}, {"pooled": "random"}, {"pooled": "random", "segments_per_head": True},
+        {"pooled": "random", "lengths": (50, 20)},
+    ]  # fmt: skip
+    inputs = [cases.Inputs(dataclasses.replace(base, **change), "cpu") for change in changes]
+    wanted = [cases.Inputs(base, "cpu") for _ in range(2)]
+    for name in ("query", "proj_key"):
+        getattr(wanted[0], name).requires_grad_(False)
+        getattr(wanted[1], "value" if name == "query" else "key").requires_grad_(False)
+    calls = 2 * [*inputs, *wanted]
+    random.shuffle(calls)
+    return calls
+
+
+def test_a_kept_plan_is_that_of_the_call(monkeypatch, seed):
+    """Whatever other calls came between: the launches are those that a plan made for this call alone has."""
+    from linformer_kernels.triton_kernels import ops
+
+    launched = []
+
+    def launch(one, tensors=()):
+        arguments = one.filled(tensors)
+        values = [arguments[name] for name in one.kernel.arg_names]
+        flat = [x for value in values for x in (value if type(value).__name__ in ("Mask", "Bias") else [value])]
+        launched.append((one.kernel.fn.__name__, one.grid, one.num_warps, [described(x) for x in flat]))
+
+    def described(x):
+        """Of a tensor: which of the call, or what it is."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        of_call = [i for i, tensor in enumerate(call_tensors) if tensor is x]
+        return of_call[0] if of_call else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+
+    random.seed(seed)
+    with emulated_triton.emulated():
+        monkeypatch.setattr(ops, "launch", launch)
+        plan_run, call_tensors = ops.Plan.run, []
+
+        def run(plan, inputs):
+            call_tensors[:] = [t for t in inputs if t is not None]
+            return plan_run(plan, inputs)
+
+        monkeypatch.setattr(ops.Plan, "run", run)
+        calls, kept = one_after_the_other(), 0
+        for x in calls:
+            launched.clear()
+            before = len(ops._PLANS)
+            cases.run(x, "triton")
+            kept += len(ops._PLANS) == before
+            got, plans = list(launched), dict(ops._PLANS)
+            ops.forget()
+            launched.clear()
+            cases.run(x, "triton")
+            ops._PLANS.update(plans)
+            assert got == launched and got, x.case
+        assert kept >= len(calls) // 2
+        monkeypatch.undo()
+
+
+def test_plans_are_kept_apart_and_few():
+    """By device too; and not for ever."""
+    from linformer_kernels.triton_kernels import ops
+
+    here, there = torch.empty(4), torch.empty(4, device="meta")
+    assert ops._described([here]) != ops._described([there])
+    assert ops._described([here, None]) != ops._described([None, here])
+    with emulated_triton.emulated(execute=False):
+        ops._PLANS.update({index: None for index in range(ops.MOST_PLANS)})
+        cases.run(cases.Inputs(Case(batch=0, dtype=BF16), "cpu"), "triton")
+        assert 0 < len(ops._PLANS) <= 2
+
+
 def test_raw_ops_refuse_nonsense():
     """As the native ops do, before anything is launched."""
     source = test_errors.RAW.replace("ops, R, I = torch.ops.linformer_kernels,", "ops, R, I = Overloads(),")

@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Arguments of an op that `check` takes by name, and not among its tensors.
+CHECKED_APART = (
+    "cu_seqlens_q", "cu_seqlens_k", "key_padding_mask", "rng_state", "dropout_p", "key_bias", "segments", "count",
+    "num_segments",
+)  # fmt: skip
 _PACKED_BY = {"query": "q", "grad_out": "q", "key": "k", "value": "k"}
 
 

@@ -39,6 +39,11 @@ def changed(config: Config, part: str, change: dict[str, int], shape: Shape) -> 
     return replace(config, **{part: new})
 
 
+def _use(key: str, tiles: Config) -> None:
+    table()[key] = tiles
+    ops.forget()
+
+
 def search(
     shape: Shape, device: Device, seconds: Callable[[str], float], say: Callable[[str], None]
 ) -> dict[str, tuple[float, float]]:
@@ -51,7 +56,7 @@ def search(
     best = config_of(shape, device)
     found = {}
     for part, changes in _TRIED.items():
-        table()[key] = best
+        _use(key, best)
         before = least = seconds(part)
         say(f"{part}: {1e6 * before:.1f} us")
         for change in changes:
@@ -60,7 +65,7 @@ def search(
                 name in _ROWS and value > power_of_2(shape.proj_dim) for name, value in change.items()
             ):
                 continue
-            table()[key] = new
+            _use(key, new)
             try:
                 taken = seconds(part)
             except triton.runtime.errors.OutOfResources:
@@ -70,7 +75,7 @@ def search(
             if taken < least:
                 best, least = new, taken
         found[part] = (before, least)
-    table()[key] = best
+    _use(key, best)
     save()
     return found
 
