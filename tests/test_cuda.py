@@ -215,6 +215,16 @@ def test_values_near_the_largest_number(case, dtype):
     cases.compare({case: got}, x)
 
 
+@pytest.mark.parametrize("dtype", test_attention.DTYPES, ids=("fp32", "bf16", "fp16"))
+@pytest.mark.parametrize("case", [
+    Case(batch=1, heads=2, kv_heads=1, n=197, n_q=20, k=128, d=64), Case(batch=1, n=150, n_q=9, k=260, d=33, d_v=70),
+    Case(batch=1, heads=2, kv_heads=1, n=133, n_q=300, k=130, d=64, layout="offset", mask="random"),
+], ids=str)  # fmt: skip
+def test_rows_that_start_anywhere(case, dtype):
+    """Whole tiles of E whose rows start at even and at odd elements, the last one ragged; and keys, too."""
+    check(dataclasses.replace(case, dtype=dtype))
+
+
 def test_launches():
     """One launch forward, two backward; none for what nobody wants."""
     x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")

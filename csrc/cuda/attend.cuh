@@ -21,81 +21,82 @@ LINFORMER_DEVICE float quad_max(float x) {
 // Columns, or summed values, that are computed or left out together where a tile is ragged. Less is more branches.
 constexpr int kRagged = 64;
 
-// c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension. Columns
-// from `columns` on do not matter. kTurned: the bits of `tile` times `rows`.
-template <DType kType, int kSummed, int kColumns, bool kTurned = false>
-LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, int row_pitch,
-                                    const Element<kType>* tile, int pitch, int columns, bool allow_tf32) {
+// c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension; kFresh: c
+// is what the product is. Columns from `columns` on do not matter. kTurned: the bits of `tile` times `rows`.
+template <DType kType, int kSummed, int kColumns, int kRowPitch, int kPitch, bool kFresh, bool kTurned = false>
+LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, const Element<kType>* tile,
+                                    int columns, bool allow_tf32) {
   if constexpr (kType == DType::kFloat32) {
     if (allow_tf32) {
-      return multiply_rows<kTf32, kSummed, kColumns, kTurned>(c, rows, row_pitch, tile, pitch, columns, true);
+      return multiply_rows<kTf32, kSummed, kColumns, kRowPitch, kPitch, kFresh, kTurned>(c, rows, tile, columns, true);
     }
   }
-#pragma unroll
-  for (int s = 0; s < kSummed; s += Step<kType>::kSummed) {
-    FragmentA<kType> a;
-    load_a<kType, false>(a, rows, row_pitch, 0, s);
-#pragma unroll
-    for (int group = 0; group < kColumns; group += kRagged) {
-      if (group < columns) {
-#pragma unroll
-        for (int n = group; n < group + kRagged && n < kColumns; n += 16) {
-          FragmentB<kType> b;
-          load_b<kType, false>(b, tile, pitch, n, s);
-          multiply<kType, kTurned>(c[n / 8], a, b, 0);
-          multiply<kType, kTurned>(c[n / 8 + 1], a, b, 1);
-        }
-      }
+  const OperandA<kType, false, kRowPitch> a_rows(rows);
+  const OperandB<kType, false, kPitch> b_columns(tile);
+  constexpr int kStep = Step<kType>::kSummed, kGroup = kColumns < kRagged ? kColumns : kRagged;
+  repeat<kColumns / kGroup>([&](auto group) {
+    if (group > 0 && group * kGroup >= columns) {
+      if (kFresh) clear(reinterpret_cast<float (&)[kGroup / 8][4]>(c[group * kGroup / 8]));
+      return;
     }
-  }
+    repeat<kSummed / kStep>([&](auto s) {
+      FragmentA<kType> a;
+      a_rows.template load<0, s * kStep>(a);
+      repeat<kGroup / 16>([&](auto i) {
+        constexpr int kColumn = group * kGroup + 16 * i;
+        FragmentB<kType> b;
+        b_columns.template load<kColumn, s * kStep>(b);
+        multiply<kType, kTurned, kFresh && s == 0>(c[kColumn / 8], a, b, 0);
+        multiply<kType, kTurned, kFresh && s == 0>(c[kColumn / 8 + 1], a, b, 1);
+      });
+    });
+  });
 }
 
 // c (16 x kColumns) += scores (16 x kSummed, in registers, rounded to the type) times `tile`, stored across. Scores
 // from `summed` on are zero.
-template <DType kType, int kSummed, int kColumns>
+template <DType kType, int kSummed, int kColumns, int kPitch>
 LINFORMER_DEVICE void multiply_scores(float (&c)[kColumns / 8][4], const float (&scores)[kSummed / 8][4],
-                                      const Element<kType>* tile, int pitch, int summed, bool allow_tf32) {
+                                      const Element<kType>* tile, int summed, bool allow_tf32) {
   if constexpr (kType == DType::kFloat32) {
-    if (allow_tf32) return multiply_scores<kTf32, kSummed, kColumns>(c, scores, tile, pitch, summed, true);
+    if (allow_tf32) return multiply_scores<kTf32, kSummed, kColumns, kPitch>(c, scores, tile, summed, true);
   }
-#pragma unroll
-  for (int group = 0; group < kSummed; group += kRagged) {
-    if (group < summed) {
-#pragma unroll
-      for (int s = group; s < group + kRagged && s < kSummed; s += Step<kType>::kSummed) {
-        FragmentA<kType> a;
-        as_a<kType>(a, scores, s / Step<kType>::kSummed);
-#pragma unroll
-        for (int n = 0; n < kColumns; n += 16) {
-          FragmentB<kType> b;
-          load_b<kType, true>(b, tile, pitch, n, s);
-          multiply<kType>(c[n / 8], a, b, 0);
-          multiply<kType>(c[n / 8 + 1], a, b, 1);
-        }
-      }
-    }
-  }
+  const OperandB<kType, true, kPitch> b_columns(tile);
+  constexpr int kStep = Step<kType>::kSummed, kGroup = kSummed < kRagged ? kSummed : kRagged;
+  repeat<kSummed / kGroup>([&](auto group) {
+    if (group > 0 && group * kGroup >= summed) return;
+    repeat<kGroup / kStep>([&](auto i) {
+      constexpr int kFrom = group * kGroup + i * kStep;
+      FragmentA<kType> a;
+      as_a<kType>(a, scores, kFrom / kStep);
+      repeat<kColumns / 16>([&](auto n) {
+        FragmentB<kType> b;
+        b_columns.template load<16 * n, kFrom>(b);
+        multiply<kType>(c[2 * n], a, b, 0);
+        multiply<kType>(c[2 * n + 1], a, b, 1);
+      });
+    });
+  });
 }
 
-// Rows of a warp through its own piece of shared memory, kStaged columns at a time: body(column, fresh). Where one
+// Rows of a warp through its own piece of shared memory, kStaged columns at a time: body(column, loaded). Where one
 // piece holds them all they are loaded only if `again`, else every time. `rows` makes their Source where it is needed,
 // so that it takes no registers elsewhere.
 template <class Traits, class Rows, class Body>
 LINFORMER_DEVICE void for_each_staged(const Rows& rows, Element<Traits::kType>* staged, bool again, const Body& body) {
   constexpr int kPieces = Traits::kDim / Traits::kStaged;
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    const bool fresh = kPieces > 1 || again;
-    if (fresh) {
+  repeat<kPieces>([&](auto i) {
+    const bool load = kPieces > 1 || again;
+    if (load) {
       __syncwarp();    // the piece before it has been read
-      load_tile_apart<Traits::kType, kRowsPerWarp, Traits::kStaged, 32>(staged, Traits::kStagePitch, rows(), 0,
-                                                                        i * Traits::kStaged, lane_id());
+      load_tile_apart<Traits::kType, kRowsPerWarp, Traits::kStaged, 32, Traits::kStagePitch>(
+          staged, rows(), 0, i * Traits::kStaged, lane_id());
       commit_copies();
       wait_copies<0>();
       __syncwarp();
     }
-    body(i * Traits::kStaged, fresh);
-  }
+    body(Constant<i * Traits::kStaged>(), load);
+  });
 }
 
 // A warp's 16 rows of results through its piece of shared memory, so that rows are written in whole sectors.
@@ -180,23 +181,28 @@ struct Softmax {
   LINFORMER_DEVICE float shift(float largest) const { return __fadd_rn(__fmul_rn(largest, c), headroom); }
   LINFORMER_DEVICE float power(float s, float shift) const { return exp2_of(fmaf(s, c, -shift)); }
 
-  // One block of `columns` scores, the further ones of which do not exist: s becomes 2^(...), `largest` and this
-  // thread's share of `sum` go on, what was summed before counts `correction` times.
+  // Of `columns` scores the further ones do not exist: their powers are 0.
   template <int kTiles>
-  LINFORMER_DEVICE void step(float (&s)[kTiles][4], int columns, float (&largest)[2], float (&sum)[2],
-                             float (&correction)[2], bool first) const {
+  LINFORMER_DEVICE static void cut(float (&s)[kTiles][4], int columns) {
+    if (columns >= 8 * kTiles) return;
     const int at = lane_id() % 4 * 2;
-    const bool ragged = columns < kTiles * 8;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] = 8 * n + at + e % 2 < columns ? s[n][e] : -INFINITY;
+    }
+  }
+
+  // One block of scores: s becomes 2^(...), `largest` and this thread's share of `sum` go on, what was summed before
+  // counts `correction` times.
+  template <int kTiles>
+  LINFORMER_DEVICE void step(float (&s)[kTiles][4], float (&largest)[2], float (&sum)[2], float (&correction)[2],
+                             bool first) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float most = -INFINITY;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (!ragged || 8 * n + at + e < columns) most = fmaxf(most, s[n][2 * half + e]);
-        }
-      }
+      for (int n = 0; n < kTiles; ++n) most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
       most = fmaxf(quad_max(most), largest[half]);
       // Of the rounded products, as those are what `power` subtracts: the exact difference would scale what was summed
       // before by their roundings, which are large where scores are.
@@ -209,7 +215,7 @@ struct Softmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[n][2 * half + e];
-          x = !ragged || 8 * n + at + e < columns ? power(x, shifted) : 0.0f;
+          x = power(x, shifted);
           added += x;
         }
       }

@@ -27,7 +27,8 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   constexpr DType kType = Traits::kType;
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
   const Problem& p = a.p;
-  const int head = static_cast<int>(ticket % p.heads), head_kv = head / static_cast<int>(p.heads / p.heads_kv);
+  const int head = static_cast<int>(ticket % p.heads);
+  const auto head_kv = [&] { return again(head) / static_cast<int>(p.heads / p.heads_kv); };
   int b = 0;
   int first_row = 0;
   if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
@@ -36,9 +37,9 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   }
   const Sequence sequence = query_sequence(p, b);
   const int proj_dim = static_cast<int>(p.proj_dim);
-  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv, p.head_dim, kAlignedKeyProj); };
+  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv(), p.head_dim, kAlignedKeyProj); };
   const auto values = [&] {
-    return projected_source<kType>(a, p.value_proj, b, head_kv, p.value_dim, kAlignedValueProj);
+    return projected_source<kType>(a, p.value_proj, b, head_kv(), p.value_dim, kAlignedValueProj);
   };
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   Element<kType>* staged = shared + warp_id() * 2 * kRowsPerWarp * Traits::kStagePitch;
@@ -66,25 +67,24 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
       const Element<kType>*key_tile = key_tiles + slot, *value_tile = value_tiles + slot;
       if (load_block) {
         __syncthreads();    // nobody reads what stands there any more
-        load_tile_apart<kType, kKeys, kDim, kThreads>(key_tiles + slot, Traits::kPitch, keys(), k, 0, threadIdx.x);
-        load_tile_apart<kType, kKeys, kDim, kThreads>(value_tiles + slot, Traits::kPitch, values(), k, 0, threadIdx.x);
-        if (kBiased) load_bias(bias_tiles + (resident ? k : 0), bias_of(p, b, head_kv) + k, proj_dim - k, kKeys);
+        load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kPitch>(key_tiles + slot, keys(), k, 0, threadIdx.x);
+        load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kPitch>(value_tiles + slot, values(), k, 0, threadIdx.x);
+        if (kBiased) load_bias(bias_tiles + (resident ? k : 0), bias_of(p, b, head_kv()) + k, proj_dim - k, kKeys);
         commit_copies();
         wait_copies<0>();
         __syncthreads();
       }
-      clear(scores);
-      clear(grad);
-      for_each_staged<Traits>(queries, staged, load_rows, [&](int column, bool) {
-        multiply_rows<kType, Traits::kStaged, kKeys>(scores, staged, Traits::kStagePitch, key_tile + column,
-                                                     Traits::kPitch, proj_dim - k, p.allow_tf32);
+      for_each_staged<Traits>(queries, staged, load_rows, [&](auto column, bool) {
+        multiply_rows<kType, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kPitch, column == 0>(
+            scores, staged, key_tile + column, proj_dim - k, p.allow_tf32);
       });
-      for_each_staged<Traits>(grads, staged_grad, load_rows, [&](int column, bool) {
-        multiply_rows<kType, Traits::kStaged, kKeys>(grad, staged_grad, Traits::kStagePitch, value_tile + column,
-                                                     Traits::kPitch, proj_dim - k, p.allow_tf32);
+      for_each_staged<Traits>(grads, staged_grad, load_rows, [&](auto column, bool) {
+        multiply_rows<kType, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kPitch, column == 0>(
+            grad, staged_grad, value_tile + column, proj_dim - k, p.allow_tf32);
       });
       softmax.orient(scores);
       if (kBiased) softmax.add_bias(scores, a, bias_tiles + (resident ? k : 0));
+      Softmax::cut(scores, proj_dim - k);
       const Dropout dropout(a, b, head);
       if (dropout.on) {
         dropout.apply(grad, row, k);
@@ -101,7 +101,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
     for (int k = 0; k < proj_dim; k += kKeys) {
       compute(k, !resident || tile == 0, k == 0);
       float correction[2];
-      softmax.step(scores, proj_dim - k, largest, sum, correction, k == 0);
+      softmax.step(scores, largest, sum, correction, k == 0);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float added = 0.0f;
@@ -135,10 +135,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const bool exists = k + 8 * n + 2 * t + e % 2 < proj_dim;
-              scores[n][e] = exists ? softmax.power(scores[n][e], softmax.shift(largest[e / 2])) : 0.0f;
-            }
+            for (int e = 0; e < 4; ++e) scores[n][e] = softmax.power(scores[n][e], softmax.shift(largest[e / 2]));
           }
         }
 #pragma unroll
@@ -146,8 +143,8 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
 #pragma unroll
           for (int e = 0; e < 4; ++e) scores[n][e] *= inverse[e / 2] * (grad[n][e] - delta[e / 2]);
         }
-        multiply_scores<kType, kKeys, kDim>(out, scores, key_tiles + (resident ? k * Traits::kPitch : 0),
-                                            Traits::kPitch, proj_dim - k, p.allow_tf32);
+        multiply_scores<kType, kKeys, kDim, Traits::kPitch>(
+            out, scores, key_tiles + (resident ? k * Traits::kPitch : 0), proj_dim - k, p.allow_tf32);
       }
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
@@ -159,7 +156,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
                                            (a.aligned & kAlignedGradQuery) != 0);
     }
   }
-  signal(a.ready + b * p.heads_kv + head_kv);
+  signal(a.ready + b * p.heads_kv + head_kv());
 }
 
 template <class Traits, bool kBiased>
@@ -191,8 +188,8 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   // others.
   float* bias_tile = reinterpret_cast<float*>(stages + Traits::kStages * Traits::kQueryBytes);
   float* bias_sums = bias_tile + kRows;
-  load_tile_apart<kType, kRows, kDim, kThreads>(key_tile, Traits::kPitch, keys(), first_k, 0, threadIdx.x);
-  load_tile_apart<kType, kRows, kDim, kThreads>(value_tile, Traits::kPitch, values(), first_k, 0, threadIdx.x);
+  load_tile_apart<kType, kRows, kDim, kThreads, Traits::kPitch>(key_tile, keys(), first_k, 0, threadIdx.x);
+  load_tile_apart<kType, kRows, kDim, kThreads, Traits::kPitch>(value_tile, values(), first_k, 0, threadIdx.x);
   if (kBiased && threadIdx.x < kRows) {
     const int k = first_k + threadIdx.x;
     bias_tile[threadIdx.x] = k < proj_dim ? bias_in_bits(bias_of(p, b, head_kv)[k]) : 0.0f;
@@ -207,12 +204,11 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     auto* grad_tile = q_tile + kQueries * Traits::kPitch;
     auto* statistics = reinterpret_cast<float4*>(grad_tile + kQueries * Traits::kPitch);
     const int head = head_kv * group + step / tiles, row = step % tiles * kQueries;
-    load_tile_apart<kType, kQueries, kDim, kThreads>(
-        q_tile, Traits::kPitch,
-        query_source<kType>(a, p.query, b, head, sequence.start, sequence.length, p.head_dim, kAlignedQuery), row, 0,
-        threadIdx.x);
-    load_tile_apart<kType, kQueries, kDim, kThreads>(
-        grad_tile, Traits::kPitch,
+    load_tile_apart<kType, kQueries, kDim, kThreads, Traits::kPitch>(
+        q_tile, query_source<kType>(a, p.query, b, head, sequence.start, sequence.length, p.head_dim, kAlignedQuery),
+        row, 0, threadIdx.x);
+    load_tile_apart<kType, kQueries, kDim, kThreads, Traits::kPitch>(
+        grad_tile,
         query_source<kType>(a, p.grad_out, b, head, sequence.start, sequence.length, p.value_dim, kAlignedGradOut), row,
         0, threadIdx.x);
     if (threadIdx.x < kQueries) {
@@ -257,15 +253,15 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     const Dropout dropout(a, b, head);
 
     float scores[kQueries / 8][4], grad[kQueries / 8][4];    // S^T, then P^T; dP^T, then dS^T
-    clear(scores);
-    clear(grad);
     // Turned: the very scores that the statistics are of. A last bit of a large one would make P of what is surely
     // chosen another number than 1.
-    multiply_rows<kType, kDim, kQueries, true>(scores, key_tile + warp_row * Traits::kPitch, Traits::kPitch, q_tile,
-                                               Traits::kPitch, kQueries, p.allow_tf32);
+    multiply_rows<kType, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+        scores, key_tile + warp_row * Traits::kPitch, q_tile, kQueries, p.allow_tf32);
     if (a.want_key_proj || (kBiased && p.grad_key_bias)) {
-      multiply_rows<kType, kDim, kQueries, true>(grad, value_tile + warp_row * Traits::kPitch, Traits::kPitch,
-                                                 grad_tile, Traits::kPitch, kQueries, p.allow_tf32);
+      multiply_rows<kType, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+          grad, value_tile + warp_row * Traits::kPitch, grad_tile, kQueries, p.allow_tf32);
+    } else {
+      clear(grad);
     }
     softmax.orient(scores);
     if (kBiased) softmax.add_bias_of_rows(scores, a, bias_tile + warp_row);
@@ -296,12 +292,12 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     }
     const int out_column = part * kOut;
     if (a.want_value_proj) {
-      multiply_scores<kType, kQueries, kOut>(grad_value, scores, grad_tile + out_column, Traits::kPitch, kQueries,
-                                             p.allow_tf32);
+      multiply_scores<kType, kQueries, kOut, Traits::kPitch>(grad_value, scores, grad_tile + out_column, kQueries,
+                                                             p.allow_tf32);
     }
     if (a.want_key_proj) {
-      multiply_scores<kType, kQueries, kOut>(grad_key, grad, q_tile + out_column, Traits::kPitch, kQueries,
-                                             p.allow_tf32);
+      multiply_scores<kType, kQueries, kOut, Traits::kPitch>(grad_key, grad, q_tile + out_column, kQueries,
+                                                             p.allow_tf32);
     }
   }
   wait_copies<0>();

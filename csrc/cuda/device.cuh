@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../problem.h"
 #include "traits.h"
@@ -35,14 +36,49 @@ struct ElementOf {
 };
 template <DType kType>
 using Element = typename ElementOf<kType>::type;
+template <DType kType>
+using BitsOf = std::conditional_t<kWide<kType>, uint32_t, uint16_t>;
+
+// x, but the compiler does not know: what depends on it is computed again, and was not held in registers that the code
+// before needed.
+LINFORMER_DEVICE int again(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 LINFORMER_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes, of which the first `bytes` are read and the others are zero.
-LINFORMER_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+// body(0), ..., body(kCount - 1), whose arguments are constants of the compiler: offsets that become part of an
+// instruction.
+template <int kValue>
+struct Constant {
+  LINFORMER_DEVICE constexpr operator int() const { return kValue; }
+};
+template <class Body, int... kAt>
+LINFORMER_DEVICE void repeat(const Body& body, std::integer_sequence<int, kAt...>) {
+  (body(Constant<kAt>()), ...);
+}
+template <int kCount, class Body>
+LINFORMER_DEVICE void repeat(const Body& body) {
+  repeat(body, std::make_integer_sequence<int, kCount>());
+}
+
+// 16 bytes to kOffset bytes behind `shared`; of the second one the first `bytes` are read and the others are zero.
+template <int kOffset>
+LINFORMER_DEVICE void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16;" ::"r"(shared), "l"(global), "n"(kOffset) : "memory");
+}
+template <int kOffset>
+LINFORMER_DEVICE void copy_async(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16, %3;" ::"r"(shared), "l"(global), "n"(kOffset), "r"(bytes)
+               : "memory");
+}
+template <int kOffset>
+LINFORMER_DEVICE void store_shared(uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.shared.v4.b32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(shared), "n"(kOffset), "r"(a), "r"(b), "r"(c),
+               "r"(d)
                : "memory");
 }
 LINFORMER_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -126,105 +162,141 @@ struct Step {
   static constexpr int kSummed = kWide<kType> ? 8 : 16;
 };
 
+// From kOffset bytes behind `address`.
+template <int kOffset>
 LINFORMER_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(address), "n"(kOffset)
                : "memory");
 }
+template <int kOffset>
 LINFORMER_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
+               : "r"(address), "n"(kOffset)
                : "memory");
 }
 
 LINFORMER_DEVICE int lane_id() { return threadIdx.x % 32; }
 LINFORMER_DEVICE int warp_id() { return threadIdx.x / 32; }
 
-// A of 16 rows from `row` and one step from `summed`; tile(row, summed) at row * pitch + summed, or kAcross at
-// summed * pitch + row.
-template <DType kType, bool kAcross>
-LINFORMER_DEVICE void load_a(FragmentA<kType>& a, const Element<kType>* tile, int pitch, int row, int summed) {
-  const int lane = lane_id();
-  if constexpr (kWide<kType>) {
-    const int g = lane / 4, t = lane % 4;
-    if constexpr (kAcross) {
-      const float* at = tile + (summed + 2 * t) * pitch + row + g;
-      a.set(0, at[0]);
-      a.set(1, at[8]);
-      a.set(2, at[pitch]);
-      a.set(3, at[pitch + 8]);
+// A in shared memory as a lane sees it: whatever it reads stands at a constant distance from one address.
+// (row, summed) is at row * kPitch + summed, or kAcross at summed * kPitch + row.
+template <DType kType, bool kAcross, int kPitch>
+struct OperandA {
+  const Element<kType>* at;
+
+  LINFORMER_DEVICE explicit OperandA(const Element<kType>* tile) {
+    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    if constexpr (kWide<kType>) {
+      at = tile + (kAcross ? 2 * t * kPitch + g : g * kPitch + 2 * t);
     } else {
-      const float2 upper = *reinterpret_cast<const float2*>(tile + (row + g) * pitch + summed + 2 * t);
-      const float2 lower = *reinterpret_cast<const float2*>(tile + (row + g + 8) * pitch + summed + 2 * t);
+      at = tile +
+           (kAcross ? (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8 : lane % 16 * kPitch + lane / 16 * 8);
+    }
+  }
+
+  // 16 rows from kRow, one step from kSummed.
+  template <int kRow, int kSummed>
+  LINFORMER_DEVICE void load(FragmentA<kType>& a) const {
+    constexpr int kFrom = kAcross ? kSummed * kPitch + kRow : kRow * kPitch + kSummed;
+    if constexpr (kWide<kType> && kAcross) {
+      a.set(0, at[kFrom]);
+      a.set(1, at[kFrom + 8]);
+      a.set(2, at[kFrom + kPitch]);
+      a.set(3, at[kFrom + kPitch + 8]);
+    } else if constexpr (kWide<kType>) {
+      const float2 upper = *reinterpret_cast<const float2*>(at + kFrom);
+      const float2 lower = *reinterpret_cast<const float2*>(at + kFrom + 8 * kPitch);
       a.set(0, upper.x);
       a.set(1, lower.x);
       a.set(2, upper.y);
       a.set(3, lower.y);
+    } else if constexpr (kAcross) {
+      load_matrices_transposed<2 * kFrom>(a.high, shared_address(at));
+    } else {
+      load_matrices<2 * kFrom>(a.high, shared_address(at));
     }
-  } else if constexpr (kAcross) {
-    load_matrices_transposed(
-        a.high, shared_address(tile + (summed + lane % 8 + lane / 16 * 8) * pitch + row + lane / 8 % 2 * 8));
-  } else {
-    load_matrices(a.high, shared_address(tile + (row + lane % 16) * pitch + summed + lane / 16 * 8));
   }
-}
+};
 
-// B of 16 columns from `column` and one step from `summed`; tile(summed, column) at column * pitch + summed, or kAcross
-// at summed * pitch + column.
-template <DType kType, bool kAcross>
-LINFORMER_DEVICE void load_b(FragmentB<kType>& b, const Element<kType>* tile, int pitch, int column, int summed) {
-  const int lane = lane_id();
-  if constexpr (kWide<kType>) {
-    const int g = lane / 4, t = lane % 4;
+// The same of B: (summed, column) is at column * kPitch + summed, or kAcross at summed * kPitch + column.
+template <DType kType, bool kAcross, int kPitch>
+struct OperandB {
+  const Element<kType>* at;
+
+  LINFORMER_DEVICE explicit OperandB(const Element<kType>* tile) {
+    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    if constexpr (kWide<kType>) {
+      at = tile + (kAcross ? 2 * t * kPitch + g : g * kPitch + 2 * t);
+    } else {
+      at = tile +
+           (kAcross ? lane % 16 * kPitch + lane / 16 * 8 : (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8);
+    }
+  }
+
+  // 16 columns from kColumn, one step from kSummed.
+  template <int kColumn, int kSummed>
+  LINFORMER_DEVICE void load(FragmentB<kType>& b) const {
+    constexpr int kFrom = kAcross ? kSummed * kPitch + kColumn : kColumn * kPitch + kSummed;
+    if constexpr (kWide<kType>) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if constexpr (kAcross) {
-        const float* at = tile + (summed + 2 * t) * pitch + column + 8 * i + g;
-        b.set(2 * i, at[0]);
-        b.set(2 * i + 1, at[pitch]);
-      } else {
-        const float2 pair = *reinterpret_cast<const float2*>(tile + (column + 8 * i + g) * pitch + summed + 2 * t);
-        b.set(2 * i, pair.x);
-        b.set(2 * i + 1, pair.y);
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kAcross) {
+          b.set(2 * i, at[kFrom + 8 * i]);
+          b.set(2 * i + 1, at[kFrom + kPitch + 8 * i]);
+        } else {
+          const float2 pair = *reinterpret_cast<const float2*>(at + kFrom + 8 * i * kPitch);
+          b.set(2 * i, pair.x);
+          b.set(2 * i + 1, pair.y);
+        }
       }
+    } else if constexpr (kAcross) {
+      load_matrices_transposed<2 * kFrom>(b.high, shared_address(at));
+    } else {
+      load_matrices<2 * kFrom>(b.high, shared_address(at));
     }
-  } else if constexpr (kAcross) {
-    load_matrices_transposed(b.high, shared_address(tile + (summed + lane % 16) * pitch + column + lane / 16 * 8));
-  } else {
-    load_matrices(b.high,
-                  shared_address(tile + (column + lane % 8 + lane / 16 * 8) * pitch + summed + lane / 8 % 2 * 8));
   }
-}
+};
 
+// c += a b, or with kFresh c = a b.
+template <bool kFresh>
 LINFORMER_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  const float from[4] = {kFresh ? 0.0f : c[0], kFresh ? 0.0f : c[1], kFresh ? 0.0f : c[2], kFresh ? 0.0f : c[3]};
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+      "%12, %13};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(from[0]), "f"(from[1]), "f"(from[2]),
+        "f"(from[3]));
 }
 
-// c += a b for tile `i` of the two in b. kTurned: in the order that gives the bits of b^T a^T.
-template <DType kType, bool kTurned = false>
+// c += a b for tile `i` of the two in b, or with kFresh c = a b. kTurned: in the order that gives the bits of b^T a^T.
+template <DType kType, bool kTurned = false, bool kFresh = false>
 LINFORMER_DEVICE void multiply(float (&c)[4], const FragmentA<kType>& a, const FragmentB<kType>& b, int i) {
   if constexpr (kWide<kType>) {
     if constexpr (kType == DType::kFloat32) {
-      if constexpr (kTurned) multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
-      multiply_tf32(c, a.low, b.high[2 * i], b.high[2 * i + 1]);
-      if constexpr (!kTurned) multiply_tf32(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
+      if constexpr (kTurned) multiply_tf32<kFresh>(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
+      multiply_tf32<kFresh && !kTurned>(c, a.low, b.high[2 * i], b.high[2 * i + 1]);
+      if constexpr (!kTurned) multiply_tf32<false>(c, a.high, b.low[2 * i], b.low[2 * i + 1]);
+      multiply_tf32<false>(c, a.high, b.high[2 * i], b.high[2 * i + 1]);
+    } else {
+      multiply_tf32<kFresh>(c, a.high, b.high[2 * i], b.high[2 * i + 1]);
     }
-    multiply_tf32(c, a.high, b.high[2 * i], b.high[2 * i + 1]);
-  } else if constexpr (kType == DType::kFloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[2 * i]), "r"(b.high[2 * i + 1]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[2 * i]), "r"(b.high[2 * i + 1]));
+    const float from[4] = {kFresh ? 0.0f : c[0], kFresh ? 0.0f : c[1], kFresh ? 0.0f : c[2], kFresh ? 0.0f : c[3]};
+#define LINFORMER_MULTIPLY(type)                                                                                    \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                                        \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                                    \
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                                              \
+      : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[2 * i]), "r"(b.high[2 * i + 1]), \
+        "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]))
+    if constexpr (kType == DType::kFloat16) {
+      LINFORMER_MULTIPLY("f16");
+    } else {
+      LINFORMER_MULTIPLY("bf16");
+    }
+#undef LINFORMER_MULTIPLY
   }
 }
 

@@ -14,60 +14,69 @@
 namespace linformer::cuda {
 namespace {
 
+// The parts of a projection ticket.
+struct ProjectTicket {
+  int split, tile_id, block, tile, unit_id, unit, b;
+
+  LINFORMER_DEVICE ProjectTicket(const Arguments& a, int ticket)
+      : split(ticket % a.splits),
+        tile_id(ticket / a.splits),
+        block(tile_id % a.row_blocks),
+        tile(tile_id / a.row_blocks % a.unit_tiles),
+        unit_id(tile_id / a.row_blocks / a.unit_tiles),
+        unit(unit_id % a.units),
+        b(unit_id / a.units) {}
+};
+
 template <class Traits, class Shape>
 LINFORMER_DEVICE void project_tile(const Arguments& a, Element<Traits::kType>* shared, uint32_t* shared_word,
                                    int ticket) {
   constexpr DType kType = Traits::kType;
   const Problem& p = a.p;
-  const int split = ticket % a.splits;
-  const int tile_id = ticket / a.splits;
-  const int block = tile_id % a.row_blocks;
-  const int tile = tile_id / a.row_blocks % a.unit_tiles;
-  const int unit_id = tile_id / a.row_blocks / a.unit_tiles;
-  const int unit = unit_id % a.units, b = unit_id / a.units;
-  const Sequence sequence = key_sequence(p, b);
-
-  constexpr int kChunk = 16 / kBytes<kType>, kChunks = Shape::kN / kChunk;
-  const int column = threadIdx.x % kChunks * kChunk;
-  const Piece mine = piece_of(a, unit, tile, column / a.piece);
-  Source<kType> rows;    // none: reads as zero
-  rows.aligned = true;
-  int own_column = 0;
-  if (mine.exists) {
-    rows = sequence_source<kType>(a, mine.value, b, mine.head, sequence);
-    own_column = mine.column + column % a.piece;
-  }
-  const Piece first = piece_of(a, unit, tile, 0);
-  const Source<kType> matrix = projection_source<kType>(a, first.value, b, first.head, sequence.length);
+  const ProjectTicket of(a, ticket);
+  const Sequence sequence = key_sequence(p, of.b);
 
   const int steps = (sequence.length + Shape::kStep - 1) / Shape::kStep;
-  const int from = static_cast<int>(static_cast<int64_t>(steps) * split / a.splits);
-  const int to = static_cast<int>(static_cast<int64_t>(steps) * (split + 1) / a.splits);
+  const int from = static_cast<int>(static_cast<int64_t>(steps) * of.split / a.splits);
+  const int to = static_cast<int>(static_cast<int64_t>(steps) * (of.split + 1) / a.splits);
+
+  using MatrixLoader = Loader<kType, Shape::kM, Shape::kStep, kThreads, Shape::kPitchA>;
+  using RowsLoader = Loader<kType, Shape::kStep, Shape::kN, kThreads, Shape::kPitchB>;
+  const Piece first = piece_of(a, of.unit, of.tile, 0);
+  MatrixLoader matrix(projection_source<kType>(a, first.value, of.b, first.head, sequence.length), of.block * Shape::kM,
+                      from * Shape::kStep + MatrixLoader::first_column(threadIdx.x), threadIdx.x);
+  const int column = RowsLoader::first_column(threadIdx.x);
+  const Piece mine = piece_of(a, of.unit, of.tile, column / a.piece);
+  Source<kType> source = sequence_source<kType>(a, mine.value, of.b, mine.head, sequence);
+  if (!mine.exists) source.rows = 0;    // reads as zero
+  RowsLoader rows(source, from * Shape::kStep, mine.column + column % a.piece, threadIdx.x);
+
   float c[Shape::kTilesM * Shape::kTilesN][4];
   clear(c);
-  const bool active = piece_of(a, unit, tile, warp_id() % 2 * Shape::kWarpN / a.piece).exists;
-  multiply_stages<kType, Shape>(c, shared, to - from, active, p.allow_tf32, [&](auto* e_tile, auto* x_tile, int step) {
-    const int n = (from + step) * Shape::kStep;
-    load_tile<kType, Shape::kM, Shape::kStep, kThreads>(e_tile, Shape::kPitchA, matrix, block * Shape::kM, n,
-                                                        threadIdx.x);
-    load_own_columns<kType, Shape::kStep, Shape::kN>(x_tile, Shape::kPitchB, rows, n, own_column);
+  const bool active = piece_of(a, of.unit, of.tile, warp_id() % 2 * Shape::kWarpN / a.piece).exists;
+  multiply_stages<kType, Shape>(c, shared, to - from, active, p.allow_tf32, [&](auto* e_tile, auto* x_tile) {
+    rows.load(x_tile, threadIdx.x);
+    rows.next_rows();
+    matrix.load(e_tile, threadIdx.x);
+    matrix.next_columns();
   });
 
   constexpr int kTiles = Shape::kTilesM * Shape::kTilesN;
-  float* partial = a.partial + static_cast<int64_t>(tile_id) * a.splits * kTiles * 4 * kThreads;
-  if (!add_splits(c, partial, a.arrived + tile_id, split, a.splits, shared_word)) return;
+  const ProjectTicket done(a, again(ticket));
+  float* partial = a.partial + static_cast<int64_t>(done.tile_id) * a.splits * kTiles * 4 * kThreads;
+  if (!add_splits(c, partial, a.arrived + done.tile_id, done.split, a.splits, shared_word)) return;
   store_tile<kType, Shape>(c, shared, [&](int row, int at) {
     Target<kType> to;
-    const Piece piece = piece_of(a, unit, tile, at / a.piece);
-    const int k = block * Shape::kM + row;
+    const Piece piece = piece_of(a, done.unit, done.tile, at / a.piece);
+    const int k = done.block * Shape::kM + row;
     if (!piece.exists || k >= p.proj_dim) return to;
     const int d = piece.column + at % a.piece;
-    to.data = rows_at<kType>(piece.value ? p.value_proj : p.key_proj, b, piece.head, k) + d;
+    to.data = rows_at<kType>(piece.value ? p.value_proj : p.key_proj, done.b, piece.head, k) + d;
     to.columns = static_cast<int>(piece.value ? p.value_dim : p.head_dim) - d;
     to.aligned = (a.aligned & (piece.value ? kAlignedValueProj : kAlignedKeyProj)) != 0;
     return to;
   });
-  signal(a.ready + unit_id);
+  signal(a.ready + done.unit_id);
 }
 
 template <class Traits>
@@ -117,40 +126,40 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
       if (waiting) {
         __syncthreads();    // nobody reads the blocks before them any more
         for (int next = 0; next < min(a.keys, proj_dim - k); next += kKeys) {
-          load_tile_apart<kType, kKeys, kDim, kThreads>(key_tiles + next * Traits::kKeyPitch, Traits::kKeyPitch, keys(),
-                                                        k + next, 0, threadIdx.x);
-          load_tile_apart<kType, kKeys, kDim, kThreads>(value_tiles + next * Traits::kValuePitch, Traits::kValuePitch,
-                                                        values(), k + next, 0, threadIdx.x);
+          load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kKeyPitch>(key_tiles + next * Traits::kKeyPitch, keys(),
+                                                                           k + next, 0, threadIdx.x);
+          load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kValuePitch>(value_tiles + next * Traits::kValuePitch,
+                                                                             values(), k + next, 0, threadIdx.x);
         }
         commit_copies();
         if (p.key_bias) load_bias(bias_tiles, bias_of(p, b, head_kv) + k, proj_dim - k, a.keys);
       }
       const Element<kType>* key_tile = key_tiles + slot * Traits::kKeyPitch;
       float scores[kKeys / 8][4];
-      clear(scores);
-      for_each_staged<Traits>(queries, staged, k == 0, [&](int column, bool fresh) {
+      for_each_staged<Traits>(queries, staged, k == 0, [&](auto column, bool loaded) {
         if (waiting) {    // with the rows, the copies above have been waited for
-          if (!fresh) wait_copies<0>();
+          if (!loaded) wait_copies<0>();
           __syncthreads();
           waiting = false;
         }
-        multiply_rows<kType, Traits::kStaged, kKeys>(scores, staged, Traits::kStagePitch, key_tile + column,
-                                                     Traits::kKeyPitch, proj_dim - k, p.allow_tf32);
+        multiply_rows<kType, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kKeyPitch, column == 0>(
+            scores, staged, key_tile + column, proj_dim - k, p.allow_tf32);
       });
       softmax.orient(scores);
       const int left = proj_dim - k;
       if (p.key_bias) softmax.add_bias(scores, a, bias_tiles + slot);
 
+      Softmax::cut(scores, left);
       float correction[2];
-      softmax.step(scores, left, largest, sum, correction, k == 0);
+      softmax.step(scores, largest, sum, correction, k == 0);
       if (dropout.on) dropout.apply(scores, row, k);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[n][e] *= correction[e / 2];
       }
-      multiply_scores<kType, kKeys, kDim>(out, scores, value_tiles + slot * Traits::kValuePitch, Traits::kValuePitch,
-                                          left, p.allow_tf32);
+      multiply_scores<kType, kKeys, kDim, Traits::kValuePitch>(out, scores, value_tiles + slot * Traits::kValuePitch,
+                                                               left, p.allow_tf32);
     }
 
 #pragma unroll
@@ -172,15 +181,14 @@ LINFORMER_DEVICE void forward(const Arguments& a) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ uint32_t word;
   auto* shared = reinterpret_cast<Element<Traits::kType>*>(memory);
-  const int total = a.project_tiles + a.attend_tiles;
-  for (;;) {
-    const int ticket = static_cast<int>(next_ticket(a.ticket, &word));
-    if (ticket >= total) return;
-    if (ticket < a.project_tiles) {
-      project_tile<Traits, typename Traits::Project>(a, shared, &word, ticket);
-    } else {
-      attend_item<Traits>(a, shared, ticket - a.project_tiles);
-    }
+  const auto next = [&] { return static_cast<int>(next_ticket(a.ticket, &word)); };
+  // Tickets of a CTA rise, so each role has a loop of its own, and what does not change within one takes no registers
+  // from the other.
+  int ticket;
+  while ((ticket = next()) < a.project_tiles) project_tile<Traits, typename Traits::Project>(a, shared, &word, ticket);
+  while (ticket < a.project_tiles + a.attend_tiles) {
+    attend_item<Traits>(a, shared, ticket - a.project_tiles);
+    ticket = next();
   }
 }
 

@@ -14,44 +14,43 @@ LINFORMER_DEVICE void multiply_stage(float (&c)[Shape::kTilesM * Shape::kTilesN]
     if (allow_tf32) return multiply_stage<kTf32, Shape>(c, a_tile, b_tile, true);
   }
   const int row = warp_id() / 2 * Shape::kWarpM, column = warp_id() % 2 * Shape::kWarpN;
-#pragma unroll
-  for (int k = 0; k < Shape::kStep; k += Step<kType>::kSummed) {
+  const OperandA<kType, Shape::kAcrossA, Shape::kPitchA> a_rows(a_tile + row * (Shape::kAcrossA ? 1 : Shape::kPitchA));
+  const OperandB<kType, Shape::kAcrossB, Shape::kPitchB> b_columns(b_tile +
+                                                                   column * (Shape::kAcrossB ? 1 : Shape::kPitchB));
+  constexpr int kSummed = Step<kType>::kSummed, kTilesN = Shape::kTilesN;
+  repeat<Shape::kStep / kSummed>([&](auto k) {
     FragmentA<kType> a[Shape::kTilesM];
-#pragma unroll
-    for (int m = 0; m < Shape::kTilesM; ++m) {
-      load_a<kType, Shape::kAcrossA>(a[m], a_tile, Shape::kPitchA, row + 16 * m, k);
-    }
-#pragma unroll
-    for (int n = 0; n < Shape::kTilesN; n += 2) {
+    repeat<Shape::kTilesM>([&](auto m) { a_rows.template load<16 * m, k * kSummed>(a[m]); });
+    repeat<kTilesN / 2>([&](auto n) {
       FragmentB<kType> b;
-      load_b<kType, Shape::kAcrossB>(b, b_tile, Shape::kPitchB, column + 8 * n, k);
+      b_columns.template load<16 * n, k * kSummed>(b);
 #pragma unroll
       for (int m = 0; m < Shape::kTilesM; ++m) {
-        multiply<kType>(c[m * Shape::kTilesN + n], a[m], b, 0);
-        multiply<kType>(c[m * Shape::kTilesN + n + 1], a[m], b, 1);
+        multiply<kType>(c[m * kTilesN + 2 * n], a[m], b, 0);
+        multiply<kType>(c[m * kTilesN + 2 * n + 1], a[m], b, 1);
       }
-    }
-  }
+    });
+  });
 }
 
-// `load(a, b, step)` fills one stage. Warps with `active` false (all their columns are padding) only keep the barriers.
+// `load(a, b)` fills one stage, the next. Warps with `active` false (all their columns are padding) only keep the
+// barriers.
 template <DType kType, class Shape, class Load>
 LINFORMER_DEVICE void multiply_stages(float (&c)[Shape::kTilesM * Shape::kTilesN][4], Element<kType>* shared, int steps,
-                                      bool active, bool allow_tf32, const Load& load) {
+                                      bool active, bool allow_tf32, Load&& load) {
   constexpr int kStages = Shape::kStages, kStageElements = Shape::kElementsA + Shape::kElementsB;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < steps) load(shared + s * kStageElements, shared + s * kStageElements + Shape::kElementsA, s);
+    if (s < steps) load(shared + s * kStageElements, shared + s * kStageElements + Shape::kElementsA);
     commit_copies();
   }
   int slot = 0;
   for (int s = 0; s < steps; ++s) {
     wait_copies<kStages - 2>();
     __syncthreads();    // stage s is there for all, and nobody reads the stage before it any more
-    const int ahead = s + kStages - 1;
-    if (ahead < steps) {
+    if (s + kStages - 1 < steps) {
       Element<kType>* to = shared + (slot == 0 ? kStages - 1 : slot - 1) * kStageElements;
-      load(to, to + Shape::kElementsA, ahead);
+      load(to, to + Shape::kElementsA);
     }
     commit_copies();
     if (active) {
@@ -96,15 +95,9 @@ LINFORMER_DEVICE void store_tile(const float (&c)[Shape::kTilesM * Shape::kTiles
     const int row = i / kChunks, column = i % kChunks * kChunk;
     const Target<kType> to = target(row, column);
     if (!to.data) continue;
-    const Element<kType>* from = shared + row * kPitch + column;
-    if (to.aligned && to.columns >= kChunk) {
-      uint4 chunk = *reinterpret_cast<const uint4*>(from);
-      if (to.zero) chunk = make_uint4(0, 0, 0, 0);
-      *reinterpret_cast<uint4*>(to.data) = chunk;
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < min(to.columns, kChunk); ++e) to.data[e] = to.zero ? Element<kType>(0) : from[e];
-    }
+    uint4 chunk = *reinterpret_cast<const uint4*>(shared + row * kPitch + column);
+    if (to.zero) chunk = make_uint4(0, 0, 0, 0);
+    store_chunk<kType>(to.data, chunk, to.columns, to.aligned);
   }
 }
 

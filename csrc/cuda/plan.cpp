@@ -139,7 +139,8 @@ Arguments arguments_of(const Problem& p) {
   Arguments a;
   a.p = p;
   a.aligned = alignment_of(p);
-  a.exponent = std::fabs(p.scale) * 1.4426950408889634f;
+  // Not 0, so that minus infinity, which stands for a score that does not exist, times it is minus infinity.
+  a.exponent = std::max(std::fabs(p.scale) * 1.4426950408889634f, FLT_TRUE_MIN);
   a.negative = p.scale < 0.0f;
   a.lowest = -INFINITY;
   if (p.key_bias) {

@@ -27,28 +27,27 @@ LINFORMER_DEVICE void input_tile(const Arguments& a, Element<Traits::kType>* sha
   const Piece start = piece_of(a, unit, tile, 0);
   if (!a.p.shared_kv && !(start.value ? p.grad_value : p.grad_key).data) return;
 
-  constexpr int kChunk = 16 / kBytes<kType>, kChunks = Shape::kN / kChunk;
-  const int column = threadIdx.x % kChunks * kChunk;
+  using MatrixLoader = Loader<kType, Shape::kStep, Shape::kM, kThreads, Shape::kPitchA>;
+  using GradsLoader = Loader<kType, Shape::kStep, Shape::kN, kThreads, Shape::kPitchB>;
+  MatrixLoader matrix(projection_source<kType>(a, start.value, b, start.head, sequence.length), 0,
+                      first + MatrixLoader::first_column(threadIdx.x), threadIdx.x);
+  const int column = GradsLoader::first_column(threadIdx.x);
   const Piece mine = piece_of(a, unit, tile, column / a.piece);
   const Rows& mine_grad = mine.value ? p.grad_value_proj : p.grad_key_proj;
-  Source<kType> grads;    // none: reads as zero
-  grads.aligned = true;
-  int own_column = 0;
-  if (mine.exists && mine_grad.data) {
-    grads = projected_source<kType>(a, mine_grad, b, mine.head, mine.value ? p.value_dim : p.head_dim,
-                                    mine.value ? kAlignedGradValueProj : kAlignedGradKeyProj);
-    own_column = mine.column + column % a.piece;
-  }
-  const Source<kType> matrix = projection_source<kType>(a, start.value, b, start.head, sequence.length);
+  Source<kType> source = projected_source<kType>(a, mine_grad, b, mine.head, mine.value ? p.value_dim : p.head_dim,
+                                                 mine.value ? kAlignedGradValueProj : kAlignedGradKeyProj);
+  if (!mine.exists || !mine_grad.data) source.rows = 0;    // reads as zero
+  GradsLoader grads(source, 0, mine.column + column % a.piece, threadIdx.x);
 
   float c[Shape::kTilesM * Shape::kTilesN][4];
   clear(c);
   const int steps = static_cast<int>((p.proj_dim + Shape::kStep - 1) / Shape::kStep);
   const bool active = piece_of(a, unit, tile, warp_id() % 2 * Shape::kWarpN / a.piece).exists;
-  multiply_stages<kType, Shape>(c, shared, steps, active, p.allow_tf32, [&](auto* e_tile, auto* grad_tile, int step) {
-    load_tile<kType, Shape::kStep, Shape::kM, kThreads>(e_tile, Shape::kPitchA, matrix, step * Shape::kStep, first,
-                                                        threadIdx.x);
-    load_own_columns<kType, Shape::kStep, Shape::kN>(grad_tile, Shape::kPitchB, grads, step * Shape::kStep, own_column);
+  multiply_stages<kType, Shape>(c, shared, steps, active, p.allow_tf32, [&](auto* e_tile, auto* grad_tile) {
+    grads.load(grad_tile, threadIdx.x);
+    grads.next_rows();
+    matrix.load(e_tile, threadIdx.x);
+    matrix.next_rows();
   });
   store_tile<kType, Shape>(c, shared, [&](int row, int at) {
     Target<kType> to;
@@ -84,26 +83,30 @@ LINFORMER_DEVICE void matrix_tile(const Arguments& a, Element<Traits::kType>* sh
   const Rows& target = of_value ? p.grad_proj_value : p.grad_proj_key;
   if (!target.data) return;
 
+  using GradsLoader = Loader<kType, Shape::kM, Shape::kStep, kThreads, Shape::kPitchA>;
+  using RowsLoader = Loader<kType, Shape::kN, Shape::kStep, kThreads, Shape::kPitchB>;
   const int key_steps = static_cast<int>((p.head_dim + Shape::kStep - 1) / Shape::kStep);
   const int value_steps = static_cast<int>((p.value_dim + Shape::kStep - 1) / Shape::kStep);
   const int steps_of_head = p.shared_kv ? key_steps + value_steps : of_value ? value_steps : key_steps;
   float c[Shape::kTilesM * Shape::kTilesN][4];
   clear(c);
   const int steps = static_cast<int>(sequences * heads * steps_of_head);
-  multiply_stages<kType, Shape>(c, shared, steps, true, p.allow_tf32, [&](auto* grad_tile, auto* x_tile, int step) {
-    int d = step % steps_of_head;
-    const int head = first_head + step / steps_of_head % heads;
-    const int b = first_sequence + step / steps_of_head / heads;
-    const bool value = p.shared_kv ? d >= key_steps : of_value;
-    if (p.shared_kv && value) d -= key_steps;
-    const auto grads =
+  int b = first_sequence, head = first_head, step = 0;    // of what comes next
+  multiply_stages<kType, Shape>(c, shared, steps, true, p.allow_tf32, [&](auto* grad_tile, auto* x_tile) {
+    const bool value = p.shared_kv ? step >= key_steps : of_value;
+    const int d =
+        (p.shared_kv && value ? step - key_steps : step) * Shape::kStep + GradsLoader::first_column(threadIdx.x);
+    const auto source =
         projected_source<kType>(a, value ? p.grad_value_proj : p.grad_key_proj, b, head,
                                 value ? p.value_dim : p.head_dim, value ? kAlignedGradValueProj : kAlignedGradKeyProj);
-    const auto rows = sequence_source<kType>(a, value, b, head, key_sequence(p, b));
-    load_tile<kType, Shape::kM, Shape::kStep, kThreads>(grad_tile, Shape::kPitchA, grads, row, d * Shape::kStep,
-                                                        threadIdx.x);
-    load_tile<kType, Shape::kN, Shape::kStep, kThreads>(x_tile, Shape::kPitchB, rows, column, d * Shape::kStep,
-                                                        threadIdx.x);
+    GradsLoader(source, row, d, threadIdx.x).load(grad_tile, threadIdx.x);
+    RowsLoader(sequence_source<kType>(a, value, b, head, key_sequence(p, b)), column, d, threadIdx.x)
+        .load(x_tile, threadIdx.x);
+    if (++step < steps_of_head) return;
+    step = 0;
+    if (++head < first_head + heads) return;
+    head = first_head;
+    ++b;
   });
   store_tile<kType, Shape>(c, shared, [&](int r, int n) {
     Target<kType> to;

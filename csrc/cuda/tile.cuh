@@ -19,68 +19,181 @@ struct Source {
   bool aligned = false;
 };
 
+// How kLanes threads share a tile: each has the same 16 bytes of every kBy-th row. kBy is even, so that rows that start
+// at odd elements alternate for no thread.
+template <DType kType, int kRows, int kColumns, int kLanes>
+struct Share {
+  static constexpr int kChunk = 16 / kBytes<kType>;
+  static constexpr int kChunks = kColumns / kChunk;
+  static constexpr int kBy = kLanes / kChunks / 2 * 2;
+  static constexpr int kCount = (kRows + kBy - 1) / kBy;
+  static constexpr int kAhead = smaller(4, kCount);    // loads of 16 loose bytes that are on their way together
+  static_assert(kBy > 0 && kCount <= 32);
+};
+
+// 16 bytes from wherever an element may stand, in loads that wait for nothing. 16-bit elements: three words, of which
+// the first is the chunk's own first or, `odd`, begins with its second element, and two elements at the ends.
 template <DType kType>
-LINFORMER_DEVICE void load_chunk(Element<kType>* shared, const Source<kType>& source, int row, int column) {
-  constexpr int kChunk = 16 / kBytes<kType>;
-  const bool taken = row < source.rows && (!source.mask || source.mask[row * source.mask_stride]);
-  const int count = taken ? min(max(source.columns - column, 0), kChunk) : 0;
-  const Element<kType>* from = source.data + row * source.stride + column;
-  if (source.aligned) {
-    copy_async(shared, count ? from : source.data, count * kBytes<kType>);
-  } else {
-    // .cg: from L2, because L1 may hold what stood there before another CTA wrote.
+struct Loose {
+  uint32_t words[3], next, other;
+
+  LINFORMER_DEVICE static bool is_odd(const Element<kType>* chunk) {
+    return kBytes<kType> == 2 && reinterpret_cast<uintptr_t>(chunk) % 4 != 0;
+  }
+
+  // .cg: from L2, because L1 may hold what stood there before another CTA wrote.
+  LINFORMER_DEVICE void load(const Element<kType>* chunk, bool odd) {
+    const Element<kType>* from = chunk + (odd ? 1 : 0);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) words[i] = __ldcg(reinterpret_cast<const uint32_t*>(from) + i);
+    if constexpr (kType == DType::kFloat32) {
+      next = __ldcg(reinterpret_cast<const uint32_t*>(from) + 3);
+    } else {
+      next = __ldcg(from + 6);
+      other = __ldcg(from + (odd ? -1 : 7));
+    }
+  }
+  template <int kOffset>
+  LINFORMER_DEVICE void store(uint32_t to, bool odd) const {
+    if constexpr (kType == DType::kFloat32) {
+      store_shared<kOffset>(to, words[0], words[1], words[2], next);
+    } else {
+      const uint32_t first = odd ? 0x5410 : 0x7654, middle = odd ? 0x5432 : 0x7654, last = odd ? 0x5432 : 0x5410;
+      store_shared<kOffset>(to, __byte_perm(other, words[0], first), __byte_perm(words[0], words[1], middle),
+                            __byte_perm(words[1], words[2], middle),
+                            __byte_perm(odd ? words[2] : next, odd ? next : other, last));
+    }
+  }
+};
+
+// A thread's share of a tile of which not everything exists, or is taken, or is aligned; kWhole: it is only not
+// aligned. `first`: its first row in the tile, from where `from`, `mask`, and the `rows` and `columns` that exist
+// count. kAhead rows at a time, so that their loads are on their way together. A function of its own: it would take the
+// registers of the loops around it.
+template <DType kType, int kRows, int kColumns, int kLanes, int kPitch, bool kWhole>
+__device__ __noinline__ void load_ragged(uint32_t to, const Element<kType>* from, int64_t stride, int first, int rows,
+                                         int columns, bool aligned, const bool* mask, int64_t mask_stride) {
+  using Of = Share<kType, kRows, kColumns, kLanes>;
+  constexpr int kBy = Of::kBy, kBytesBy = kBy * kPitch * kBytes<kType>;
+  const int count = kWhole ? Of::kChunk : min(max(columns, 0), Of::kChunk);
+  const bool odd = Loose<kType>::is_odd(from);
 #pragma unroll 1
-    for (int i = 0; i < kChunk; ++i) shared[i] = i < count ? __ldcg(from + i) : Element<kType>(0);
+  for (; first < kRows; first += Of::kAhead * kBy) {
+    bool taken[Of::kAhead];
+#pragma unroll
+    for (int i = 0; i < Of::kAhead; ++i) {
+      taken[i] = kWhole ? kRows % kBy == 0 || first + i * kBy < kRows
+                        : i * kBy < rows && (!mask || mask[i * kBy * mask_stride]);
+    }
+    if (!kWhole && aligned) {
+      repeat<Of::kAhead>([&](auto i) {
+        if (first + i * kBy >= kRows) return;
+        copy_async<i * kBytesBy>(to, from + i * kBy * stride, taken[i] ? count * kBytes<kType> : 0);
+      });
+    } else if (count == Of::kChunk) {
+      Loose<kType> chunks[Of::kAhead] = {};
+#pragma unroll
+      for (int i = 0; i < Of::kAhead; ++i) {
+        if (taken[i]) chunks[i].load(from + i * kBy * stride, odd);
+      }
+      repeat<Of::kAhead>([&](auto i) {
+        if (first + i * kBy < kRows) chunks[i].template store<i * kBytesBy>(to, odd);
+      });
+    } else {
+      repeat<Of::kAhead>([&](auto i) {
+        if (first + i * kBy >= kRows) return;
+        uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int e = 0; e < Of::kChunk; ++e) {
+          uint32_t bits = 0;
+          if (taken[i] && e < count) bits = __ldcg(reinterpret_cast<const BitsOf<kType>*>(from + i * kBy * stride + e));
+          words[e * kBytes<kType> / 4] |= bits << e * kBytes<kType> * 8 % 32;
+        }
+        store_shared<i * kBytesBy>(to, words[0], words[1], words[2], words[3]);
+      });
+    }
+    to += Of::kAhead * kBytesBy;
+    from += Of::kAhead * kBy * stride;
+    rows -= Of::kAhead * kBy;
+    if (mask) mask += Of::kAhead * kBy * mask_stride;
   }
 }
 
-// kRows x kColumns of the source from (row, column), by kLanes threads.
-template <DType kType, int kRows, int kColumns, int kLanes>
-LINFORMER_DEVICE void load_tile(Element<kType>* shared, int pitch, const Source<kType>& source, int row, int column,
-                                int lane) {
-  constexpr int kChunk = 16 / kBytes<kType>;
-  constexpr int kChunks = kColumns / kChunk;
-#pragma unroll 4
-  for (int i = lane; i < kRows * kChunks; i += kLanes) {
-    load_chunk<kType>(shared + i / kChunks * pitch + i % kChunks * kChunk, source, row + i / kChunks,
-                      column + i % kChunks * kChunk);
-  }
-}
+// A thread's share of tiles of kRows x kColumns that follow one another in a source: 16 bytes of every kBy-th row, for
+// which whole tiles cost a pointer and copies at constant distances.
+template <DType kType, int kRows, int kColumns, int kLanes, int kPitch>
+struct Loader {
+  using Of = Share<kType, kRows, kColumns, kLanes>;
+  const Element<kType>* from;
+  int64_t stride;
+  int rows, columns;    // that exist from here on
+  bool aligned;
+  const bool* mask;
+  int64_t mask_stride;
 
-// load_tile as a function of its own, for tiles that are not loaded in an inner loop: inlined, its addresses are
-// computed ahead of the loops around it and take the registers of the sums.
-template <DType kType, int kRows, int kColumns, int kLanes>
-__device__ __noinline__ void load_tile_apart(Element<kType>* shared, int pitch, const Element<kType>* data,
-                                             int64_t stride, int rows, int columns, bool aligned, int row, int column,
-                                             int lane) {
+  LINFORMER_DEVICE static int first_row(uint32_t lane) { return static_cast<int>(lane / Of::kChunks); }
+  LINFORMER_DEVICE static int first_column(uint32_t lane) { return static_cast<int>(lane % Of::kChunks * Of::kChunk); }
+
+  // From (row, column), where this thread has its own columns: a tile may have several sources side by side.
+  LINFORMER_DEVICE Loader(const Source<kType>& source, int row, int column, uint32_t lane)
+      : from(source.data + (row + first_row(lane)) * source.stride + column),
+        stride(source.stride),
+        rows(source.rows - row),
+        columns(source.columns - column),
+        aligned(source.aligned),
+        mask(source.mask ? source.mask + (row + first_row(lane)) * source.mask_stride : nullptr),
+        mask_stride(source.mask_stride) {}
+
+  LINFORMER_DEVICE void next_rows() {
+    from += kRows * stride;
+    rows -= kRows;
+    if (mask) mask += kRows * mask_stride;
+  }
+  LINFORMER_DEVICE void next_columns() {
+    from += kColumns;
+    columns -= kColumns;
+  }
+
+  LINFORMER_DEVICE void load(Element<kType>* shared, uint32_t lane) const {
+    const int first = first_row(lane);
+    if (Of::kBy * Of::kChunks < kLanes && first >= Of::kBy) return;
+    const uint32_t to = shared_address(shared + first * kPitch + first_column(lane));
+    const bool whole = !mask && rows >= kRows && columns >= Of::kChunk;
+    if (whole && aligned) {
+      repeat<Of::kCount>([&](auto i) {
+        constexpr int kRow = i * Of::kBy;
+        if (kRows % Of::kBy && first + kRow >= kRows) return;
+        copy_async<kRow * kPitch * kBytes<kType>>(to, from + kRow * stride);
+      });
+    } else if (whole) {
+      load_ragged<kType, kRows, kColumns, kLanes, kPitch, true>(to, from, stride, first, 0, 0, false, nullptr, 0);
+    } else {
+      load_ragged<kType, kRows, kColumns, kLanes, kPitch, false>(to, from, stride, first, rows - first, columns,
+                                                                 aligned, mask, mask_stride);
+    }
+  }
+};
+
+// kRows x kColumns of the source from (row, column), by kLanes threads. A function of its own, for tiles that are not
+// loaded in an inner loop: inlined, its addresses are computed ahead of the loops around it and take the registers of
+// the sums.
+template <DType kType, int kRows, int kColumns, int kLanes, int kPitch>
+__device__ __noinline__ void load_tile_apart(Element<kType>* shared, const Element<kType>* data, int64_t stride,
+                                             int rows, int columns, bool aligned, int row, int column, uint32_t lane) {
+  using Tiles = Loader<kType, kRows, kColumns, kLanes, kPitch>;
   Source<kType> source;
   source.data = data;
   source.stride = stride;
   source.rows = rows;
   source.columns = columns;
   source.aligned = aligned;
-  load_tile<kType, kRows, kColumns, kLanes>(shared, pitch, source, row, column, lane);
+  Tiles(source, row, column + Tiles::first_column(lane), lane).load(shared, lane);
 }
-template <DType kType, int kRows, int kColumns, int kLanes>
-LINFORMER_DEVICE void load_tile_apart(Element<kType>* shared, int pitch, const Source<kType>& source, int row,
-                                      int column, int lane) {
-  load_tile_apart<kType, kRows, kColumns, kLanes>(shared, pitch, source.data, source.stride, source.rows,
-                                                  source.columns, source.aligned, row, column, lane);
-}
-
-// As load_tile for a tile whose columns belong to several sources: this thread's columns are those of `source` from
-// `column` on, and it keeps to them.
-template <DType kType, int kRows, int kColumns>
-LINFORMER_DEVICE void load_own_columns(Element<kType>* shared, int pitch, const Source<kType>& source, int row,
-                                       int column) {
-  constexpr int kChunk = 16 / kBytes<kType>;
-  constexpr int kChunks = kColumns / kChunk;
-  static_assert(kThreads % kChunks == 0);
-  const int first = threadIdx.x / kChunks, at = threadIdx.x % kChunks * kChunk;
-#pragma unroll
-  for (int r = first; r < kRows; r += kThreads / kChunks) {
-    load_chunk<kType>(shared + r * pitch + at, source, row + r, column);
-  }
+template <DType kType, int kRows, int kColumns, int kLanes, int kPitch>
+LINFORMER_DEVICE void load_tile_apart(Element<kType>* shared, const Source<kType>& source, int row, int column,
+                                      uint32_t lane) {
+  load_tile_apart<kType, kRows, kColumns, kLanes, kPitch>(shared, source.data, source.stride, source.rows,
+                                                          source.columns, source.aligned, row, column, lane);
 }
 
 // Two neighbours of a row. `columns` counts those that exist from the first of the two on.
@@ -98,23 +211,33 @@ LINFORMER_DEVICE void store_pair(Element<kType>* to, float first, float second, 
   }
 }
 
+// 16 bytes, of which the first `count` elements exist.
+template <DType kType>
+LINFORMER_DEVICE void store_chunk(Element<kType>* to, const uint4& chunk, int count, bool aligned) {
+  constexpr int kChunk = 16 / kBytes<kType>;
+  if (aligned && count >= kChunk) {
+    *reinterpret_cast<uint4*>(to) = chunk;
+    return;
+  }
+  const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int e = 0; e < kChunk; ++e) {
+    const uint32_t bits = words[e * kBytes<kType> / 4] >> e * kBytes<kType> * 8 % 32;
+    if (e < count) *reinterpret_cast<BitsOf<kType>*>(to + e) = static_cast<BitsOf<kType>>(bits);
+  }
+}
+
 // 16 rows x kColumns of one warp, out of shared memory.
 template <DType kType, int kColumns>
 LINFORMER_DEVICE void store_rows(Element<kType>* data, int64_t stride, int rows, int columns, bool aligned,
                                  const Element<kType>* shared, int pitch) {
   constexpr int kChunk = 16 / kBytes<kType>;
   constexpr int kChunks = kColumns / kChunk;
+#pragma unroll 1
   for (int i = lane_id(); i < kRowsPerWarp * kChunks; i += 32) {
     const int row = i / kChunks, column = i % kChunks * kChunk;
-    const int count = row < rows ? min(columns - column, kChunk) : 0;
-    const Element<kType>* from = shared + row * pitch + column;
-    Element<kType>* to = data + row * stride + column;
-    if (aligned && count == kChunk) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < count; ++e) to[e] = from[e];
-    }
+    store_chunk<kType>(data + row * stride + column, *reinterpret_cast<const uint4*>(shared + row * pitch + column),
+                       row < rows ? columns - column : 0, aligned);
   }
 }
 
