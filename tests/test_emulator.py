@@ -295,6 +295,15 @@ def test_registers_move_between_warps(hopper, order):
         assert kinds_of(hopper.kernel(bug), 1, 384, [y], seed=order) == [kind]
 
 
+def test_a_collective_reached_within_a_turn_of_its_own():
+    """A lane that got its turn for having waited came last to a collective that the others waited at: all were there,
+    and the emulator said that none of them ever arrived."""
+    loop = "mov.u32 %r2, COUNT;\nAGAIN:\nsub.u32 %r2, %r2, 1;\nsetp.ne.u32 %p, %r2, 0;\n@%p bra AGAIN;\nbra MEET;"
+    for count in range(290, 390):
+        source = LATE.replace("bra MEET;\n}", loop.replace("COUNT", str(count)) + "\n}")
+        assert emulator.Module(source).kernel().launch(1, WARP, []).issues == []
+
+
 # Kernels known to be right that nobody here wrote
 
 

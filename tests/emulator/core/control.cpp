@@ -194,18 +194,19 @@ u32 members(Warp& warp, const Instruction& instruction, u32 lanes) {
 
 void collective(Warp& warp, const Instruction& instruction, u32 lanes) {
   const u32 wanted = members(warp, instruction, lanes);
-  if ((lanes & wanted) != wanted && !warp.stop_waiting) {
+  const bool complete = (lanes & wanted) == wanted;
+  if (!complete && !warp.stop_waiting) {
     warp.fragments[warp.current].state = FragmentState::kAtCollective;
     Counter& counter = warp.launch->counter(instruction);    // not executed yet
     counter.warps--;
     counter.threads -= count_lanes(lanes);
     return;
   }
-  if (warp.stop_waiting) {
+  if (!complete) {
     warp.launch->report("divergent-collective", instruction, where(warp, lowest_lane(lanes)),
                         format("lanes 0x%08x never arrive", wanted & ~lanes));
-    warp.stop_waiting = false;
   }
+  warp.stop_waiting = false;
   order_lanes(warp, lanes);
   warp.active = lanes;
   if (!warp.wgmma_pending.empty()) check_wgmma_hazard(warp, instruction);
@@ -232,15 +233,17 @@ void wait_for_wgmma(Warp& warp, const Instruction& instruction, u32 lanes) {
 
 // True when the whole warp is here, or nobody else comes.
 bool is_gathered(Warp& warp, const Instruction& instruction, u32 lanes) {
-  if ((lanes & warp.alive) == warp.alive || !instruction.aligned) return true;
-  if (warp.stop_waiting) {
+  const bool complete = (lanes & warp.alive) == warp.alive || !instruction.aligned;
+  if (!complete && !warp.stop_waiting) {
+    warp.fragments[warp.current].state = FragmentState::kAtCollective;
+    return false;
+  }
+  if (!complete) {
     warp.launch->report("divergent-collective", instruction, where(warp, lowest_lane(lanes)),
                         format("lanes 0x%08x never arrive", warp.alive & ~lanes));
-    warp.stop_waiting = false;
-    return true;
   }
-  warp.fragments[warp.current].state = FragmentState::kAtCollective;
-  return false;
+  warp.stop_waiting = false;
+  return true;
 }
 
 void wait_for_cluster(Warp& warp, const Instruction& instruction, u32 lanes) {
