@@ -45,6 +45,8 @@ def has_code_for(architectures: str, major: int, minor: int) -> bool:
     capability = 10 * major + minor
     for name in filter(None, architectures.split(",")):
         number, _, ptx = name.partition("+")
+        if not number.isdecimal():  # 90a: some kernels more for 9.0, beside those of 90
+            continue
         if int(number) <= capability and (ptx or int(number) // 10 == major):
             return True
     return False

@@ -52,6 +52,8 @@ def test_info():
     ("80+PTX,86,90+PTX", (8, 9), True),  # machine code of 8.6, or PTX of 8.0
     ("80+PTX,86,90+PTX", (12, 0), True),  # PTX of 9.0
     ("90+PTX", (8, 0), False),
+    ("90+PTX,90a", (9, 0), True),
+    ("80,90a", (9, 0), False),  # a few kernels are no backend
     ("86,120+PTX", (8, 9), True),  # machine code of 8.6
     ("86,120+PTX", (9, 0), False),
     ("", (8, 0), False),
