@@ -1,14 +1,15 @@
 // Forward for compute capability 9.0: K' = E key, V' = F value, out = softmax(scale query K'^T) V', for 16 bits, heads
-// up to 64 wide, K up to 256, and without mask, bias, dropout or packed sequences; what it does not take, forward.cu
-// does.
+// 33 to 128 wide, K up to 256, and without mask, bias, dropout or packed sequences; the rest is forward.cu's.
 //
 // Two launches, the second of which may start while the first ends. One launch with tickets would also mix the two
 // kinds of work on a multiprocessor; both are near the rate of the memory, so there is little to mix.
-//   project  A CTA: all of K' or V' of two heads. A stage is 64 columns of E and 64 rows of both heads; the two CTAs of
-//            a cluster have the same E, so each fetches half of it for both. Four (six) stages are on their way.
+//   project  A CTA: all of K' or V' of two pieces of heads, 64 columns each. A stage is 64 columns of E and 64 rows of
+//   both
+//            pieces; the two CTAs of a cluster have the same E, so each fetches half of it for both.
 //   attend   A CTA: a run of tiles of 128 query rows. K' and V' of a head are in shared memory for all its tiles, those
 //   of
-//            the next head are fetched meanwhile. All K scores of a row are in registers: one softmax, no second pass.
+//            the next head are fetched meanwhile, where there is room. All K scores of a row are in registers: one
+//            softmax, no second pass; but heads over 64 wide take 128 of them at a time, with the online softmax.
 //
 // Written by hand and not on CuTe: the instructions are eight, and an emulator that names the line of a mistake helps
 // more where the line says what it does. A thread of the last warpgroup copies (TMA), the other two multiply (wgmma);
@@ -58,24 +59,25 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
   }
   sync_cluster();
 
-  // Heads that share a matrix are one list, head by head of a sequence, then the next sequence.
+  // Pieces of heads that share a matrix are one list, head by head of a sequence, then the next sequence.
   const int cluster = blockIdx.x / kHopperCluster;
   const int matrices = p.per_head_proj ? static_cast<int>(p.heads_kv) : 1;
   const int matrix = cluster / a.units % matrices;
   const bool value = cluster / a.units / matrices != 0;
   const int first = (cluster % a.units * kHopperCluster + rank) * kHopperPieces;
-  const auto place = [&](int piece, int* head, int* b) {
-    const int in_list = p.per_head_proj ? 1 : static_cast<int>(p.heads_kv);
-    *head = p.per_head_proj ? matrix : (first + piece) % in_list;
-    *b = (first + piece) / in_list;    // past the end: reads as zero
+  const auto place = [&](int piece, int* column, int* head, int* b) {
+    const int in_list = p.per_head_proj ? 1 : static_cast<int>(p.heads_kv), index = (first + piece) / a.parts;
+    *column = (first + piece) % a.parts * kHopperColumns;
+    *head = p.per_head_proj ? matrix : index % in_list;
+    *b = index / in_list;    // past the end: reads as zero
   };
   const int steps = (static_cast<int>(min(p.len_k, p.seq_len_max)) + kHopperStep - 1) / kHopperStep;
 
   Ring<Shape::kStages> ring;
   if (warp_id() == kConsumers) {
     if (lane_id() == 0) {
-      int heads[kHopperPieces], sequences[kHopperPieces];
-      for (int i = 0; i < kHopperPieces; ++i) place(i, heads + i, sequences + i);
+      int columns[kHopperPieces], heads[kHopperPieces], sequences[kHopperPieces];
+      for (int i = 0; i < kHopperPieces; ++i) place(i, columns + i, heads + i, sequences + i);
       const TensorMap& matrix_map = all.maps[value ? kMapProjValue : kMapProjKey];
       const TensorMap& rows_map = all.maps[value ? kMapValue : kMapKey];
       const int half = rank * kKeys / kHopperCluster;
@@ -86,7 +88,7 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
         load_box_for_both(to + half * kHopperRowBytes, matrix_map, barrier, step * kHopperStep, half, matrix);
 #pragma unroll
         for (int i = 0; i < kHopperPieces; ++i) {
-          load_box(to + Shape::kMatrixBytes + i * Shape::kPieceBytes, rows_map, barrier, 0, step * kHopperStep,
+          load_box(to + Shape::kMatrixBytes + i * Shape::kPieceBytes, rows_map, barrier, columns[i], step * kHopperStep,
                    heads[i], sequences[i]);
         }
       }
@@ -128,10 +130,11 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
     const bool aligned = (a.aligned & (value ? kAlignedValueProj : kAlignedKeyProj)) != 0;
 #pragma unroll
     for (int piece = 0; piece < kHopperPieces; ++piece) {
-      int head, b;
-      place(piece, &head, &b);
+      int column, head, b;
+      place(piece, &column, &head, &b);
       if (b >= p.batch) break;
-      Element<kType>* to = rows_at<kType>(target, b, head, 0);
+      column += 2 * t;
+      Element<kType>* to = rows_at<kType>(target, b, head, 0) + column;
 #pragma unroll
       for (int i = 0; i < 2 * kBlocks; ++i) {
         const int row = (i / 2 * 2 + group) * 64 + warp_id() % 4 * 16 + g + i % 2 * 8;
@@ -139,8 +142,7 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           const float* sums = c[i / 2][8 * piece + n] + i % 2 * 2;
-          store_pair<kType>(to + row * target.row_stride + 8 * n + 2 * t, sums[0], sums[1], width - 8 * n - 2 * t,
-                            aligned);
+          store_pair<kType>(to + row * target.row_stride + 8 * n, sums[0], sums[1], width - column - 8 * n, aligned);
         }
       }
     }
@@ -152,9 +154,9 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
 struct QueryTile {
   int row, head, head_kv, b;
 
-  LINFORMER_DEVICE QueryTile(const Problem& p, int tile, int rows) {
-    const int tiles = (static_cast<int>(p.len_q) + rows - 1) / rows, heads = static_cast<int>(p.heads);
-    row = tile % tiles * rows;
+  LINFORMER_DEVICE QueryTile(const Problem& p, int tile) {
+    const int tiles = (static_cast<int>(p.len_q) + kHopperRows - 1) / kHopperRows, heads = static_cast<int>(p.heads);
+    row = tile % tiles * kHopperRows;
     head = tile / tiles % heads;
     head_kv = head / (heads / static_cast<int>(p.heads_kv));
     b = tile / tiles / heads;
@@ -165,10 +167,11 @@ struct QueryTile {
 // those before, or that there are no more. So these need no registers to count, of which scores leave few.
 constexpr int kNoMore = -1;
 
-template <DType kType, int kKeys>
+template <DType kType, int kKeys, int kPieces>
 LINFORMER_DEVICE void attend(const HopperArguments& all) {
-  using Shape = HopperAttend<kKeys>;
-  constexpr int kHeadBytes = 2 * Shape::kKeyBytes, kHalfBytes = Shape::kRowsBytes / 2;
+  using Shape = HopperAttend<kKeys, kPieces>;
+  constexpr int kHeadBytes = 2 * Shape::kKeyBytes, kHalfBytes = Shape::kHalfBytes, kBlock = Shape::kBlock;
+  constexpr bool kOnce = kBlock == kKeys;
   const Arguments& a = all.a;
   const Problem& p = a.p;
   const uint32_t keys = aligned_shared();
@@ -199,29 +202,37 @@ LINFORMER_DEVICE void attend(const HopperArguments& all) {
     wait_for_launch_before();
     fence_async();    // its threads wrote K' and V'
     const int from = static_cast<int>(static_cast<int64_t>(a.attend_tiles) * blockIdx.x / gridDim.x);
-    const int to = static_cast<int>(static_cast<int64_t>(a.attend_tiles) * (blockIdx.x + 1) / gridDim.x);
+    const int end = static_cast<int>(static_cast<int64_t>(a.attend_tiles) * (blockIdx.x + 1) / gridDim.x);
     int head_kv = -1, b = 0, loads = 0;
-    for (int tile = from; tile <= to; ++tile, ring.next()) {
+    for (int tile = from; tile <= end; ++tile, ring.next()) {
       const uint32_t barrier = full + 8 * ring.slot;
       if (tile - from >= Shape::kStages) wait_barrier(empty + 8 * ring.slot, ring.parity ^ 1);
-      if (tile == to) {
+      if (tile == end) {
         told[ring.slot] = kNoMore;
         arrive(barrier);
         break;
       }
-      const QueryTile at(p, tile, Shape::kRows);
+      const QueryTile at(p, tile);
       const bool fresh = head_kv != at.head_kv || b != at.b;
       told[ring.slot] = 2 * tile + fresh;
       expect_bytes(barrier, Shape::kRowsBytes);
-      load_box(queries + ring.slot * Shape::kRowsBytes, all.maps[kMapQuery], barrier, 0, at.row, at.head, at.b);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        load_box(queries + ring.slot * Shape::kRowsBytes + i * 2 * kHalfBytes, all.maps[kMapQuery], barrier,
+                 i * kHopperColumns, at.row, at.head, at.b);
+      }
       if (!fresh) continue;
       head_kv = at.head_kv;
       b = at.b;
       const uint32_t keys_barrier = keys_full + 8 * key_ring.slot, place = keys + key_ring.slot * kHeadBytes;
       if (loads++ >= Shape::kKeyStages) wait_barrier(keys_empty + 8 * key_ring.slot, key_ring.parity ^ 1);
       expect_bytes(keys_barrier, kHeadBytes);
-      load_box(place, all.maps[kMapKeyProj], keys_barrier, 0, 0, head_kv, b);
-      load_box(place + Shape::kKeyBytes, all.maps[kMapValueProj], keys_barrier, 0, 0, head_kv, b);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const uint32_t to = place + i * Shape::kPieceBytes;
+        load_box(to, all.maps[kMapKeyProj], keys_barrier, i * kHopperColumns, 0, head_kv, b);
+        load_box(to + Shape::kKeyBytes, all.maps[kMapValueProj], keys_barrier, i * kHopperColumns, 0, head_kv, b);
+      }
       key_ring.next();
     }
     return;
@@ -253,68 +264,96 @@ LINFORMER_DEVICE void attend(const HopperArguments& all) {
     }
     const uint32_t key_tile = keys + key_ring.slot * kHeadBytes;
     const uint32_t query_tile = queries + ring.slot * Shape::kRowsBytes + group * kHalfBytes;
-    float scores[kKeys / 8][4];
-    begin_products();
-    multiply_along<kType, false>(scores, operand_at(query_tile), operand_at(key_tile));
+    const uint32_t values = key_tile + Shape::kKeyBytes;
+    float out[8 * kPieces][4];
+    if constexpr (!kOnce) clear(out);
+    float largest[2] = {a.lowest, a.lowest}, sum[2] = {0.0f, 0.0f};
+#pragma unroll 1
+    for (int block = 0; block < kKeys; block += kBlock) {
+      float scores[kBlock / 8][4];
+      begin_products();
 #pragma unroll
-    for (int k = 16; k < kHopperColumns; k += 16) {
-      multiply_along<kType, true>(scores, operand_at(query_tile + 2 * k), operand_at(key_tile + 2 * k));
-    }
-    end_products();
-    wait_products<0>();
-    release(empty + 8 * ring.slot);
-
-    float largest[2] = {a.lowest, a.lowest}, sum[2] = {0.0f, 0.0f}, correction[2];
-    softmax.orient(scores);
-    if (proj_dim < kKeys) {    // once for all, as a comparison at each use would double the instructions of the softmax
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (8 * n + lane % 4 * 2 + e % 2 >= proj_dim) scores[n][e] = -INFINITY;
+      for (int k = 0; k < kPieces * kHopperColumns; k += 16) {
+        const int piece = k / kHopperColumns, byte = k % kHopperColumns * 2;
+        const uint64_t left = operand_at(query_tile + piece * 2 * kHalfBytes + byte);
+        const uint64_t right = operand_at(key_tile + piece * Shape::kPieceBytes + block * kHopperRowBytes + byte);
+        if (k == 0) {
+          multiply_along<kType, false>(scores, left, right);
+        } else {
+          multiply_along<kType, true>(scores, left, right);
         }
       }
-    }
-    softmax.step(scores, kKeys, largest, sum, correction, true);
-    uint32_t weights[kKeys / 16][4];
+      end_products();
+      wait_products<0>();
+      if (block + kBlock == kKeys) release(empty + 8 * ring.slot);
+
+      softmax.orient(scores);
+      // Once for all, as a comparison at each use would double the instructions of the softmax.
+      if (proj_dim < block + kBlock) {
 #pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
+        for (int n = 0; n < kBlock / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = scores[2 * k + i / 2] + i % 2 * 2;
-        weights[k][i] = pack<kType>(pair[0], pair[1]);
+          for (int e = 0; e < 4; ++e) {
+            if (block + 8 * n + lane % 4 * 2 + e % 2 >= proj_dim) scores[n][e] = -INFINITY;
+          }
+        }
       }
-    }
-    const uint32_t values = key_tile + Shape::kKeyBytes;
-    float out[8][4];
-    begin_products();
-    multiply_turned<kType, false>(out, weights[0], operand_at(values));
+      float correction[2];
+      softmax.step(scores, kBlock, largest, sum, correction, kOnce || block == 0);
+      uint32_t weights[kBlock / 16][4];
 #pragma unroll
-    for (int k = 1; k < kKeys / 16; ++k) {
-      multiply_turned<kType, true>(out, weights[k], operand_at(values + 16 * k * kHopperRowBytes));
+      for (int k = 0; k < kBlock / 16; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = scores[2 * k + i / 2] + i % 2 * 2;
+          weights[k][i] = pack<kType>(pair[0], pair[1]);
+        }
+      }
+      if constexpr (!kOnce) {
+#pragma unroll
+        for (int n = 0; n < 8 * kPieces; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[n][e] *= correction[e / 2];
+        }
+      }
+      begin_products();
+#pragma unroll
+      for (int k = 0; k < kBlock / 16; ++k) {
+        const uint64_t right = operand_at(values + (block + 16 * k) * kHopperRowBytes, Shape::kPieceBytes);
+        if (kOnce && k == 0) {
+          multiply_turned<kType, false>(out, weights[k], right);
+        } else {
+          multiply_turned<kType, true>(out, weights[k], right);
+        }
+      }
+      end_products();
+      wait_products<0>();
     }
-    end_products();
-    wait_products<0>();
 
     const float scale[2] = {Softmax::over(1.0f, quad_sum(sum[0])), Softmax::over(1.0f, quad_sum(sum[1]))};
     if (stores) wait_stores_read();
     sync_warpgroup(1 + group);    // the tile before this one has left
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {
+    for (int n = 0; n < 8 * kPieces; n += 2) {
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* pair = out[n + i / 2] + i % 2 * 2;
         words[i] = pack<kType>(pair[0] * scale[i % 2], pair[1] * scale[i % 2]);
       }
-      const uint32_t piece = static_cast<uint32_t>((n + lane / 16) ^ (staged_row % 8));
-      store_matrices(staged + staged_row * kHopperRowBytes + 16 * piece, words[0], words[1], words[2], words[3]);
+      const uint32_t swizzled = static_cast<uint32_t>((n % 8 + lane / 16) ^ (staged_row % 8));
+      store_matrices(staged + n / 8 * 2 * kHalfBytes + staged_row * kHopperRowBytes + 16 * swizzled, words[0], words[1],
+                     words[2], words[3]);
     }
     fence_async();
     sync_warpgroup(1 + group);
     if (stores) {
-      const QueryTile at(p, tile / 2, Shape::kRows);
-      store_box(all.maps[kMapOut], staged, 0, at.row + 64 * group, at.head, at.b);
+      const QueryTile at(p, tile / 2);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        store_box(all.maps[kMapOut], staged + i * 2 * kHalfBytes, i * kHopperColumns, at.row + 64 * group, at.head,
+                  at.b);
+      }
     }
   }
   if (stores) wait_stores_read();
@@ -330,9 +369,9 @@ LINFORMER_DEVICE void attend(const HopperArguments& all) {
 LINFORMER_KERNELS_OF_TYPE(LINFORMER_HOPPER_PROJECT_, LINFORMER_KERNEL)
 #undef LINFORMER_KERNEL
 
-#define LINFORMER_KERNEL(name, type, keys)                                                                            \
+#define LINFORMER_KERNEL(name, type, keys, pieces)                                                                    \
   extern "C" __global__ void __launch_bounds__(kHopperThreads, 1) name(const __grid_constant__ HopperArguments all) { \
-    attend<DType::type, keys>(all);                                                                                   \
+    attend<DType::type, keys, pieces>(all);                                                                           \
   }
 LINFORMER_KERNELS_OF_TYPE(LINFORMER_HOPPER_ATTEND_, LINFORMER_KERNEL)
 

@@ -184,10 +184,16 @@ LINFORMER_DEVICE void multiply_along(float (&c)[32][4], uint64_t left, uint64_t 
   LINFORMER_WGMMA("1", "256", LINFORMER_C32, LINFORMER_SUMS_128, "%128", "%129", "0, 0", "l"(left), "l"(right));
 }
 
-// C (64 x 64) += A (64 x 16, in registers) B; B has the columns of C adjacent.
+// C (64 x 64 or 128) += A (64 x 16, in registers) B; B has the columns of C adjacent.
 template <DType kType, bool kAdds>
 LINFORMER_DEVICE void multiply_turned(float (&c)[8][4], const uint32_t (&left)[4], uint64_t right) {
   LINFORMER_WGMMA("1", "64", LINFORMER_C8, LINFORMER_SUMS_32, "{%32, %33, %34, %35}", "%36", "1", "r"(left[0]),
+                  "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
+}
+
+template <DType kType, bool kAdds>
+LINFORMER_DEVICE void multiply_turned(float (&c)[16][4], const uint32_t (&left)[4], uint64_t right) {
+  LINFORMER_WGMMA("1", "128", LINFORMER_C16, LINFORMER_SUMS_64, "{%64, %65, %66, %67}", "%68", "1", "r"(left[0]),
                   "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right));
 }
 

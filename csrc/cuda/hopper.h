@@ -37,12 +37,12 @@ struct HopperArguments {
 };
 
 // Rows of 64 elements are 128 bytes, the span of a swizzle in which no reader meets a bank twice.
-constexpr int kHopperColumns = 64;    // of a head
+constexpr int kHopperColumns = 64;    // of a piece of a head
 constexpr int kHopperRowBytes = 128;
 constexpr int kHopperThreads =
     384;    // two warpgroups that multiply, one that copies: registers are shared by warpgroups
 constexpr int kHopperCluster = 2;
-constexpr int kHopperPieces = 2;    // heads of a CTA of the projection
+constexpr int kHopperPieces = 2;    // of 64 columns of a head, of a CTA of the projection
 constexpr int kHopperStep = 64;     // summed values of a stage
 
 // kKeys: rows of K' and V', to which K is filled up.
@@ -55,13 +55,18 @@ struct HopperProject {
   static constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + 2 * 8);    // 1024: to align the stages
 };
 
-template <int kKeys>
+constexpr int kHopperRows = 128;    // of a tile of queries, 64 for each warpgroup
+
+// kPieces: of a head, one or two.
+template <int kKeys, int kPieces>
 struct HopperAttend {
-  static constexpr int kRows = 128;    // of a tile, 64 for each warpgroup
-  static constexpr int kStages = kKeys == 128 ? 4 : 3;
-  static constexpr int kKeyStages = 2;
-  static constexpr int kKeyBytes = kKeys * kHopperRowBytes;    // of K', of V'
-  static constexpr int kRowsBytes = kRows * kHopperRowBytes;
+  static constexpr int kBlock = kPieces == 1 ? kKeys : 128;    // rows of K' whose scores are in registers at a time
+  static constexpr int kStages = kPieces == 2 ? 2 : kKeys == 128 ? 4 : 3;
+  static constexpr int kKeyStages = kPieces == 2 && kKeys == 256 ? 1 : 2;
+  static constexpr int kPieceBytes = kKeys * kHopperRowBytes;    // of K', of V'
+  static constexpr int kKeyBytes = kPieces * kPieceBytes;
+  static constexpr int kHalfBytes = kHopperRows / 2 * kHopperRowBytes;    // of a piece of a warpgroup's rows
+  static constexpr int kRowsBytes = kPieces * 2 * kHalfBytes;
   static constexpr int kSharedBytes =
       1024 + kKeyStages * (2 * kKeyBytes + 2 * 8) + kStages * (kRowsBytes + 2 * 8) + kRowsBytes;
 };
@@ -70,9 +75,12 @@ struct HopperAttend {
 #define LINFORMER_HOPPER_PROJECT_OF(X, tag, type)     \
   X(linformer_hopper_project_##tag##_k128, type, 128) \
   X(linformer_hopper_project_##tag##_k256, type, 256)
-#define LINFORMER_HOPPER_ATTEND_OF(X, tag, type)     \
-  X(linformer_hopper_attend_##tag##_k128, type, 128) \
-  X(linformer_hopper_attend_##tag##_k256, type, 256)
+// X(name, type, kKeys, kPieces)
+#define LINFORMER_HOPPER_ATTEND_OF(X, tag, type)             \
+  X(linformer_hopper_attend_##tag##_d64_k128, type, 128, 1)  \
+  X(linformer_hopper_attend_##tag##_d64_k256, type, 256, 1)  \
+  X(linformer_hopper_attend_##tag##_d128_k128, type, 128, 2) \
+  X(linformer_hopper_attend_##tag##_d128_k256, type, 256, 2)
 #define LINFORMER_HOPPER_PROJECT_fp16(X) LINFORMER_HOPPER_PROJECT_OF(X, fp16, kFloat16)
 #define LINFORMER_HOPPER_PROJECT_bf16(X) LINFORMER_HOPPER_PROJECT_OF(X, bf16, kBFloat16)
 #define LINFORMER_HOPPER_PROJECT_KERNELS(X) LINFORMER_HOPPER_PROJECT_fp16(X) LINFORMER_HOPPER_PROJECT_bf16(X)

@@ -12,22 +12,24 @@ namespace {
 
 struct HopperInfo {
   DType type;
-  int keys;
+  int keys, pieces;    // pieces: of a head, 0 where that is nothing to the kernel
   const char* name;
   int shared_bytes;
 };
-#define LINFORMER_INFO(name, type, keys) {DType::type, keys, #name, HopperProject<keys>::kSharedBytes},
+#define LINFORMER_INFO(name, type, keys) {DType::type, keys, 0, #name, HopperProject<keys>::kSharedBytes},
 constexpr HopperInfo kProjectKernels[] = {LINFORMER_HOPPER_PROJECT_KERNELS(LINFORMER_INFO)};
 #undef LINFORMER_INFO
-#define LINFORMER_INFO(name, type, keys) {DType::type, keys, #name, HopperAttend<keys>::kSharedBytes},
+#define LINFORMER_INFO(name, type, keys, pieces) \
+  {DType::type, keys, pieces, #name, HopperAttend<keys, pieces>::kSharedBytes},
 constexpr HopperInfo kAttendKernels[] = {LINFORMER_HOPPER_ATTEND_KERNELS(LINFORMER_INFO)};
 #undef LINFORMER_INFO
 
 template <size_t kCount>
-const HopperInfo& kernel_for(const HopperInfo (&kernels)[kCount], const Problem& p) {
+const HopperInfo& kernel_for(const HopperInfo (&kernels)[kCount], const Problem& p, int pieces) {
   const HopperInfo* found = nullptr;
   for (const HopperInfo& one : kernels) {
-    if (one.type == p.dtype && one.keys >= p.proj_dim && (!found || one.keys < found->keys)) found = &one;
+    if (one.type != p.dtype || one.pieces != pieces || one.keys < p.proj_dim) continue;
+    if (!found || one.keys < found->keys) found = &one;
   }
   return *found;
 }
@@ -76,22 +78,23 @@ bool plan_hopper(Plan& plan, const Arguments& arguments, unsigned stages, const 
   const Problem& p = a.p;
   const int64_t widest = std::max(p.head_dim, p.value_dim);
   const bool taken = device.hopper && p.dtype != DType::kFloat32 && widest > kHopperColumns / 2 &&
-                     widest <= kHopperColumns && p.proj_dim <= kMostKeys && !p.mask && !p.key_bias &&
+                     widest <= 2 * kHopperColumns && p.proj_dim <= kMostKeys && !p.mask && !p.key_bias &&
                      !p.per_batch_proj && !p.cu_seqlens_q && !p.cu_seqlens_k && p.dropout_p == 0.0 && a.exponent > 0.0f;
   if (!taken) return false;
   for (int64_t size : {p.batch, p.heads_kv, p.proj_dim, p.head_dim, p.value_dim}) {
     if (size == 0) return false;
   }
+  a.parts = static_cast<int32_t>(ceil_div(widest, kHopperColumns));
   std::vector<Launch> launches;
   if (stages & kProject) {
     const int64_t columns = std::min(p.len_k, p.seq_len_max);
     const int64_t matrices = p.per_head_proj ? p.heads_kv : 1;
-    const int64_t heads_of_matrix = p.per_head_proj ? p.batch : p.batch * p.heads_kv;
-    a.units = static_cast<int32_t>(ceil_div(heads_of_matrix, kHopperCluster * kHopperPieces));
+    const int64_t pieces = a.parts * (p.per_head_proj ? p.batch : p.batch * p.heads_kv);
+    a.units = static_cast<int32_t>(ceil_div(pieces, kHopperCluster * kHopperPieces));
     const int64_t ctas = 2 * matrices * a.units * kHopperCluster;
     // It does not split sequences: with fewer CTAs than that, forward.cu, which does, has more multiprocessors at work.
     if (columns == 0 || 2 * ctas < device.multiprocessors || ctas > INT32_MAX) return false;
-    const HopperInfo& kernel = kernel_for(kProjectKernels, p);
+    const HopperInfo& kernel = kernel_for(kProjectKernels, p, 0);
     const auto matrix = [&](const Rows& rows) {
       return map_of(p, rows, columns, p.proj_dim, matrices, 1, kernel.keys / kHopperCluster);
     };
@@ -105,17 +108,16 @@ bool plan_hopper(Plan& plan, const Arguments& arguments, unsigned stages, const 
                         static_cast<uint32_t>(kernel.shared_bytes), a, maps});
   }
   if (stages & kAttend) {
-    const HopperInfo& kernel = kernel_for(kAttendKernels, p);
-    const int64_t tiles = p.batch * p.heads * ceil_div(p.len_q, HopperAttend<128>::kRows);
+    const HopperInfo& kernel = kernel_for(kAttendKernels, p, a.parts);
+    const int64_t tiles = p.batch * p.heads * ceil_div(p.len_q, kHopperRows);
     if (tiles == 0 || tiles > INT32_MAX / 2) return false;
     a.attend_tiles = static_cast<int32_t>(tiles);
     const auto keys = [&](const Rows& rows, int64_t width) {
       return map_of(p, rows, width, p.proj_dim, p.heads_kv, p.batch, kernel.keys);
     };
-    std::vector<TensorMap> maps = {
-        map_of(p, p.query, p.head_dim, p.len_q, p.heads, p.batch, HopperAttend<128>::kRows),
-        keys(p.key_proj, p.head_dim), keys(p.value_proj, p.value_dim),
-        map_of(p, p.out, p.value_dim, p.len_q, p.heads, p.batch, HopperAttend<128>::kRows / 2)};
+    std::vector<TensorMap> maps = {map_of(p, p.query, p.head_dim, p.len_q, p.heads, p.batch, kHopperRows),
+                                   keys(p.key_proj, p.head_dim), keys(p.value_proj, p.value_dim),
+                                   map_of(p, p.out, p.value_dim, p.len_q, p.heads, p.batch, kHopperRows / 2)};
     if (!can_be_mapped(maps) || kernel.shared_bytes > device.shared_bytes) return false;
     launches.push_back({kernel.name, static_cast<uint32_t>(std::min<int64_t>(tiles, device.multiprocessors)),
                         kHopperThreads, static_cast<uint32_t>(kernel.shared_bytes), a, maps, !launches.empty()});
