@@ -403,7 +403,10 @@ void run_cuda(const Problem& problem, unsigned stages, const Tensor& like) {
   std::vector<cuda::Region> regions = cuda::regions_of(problem);
   regions.push_back({"workspace", start, plan.workspace_bytes});
   for (const cuda::Launch& one : plan.launches) {
-    emulation.launch(one.kernel, one.grid, one.block, one.shared_bytes, &one.arguments, sizeof(one.arguments),
+    const cuda::HopperArguments all = cuda::joined(one);
+    const bool mapped = !one.maps.empty();
+    emulation.launch(one.kernel, one.grid, one.block, one.shared_bytes,
+                     mapped ? &all : static_cast<const void*>(&all.a), mapped ? sizeof(all) : sizeof(all.a),
                      regions.data(), regions.size());
   }
 }
@@ -795,9 +798,9 @@ STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CUDA, m) { LINFORMER_IMPLEMENT(m) }
 
 // For tests: launches go to `emulator`, or to the GPU again with nullptr.
 extern "C" __attribute__((visibility("default"))) void linformer_emulate(linformer::Emulator emulator,
-                                                                         int32_t multiprocessors,
-                                                                         int32_t shared_bytes) {
-  linformer::emulation = {emulator, {multiprocessors, shared_bytes}};
+                                                                         int32_t multiprocessors, int32_t shared_bytes,
+                                                                         bool hopper) {
+  linformer::emulation = {emulator, {multiprocessors, shared_bytes, hopper}};
 }
 #endif
 

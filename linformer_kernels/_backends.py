@@ -194,8 +194,8 @@ BACKENDS = {
 }
 
 # "cuda" comes before "triton", but for these: bytes of an element, and the compute capability from which on. The CUDA
-# kernels use mma.sync everywhere; Triton compiles products of 16-bit numbers to wgmma on 9.0 and to tcgen05 on 10.0.
-# A choice by the instructions that are used; nobody has timed it.
+# kernels use mma.sync, but in forward calls on 9.0 that csrc/cuda/hopper_plan.cpp takes; Triton compiles products of
+# 16-bit numbers to wgmma on 9.0 and to tcgen05 on 10.0. A choice by the instructions; nobody has timed it.
 TRITON_FIRST = {2: 9}
 # Read once, as above.
 UNFENCED_TRITON = unfenced_triton(getattr(sys.modules.get("triton"), "__version__", None))

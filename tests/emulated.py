@@ -110,7 +110,8 @@ def emulated(arch: int = 80, multiprocessors: int = 3, shared_bytes: int | None 
     library = ctypes.CDLL(str(_library.path()))
     callback = _LAUNCH(launch)
     limit = SHARED_BYTES[arch] if shared_bytes is None else shared_bytes
-    library.linformer_emulate(callback, multiprocessors, limit)
+    hopper = arch == 90 and "90a" in _library.cuda_architectures().split(",")
+    library.linformer_emulate(callback, multiprocessors, limit, hopper)
     asked = functional._allow_tf32  # only of a GPU's tensors
     try:
         with mock.patch.object(
@@ -120,7 +121,7 @@ def emulated(arch: int = 80, multiprocessors: int = 3, shared_bytes: int | None 
         ):
             yield run
     finally:
-        library.linformer_emulate(_LAUNCH(), 0, 0)
+        library.linformer_emulate(_LAUNCH(), 0, 0, False)
     if run.error is not None:
         raise run.error
 

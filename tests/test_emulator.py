@@ -192,6 +192,118 @@ def test_a_collective_that_waits_counts_once():
     assert (shuffle["warps"], shuffle["threads"]) == (1, WARP)
 
 
+# Clusters, TMA to several blocks, the proxies of global memory, registers that move: right kernels and planted bugs
+
+
+@pytest.fixture(scope="module")
+def hopper() -> emulator.Module:
+    """The kernels of samples_sm90.cu."""
+    if not shutil.which("nvcc"):
+        pytest.skip("nvcc is not on PATH")
+    return emulator.from_nvcc(SAMPLES.with_name("samples_sm90.cu"), "sm_90a")
+
+
+ORDERS = pytest.mark.parametrize("order", range(4))
+
+
+@ORDERS
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_blocks_read_their_neighbours_shared_memory(hopper, cluster, order):
+    x, y = torch.randn(256), torch.zeros(256)
+    stats = hopper.kernel("turn_right").launch(4, 64, [x, y], cluster=cluster, seed=order)
+    assert torch.equal(x, y)
+    assert stats.issues == []
+
+
+def test_clusters_that_the_kernel_asks_for(hopper):
+    x, y = torch.randn(256), torch.zeros(256)
+    kernel = hopper.kernel("turn_right_by_two")
+    assert kernel.launch(4, 64, [x, y], max_resident=1).resident == 2  # whole clusters
+    assert torch.equal(x, y)
+    with pytest.raises(emulator.PtxError, match=r"the kernel wants clusters of \(2,1,1\)"):
+        kernel.launch(4, 64, [x, y], cluster=4)
+    with pytest.raises(emulator.PtxError, match="a grid of 3 blocks is no multiple of clusters of 2"):
+        kernel.launch(3, 64, [x, y])
+    with pytest.raises(emulator.PtxError, match="clusters of more than 8 blocks"):
+        hopper.kernel("turn_right").launch(16, 64, [x, y], cluster=16)
+
+
+@ORDERS
+@pytest.mark.parametrize("bug, kind", [
+    ("turn_without_sync", "race"), ("turn_and_leave", "early-exit"), ("arrive_twice", "barrier"),
+])  # fmt: skip
+def test_misused_barrier_of_a_cluster(hopper, bug, kind, order):
+    args = [torch.randn(256), torch.zeros(256)]
+    assert kind in kinds_of(hopper.kernel(bug), 4, 64, args, cluster=2, seed=order)
+
+
+@ORDERS
+@pytest.mark.parametrize("bug, kind", [
+    (None, None), ("send_without_sync", "race"), ("send_without_wait", "early-exit"), ("read_as_own", "oob-shared"),
+])  # fmt: skip
+def test_store_and_arrival_in_another_block(hopper, bug, kind, order):
+    x, y = torch.randn(WARP), torch.zeros(WARP)
+    if bug:
+        args = [y] if bug == "read_as_own" else [x, y]
+        assert kind in kinds_of(hopper.kernel(bug), 2, WARP, args, seed=order)
+        return
+    assert hopper.kernel("send_right").launch(2, WARP, [x, y], seed=order).issues == []
+    assert torch.equal(y, x.flip(0))
+
+
+@ORDERS
+@pytest.mark.parametrize("bug, kind", [
+    (None, None), ("sum_columns_of_own", "race"), ("sum_columns_of_half", "race-async"),
+])  # fmt: skip
+def test_multicast(hopper, bug, kind, order):
+    """Without word from the other block that it has read a tile, and with the bytes of a half expected."""
+    x, sums = torch.randn(64, 32), torch.zeros(2, 32)
+    args = [emulator.tensor_map(x, (32, 8)), sums, 64]
+    if bug:
+        assert kind in kinds_of(hopper.kernel(bug), 2, WARP, args, seed=order)
+        return
+    stats = hopper.kernel("sum_columns_right").launch(2, WARP, args, seed=order)
+    torch.testing.assert_close(sums.double(), x.double().sum(0).expand(2, -1), rtol=0, atol=1e-4)
+    assert stats.issues == []
+    assert 32 * stats.global_read_sectors == 4 * x.numel()  # each byte once for both
+
+
+@ORDERS
+@pytest.mark.parametrize("kernel, kind", [
+    ("fenced_by_reader", None), ("fenced_by_writer", None), ("by_tma", None),
+    ("unfenced", "proxy-fence"), ("tma_unfenced", "proxy-fence"), ("tma_half_waited", "race-async"),
+])  # fmt: skip
+def test_proxies_of_global_memory(hopper, kernel, kind, order):
+    x, between, y = torch.randn(8, WARP), *torch.zeros(2, 8, WARP)
+    args = [x, emulator.tensor_map(between, (32, 8)), between, torch.zeros(1, dtype=torch.int32), y]
+    kernel = hopper.kernel(f"pass_on_{kernel}")
+    if kind:
+        assert kinds_of(kernel, 2, WARP, args, seed=order) == [kind]
+        assert kind not in kernel.launch(2, WARP, args, seed=order, check=False, proxy_fences=False).kinds()
+        return
+    assert kernel.launch(2, WARP, args, seed=order).issues == []
+    assert torch.equal(y, x + 1)
+
+
+@ORDERS
+def test_registers_move_between_warps(hopper, order):
+    y = torch.zeros(384, dtype=torch.int32)
+    assert hopper.kernel("share_registers_right").launch(1, 384, [y], seed=order).issues == []
+    assert torch.equal(y, torch.arange(384, dtype=torch.int32))
+    bugs = {"share_too_many": "deadlock", "share_downwards": "setmaxnreg", "share_in_one_warp": "setmaxnreg"}
+    for bug, kind in bugs.items():
+        assert kinds_of(hopper.kernel(bug), 1, 384, [y], seed=order) == [kind]
+
+
+def test_a_collective_reached_within_a_turn_of_its_own():
+    """A lane that got its turn for having waited came last to a collective that the others waited at: all were there,
+    and the emulator said that none of them ever arrived."""
+    loop = "mov.u32 %r2, COUNT;\nAGAIN:\nsub.u32 %r2, %r2, 1;\nsetp.ne.u32 %p, %r2, 0;\n@%p bra AGAIN;\nbra MEET;"
+    for count in range(290, 390):
+        source = LATE.replace("bra MEET;\n}", loop.replace("COUNT", str(count)) + "\n}")
+        assert emulator.Module(source).kernel().launch(1, WARP, []).issues == []
+
+
 # Kernels known to be right that nobody here wrote
 
 
@@ -425,7 +537,7 @@ PTX = """
 """
 
 
-UNSUPPORTED = ["dp4a.u32.u32 %r1, %r1, %r1, %r1;", "mapa.shared::cluster.u32 %r1, %r1, 0;", "frobnicate.b32 %r1;"]
+UNSUPPORTED = ["dp4a.u32.u32 %r1, %r1, %r1, %r1;", "barrier.cluster.arrive.relaxed;", "frobnicate.b32 %r1;"]
 
 
 @pytest.mark.parametrize("instruction", [*UNSUPPORTED, "add.b33 %r1, %r1, 1;"])

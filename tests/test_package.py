@@ -57,6 +57,7 @@ def test_info():
     ("86,120+PTX", (9, 0), None),
     ("80,90+PTX,90a", (9, 0), "machine code"),
     ("80,90+PTX,90a", (10, 0), "PTX"),
+    ("80,90a", (9, 0), None),  # a few kernels are no backend
     ("", (8, 0), None),
 ])  # fmt: skip
 def test_which_gpus_a_build_serves(architectures, gpu, code):

@@ -1,3 +1,5 @@
+#include <cuda.h>
+#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
@@ -18,6 +20,12 @@ LINFORMER_BACKWARD_KERNELS(LINFORMER_DECLARE)
 LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_DECLARE)
 LINFORMER_POOL_KERNELS(LINFORMER_DECLARE)
 LINFORMER_POOL_BACKWARD_KERNELS(LINFORMER_DECLARE)
+#ifdef LINFORMER_WITH_HOPPER
+#define LINFORMER_DECLARE_HOPPER(name, ...) \
+  extern "C" __global__ void name(const __grid_constant__ HopperArguments all);
+LINFORMER_HOPPER_PROJECT_KERNELS(LINFORMER_DECLARE_HOPPER)
+LINFORMER_HOPPER_ATTEND_KERNELS(LINFORMER_DECLARE_HOPPER)
+#endif
 
 namespace {
 
@@ -29,6 +37,10 @@ const void* kernel_named(const char* wanted) {
   LINFORMER_PROJECT_BACKWARD_KERNELS(LINFORMER_FIND)
   LINFORMER_POOL_KERNELS(LINFORMER_FIND)
   LINFORMER_POOL_BACKWARD_KERNELS(LINFORMER_FIND)
+#ifdef LINFORMER_WITH_HOPPER
+  LINFORMER_HOPPER_PROJECT_KERNELS(LINFORMER_FIND)
+  LINFORMER_HOPPER_ATTEND_KERNELS(LINFORMER_FIND)
+#endif
   return nullptr;
 }
 
@@ -49,6 +61,62 @@ cudaError_t allow_shared(const void* kernel, int index, int bytes) {
   return status;
 }
 
+// The driver's function that makes tensor maps, which the library does not link; nullptr where it has none.
+PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
+  static const auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)
+                                                 : nullptr;
+  }();
+  return found;
+}
+
+// Its own 128 bytes in the place of ours.
+CUresult encode(TensorMap& map) {
+  static_assert(sizeof(CUtensorMap) == sizeof(TensorMap) && alignof(CUtensorMap) <= alignof(TensorMap));
+  const TensorMap ours = map;
+  const cuuint32_t rank = ours.rank_minus_1 + 1u;
+  cuuint64_t sizes[5];
+  cuuint32_t box[5], steps[5];
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    sizes[i] = ours.sizes[i];
+    box[i] = ours.box[i];
+    steps[i] = ours.element_strides[i];
+  }
+  cuuint64_t strides[4];
+  for (cuuint32_t i = 0; i + 1 < rank; ++i) strides[i] = ours.strides[i];
+  const auto type = ours.type == kTensorMapFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode_tiled()(reinterpret_cast<CUtensorMap*>(&map), type, rank, const_cast<void*>(ours.address), sizes,
+                        strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+// A launch whose kernel takes tensor maps.
+cudaError_t launch_with_maps(const Launch& one, const void* kernel, cudaStream_t stream) {
+  HopperArguments arguments = joined(one);
+  for (TensorMap& map : arguments.maps) {
+    if (encode(map) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  }
+  void* pointers[] = {&arguments};
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = one.grid;
+  config.blockDim = one.block;
+  config.dynamicSmemBytes = one.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = one.overlaps ? 1 : 0;
+  return cudaLaunchKernelExC(&config, kernel, pointers);
+}
+
 }    // namespace
 
 Device device_of(int index, std::string* error) {
@@ -62,6 +130,12 @@ Device device_of(int index, std::string* error) {
   if (status == cudaSuccess) {
     status = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
+#ifdef LINFORMER_WITH_HOPPER
+  int major = 0, minor = 0;
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+  device.hopper = major == 9 && minor == 0 && encode_tiled();
+#endif
   if (status != cudaSuccess) {
     *error = cudaGetErrorString(status);
     return device;
@@ -93,7 +167,11 @@ std::string launch(const Plan& plan, std::byte* workspace, int index, int shared
     Arguments arguments = one.arguments;
     void* pointers[] = {&arguments};
     if (status == cudaSuccess) status = allow_shared(kernel, index, shared_bytes);
-    if (status == cudaSuccess) status = cudaLaunchKernel(kernel, one.grid, one.block, pointers, one.shared_bytes, on);
+    if (status == cudaSuccess && !one.maps.empty()) {
+      status = launch_with_maps(one, kernel, on);
+    } else if (status == cudaSuccess) {
+      status = cudaLaunchKernel(kernel, one.grid, one.block, pointers, one.shared_bytes, on);
+    }
   }
   return status == cudaSuccess ? std::string() : std::string(cudaGetErrorString(status));
 }

@@ -353,7 +353,9 @@ Plan make_plan(const Problem& problem, unsigned stages, const Device& device, st
     return plan;
   }
   if (p.batch == 0 && !(stages & kProjectBackward)) return plan;
-  if (stages & (kProject | kAttend)) plan_forward(plan, layout, p, stages, device, dim);
+  if (stages & (kProject | kAttend) && !plan_hopper(plan, arguments_of(p), stages, device)) {
+    plan_forward(plan, layout, p, stages, device, dim);
+  }
   if (stages & kAttendBackward) {
     const bool both = (stages & kProjectBackward) != 0;
     const bool want_key = p.needs_grad_key_proj(), want_value = p.needs_grad_value_proj();

@@ -6,13 +6,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "arguments.h"
+#include "hopper.h"
 
 namespace linformer::cuda {
 
 struct Device {
   int multiprocessors = 1;
   int shared_bytes = 0;    // of one CTA, at most
+  bool hopper = false;     // of compute capability 9.0, for which the library has kernels of their own
 };
 
 struct Launch {
@@ -21,6 +22,8 @@ struct Launch {
   uint32_t block = 0;
   uint32_t shared_bytes = 0;
   Arguments arguments;
+  std::vector<TensorMap> maps = {};    // of a kernel that takes HopperArguments: four
+  bool overlaps = false;               // it waits itself for what the launch before it has written
 };
 
 struct Plan {
@@ -33,6 +36,12 @@ struct Plan {
 // `workspace` is where the pointers in the arguments go; with nullptr the plan tells how large it has to be. It must be
 // aligned to 256 bytes.
 Plan make_plan(const Problem& problem, unsigned stages, const Device& device, std::byte* workspace);
+
+// Adds the launches of the kernels for compute capability 9.0, or returns false where they do not take the problem.
+bool plan_hopper(Plan& plan, const Arguments& arguments, unsigned stages, const Device& device);
+
+// What such a kernel takes.
+HopperArguments joined(const Launch& launch);
 
 // The memory that a launch may touch, its workspace left out. Nothing on a GPU needs to know; the tests' emulator does.
 struct Region {

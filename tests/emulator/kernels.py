@@ -61,6 +61,7 @@ class Kernel:
         max_resident: int = 0,
         shared_limit: int = 0,
         proxy_fences: bool = True,
+        cluster: Dims = 0,
     ) -> Stats:
         """Run the grid to its end, on the memory of the arrays.
 
@@ -77,6 +78,7 @@ class Kernel:
         max_resident  blocks that may be alive at once (4096)
         shared_limit  bytes of shared memory a block may have (by default those of the architecture)
         proxy_fences  report writes that reach TMA or wgmma without fence.proxy.async
+        cluster       blocks of a cluster, as the launch attribute (by default what the kernel wants, or 1)
         """
         grid, block = _three(grid), _three(block)
         if len(args) != len(self.params):
@@ -99,6 +101,7 @@ class Kernel:
             seed=seed,
             max_steps=max_steps,
             max_resident=max_resident,
+            cluster=_three(cluster) if cluster else (0, 0, 0),
         )
         memory.copy_back()
         stats = Stats(raw)

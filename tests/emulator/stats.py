@@ -17,6 +17,7 @@ _CLASSES = {  # by the first word of the opcode
     **dict.fromkeys(("bra", "brx", "call", "ret", "exit", "trap"), "control"),
     **dict.fromkeys(("fence", "membar", "cvta", "tensormap", "griddepcontrol", "nanosleep"), "misc"),
     **dict.fromkeys(("createpolicy", "setmaxnreg", "isspacep", "prefetch"), "misc"),
+    **dict.fromkeys(("mapa", "getctarank"), "misc"),
 }
 
 

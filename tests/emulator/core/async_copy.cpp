@@ -40,6 +40,7 @@ void copy_async(Warp& warp, const Instruction& instruction) {
     const u8* source = taken ? global_pointer(warp, instruction, lane, sources[lane], taken, false) : nullptr;
     if (source) {
       memcpy(copy.data, source, taken);
+      note_global_read(warp, instruction, lane, sources[lane], taken, Proxy::kGeneric);
       from_global |= 1u << lane;
     }
     note_shared_write(warp, instruction, lane, copy.destination, bytes, nullptr, Access::kCopyInFlight);

@@ -91,16 +91,21 @@ void atomic(Warp& warp, const Instruction& instruction) {
     check_alignment(warp, instruction, lane, addresses[lane], bytes);
     if (space_of(instruction, addresses[lane]) == Space::kShared) {
       u32 offset;
-      memory = shared_pointer(warp, instruction, lane, addresses[lane], bytes, offset);
+      Cta* owner = nullptr;
+      memory = shared_pointer(warp, instruction, lane, addresses[lane], bytes, offset,
+                              instruction.in_cluster ? &owner : nullptr);
       if (memory) {
-        note_shared_read(warp, instruction, lane, offset, bytes, Access::kAtomic);
-        note_shared_write(warp, instruction, lane, offset, bytes, nullptr, Access::kAtomic);
+        note_shared_read(warp, instruction, lane, offset, bytes, Access::kAtomic, owner);
+        note_shared_write(warp, instruction, lane, offset, bytes, nullptr, Access::kAtomic, owner);
         shared_offsets[lane] = offset;
         in_shared |= 1u << lane;
       }
     } else {
       memory = global_pointer(warp, instruction, lane, addresses[lane], bytes, true);
-      if (memory) in_global |= 1u << lane;
+      if (memory) {
+        in_global |= 1u << lane;
+        note_global_write(warp, instruction, lane, addresses[lane], bytes, Proxy::kGeneric);
+      }
     }
     for (u32 element = 0; element < instruction.vector_length; element++) {
       u64 old = 0;
@@ -152,6 +157,7 @@ Handler decode_atomic(Kernel& kernel, Instruction& instruction) {
   for (const string& word : instruction.words) {
     if (word == "global") instruction.space = Space::kGlobal;
     if (word.rfind("shared", 0) == 0) instruction.space = Space::kShared;
+    if (word == "shared::cluster") instruction.in_cluster = true;
     if (word == "v2") instruction.vector_length = 2;
     if (word == "v4") instruction.vector_length = 4;
     if (word == "v8") instruction.vector_length = 8;
@@ -161,6 +167,7 @@ Handler decode_atomic(Kernel& kernel, Instruction& instruction) {
       known = true;
     }
   }
+  if (instruction.space == Space::kGeneric) instruction.in_cluster = true;
   if (!known || (type == "f64" && instruction.variant != kAdd)) return nullptr;
   const size_t source = instruction.has_result ? 2 : 1;
   decode_address(instruction, source - 1);

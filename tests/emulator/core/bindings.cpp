@@ -91,7 +91,8 @@ py::dict results_of(const Launch& launch) {
 py::dict launch_kernel(Module& module, const string& name, const std::array<u32, 3>& grid,
                        const std::array<u32, 3>& block, const py::bytes& parameters,
                        const vector<BufferArgument>& buffers, u32 shared, u32 shared_limit, bool races,
-                       bool proxy_fences, bool cooperative, u64 seed, u64 max_steps, u32 max_resident) {
+                       bool proxy_fences, bool cooperative, u64 seed, u64 max_steps, u32 max_resident,
+                       const std::array<u32, 3>& cluster) {
   Launch launch;
   launch.kernel = &module.kernel(name);
   std::copy(grid.begin(), grid.end(), launch.grid);
@@ -112,6 +113,7 @@ py::dict launch_kernel(Module& module, const string& name, const std::array<u32,
   launch.options.seed = seed;
   launch.options.max_steps = max_steps;
   launch.options.shared_limit = shared_limit;
+  std::copy(cluster.begin(), cluster.end(), launch.options.cluster);
   if (max_resident) launch.options.max_resident = max_resident;
   launch.interrupt_check = [] {
     if (PyErr_CheckSignals()) throw py::error_already_set();
@@ -147,6 +149,6 @@ PYBIND11_MODULE(emulator_core, m) {
       .def("launch", launch_kernel, py::kw_only(), py::arg("name"), py::arg("grid"), py::arg("block"),
            py::arg("parameters"), py::arg("buffers"), py::arg("shared"), py::arg("shared_limit"), py::arg("races"),
            py::arg("proxy_fences"), py::arg("cooperative"), py::arg("seed"), py::arg("max_steps"),
-           py::arg("max_resident"));
+           py::arg("max_resident"), py::arg("cluster"));
   py::module_::import("atexit").attr("register")(py::cpp_function([] { error_class = py::object(); }));
 }

@@ -5,6 +5,21 @@
 
 namespace emulator {
 
+// barrier.cluster.arrive: it is a barrier of threads, each of which arrives, then waits.
+static void arrive_at_cluster(Warp& warp, const Instruction& instruction) {
+  Cluster& cluster = *warp.cta->cluster;
+  if (const u32 again = warp.at_cluster_barrier & warp.active) {
+    warp.launch->report("barrier", instruction, where(warp, lowest_lane(again)),
+                        "arrives at the barrier of the cluster a second time before it has waited");
+  }
+  for_lanes(warp.active, [&](u32 lane) { warp.cluster_phase[lane] = cluster.phase; });
+  warp.at_cluster_barrier |= warp.active;
+  cluster.barrier.arrived += count_lanes(warp.active);
+  arrive_clocks(warp, cluster.barrier, warp.active);
+  warp.unordered = warp.progressed = true;
+  cluster.check_barrier();
+}
+
 bool decode_control(Kernel& kernel, Instruction& instruction) {
   const string& opcode = instruction.opcode();
   const vector<Operand>& operands = instruction.operands;
@@ -20,7 +35,20 @@ bool decode_control(Kernel& kernel, Instruction& instruction) {
   } else if ((opcode == "bar" || opcode == "barrier") && instruction.has("warp")) {
     instruction.control = Control::kWarpBarrier;
     set(3, 0, "b32");
-  } else if ((opcode == "bar" || opcode == "barrier") && !instruction.has("cluster")) {
+  } else if (opcode == "barrier" && instruction.has("cluster")) {
+    instruction.aligned = instruction.has("aligned");
+    if (instruction.has("relaxed")) return false;
+    if (instruction.has("wait")) {
+      instruction.control = Control::kClusterWait;
+    } else {
+      instruction.handler = arrive_at_cluster;
+      instruction.control = instruction.aligned ? Control::kCollective : Control::kNone;
+    }
+  } else if (opcode == "setmaxnreg") {
+    instruction.control = Control::kSetRegisters;
+    instruction.variant = instruction.has("inc");
+    instruction.immediate = static_cast<i64>(operands.at(0).bits);
+  } else if (opcode == "bar" || opcode == "barrier") {
     // variant: 0 sync, 1 arrive, 2 red; reg[1]: the barrier, reg[2]: the count, reg[3]: the predicate of red.
     instruction.control = Control::kBarrier;
     instruction.aligned = opcode == "bar" || instruction.has("aligned");
@@ -166,18 +194,19 @@ u32 members(Warp& warp, const Instruction& instruction, u32 lanes) {
 
 void collective(Warp& warp, const Instruction& instruction, u32 lanes) {
   const u32 wanted = members(warp, instruction, lanes);
-  if ((lanes & wanted) != wanted && !warp.stop_waiting) {
+  const bool complete = (lanes & wanted) == wanted;
+  if (!complete && !warp.stop_waiting) {
     warp.fragments[warp.current].state = FragmentState::kAtCollective;
     Counter& counter = warp.launch->counter(instruction);    // not executed yet
     counter.warps--;
     counter.threads -= count_lanes(lanes);
     return;
   }
-  if (warp.stop_waiting) {
+  if (!complete) {
     warp.launch->report("divergent-collective", instruction, where(warp, lowest_lane(lanes)),
                         format("lanes 0x%08x never arrive", wanted & ~lanes));
-    warp.stop_waiting = false;
   }
+  warp.stop_waiting = false;
   order_lanes(warp, lanes);
   warp.active = lanes;
   if (!warp.wgmma_pending.empty()) check_wgmma_hazard(warp, instruction);
@@ -198,6 +227,69 @@ void wait_for_wgmma(Warp& warp, const Instruction& instruction, u32 lanes) {
   }
   warp.active = lanes;
   instruction.handler(warp, instruction);
+  warp.fragments[warp.current].pc++;
+  warp.progressed = true;
+}
+
+// True when the whole warp is here, or nobody else comes.
+bool is_gathered(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const bool complete = (lanes & warp.alive) == warp.alive || !instruction.aligned;
+  if (!complete && !warp.stop_waiting) {
+    warp.fragments[warp.current].state = FragmentState::kAtCollective;
+    return false;
+  }
+  if (!complete) {
+    warp.launch->report("divergent-collective", instruction, where(warp, lowest_lane(lanes)),
+                        format("lanes 0x%08x never arrive", warp.alive & ~lanes));
+  }
+  warp.stop_waiting = false;
+  return true;
+}
+
+void wait_for_cluster(Warp& warp, const Instruction& instruction, u32 lanes) {
+  if (!is_gathered(warp, instruction, lanes)) return;
+  const Cluster& cluster = *warp.cta->cluster;
+  if (const u32 absent = lanes & ~warp.at_cluster_barrier) {
+    warp.launch->report("barrier", instruction, where(warp, lowest_lane(absent)),
+                        "waits at the barrier of the cluster and has not arrived");
+    lanes &= ~absent;
+  }
+  u32 early = 0;
+  for_lanes(lanes, [&](u32 lane) { early |= static_cast<u32>(warp.cluster_phase[lane] == cluster.phase) << lane; });
+  if (early) {
+    warp.yielded = true;
+    return;
+  }
+  LastJoin last;
+  for_lanes(lanes, [&](u32 lane) { acquire_clock(warp, lane, cluster.completed, last); });
+  warp.at_cluster_barrier &= ~lanes;
+  warp.fragments[warp.current].pc++;
+  warp.progressed = true;
+}
+
+// setmaxnreg: registers go back to the pool of the block, or are awaited from it.
+void set_registers(Warp& warp, const Instruction& instruction, u32 lanes) {
+  const u32 wanted = static_cast<u32>(instruction.immediate);
+  const u32 threads = count_lanes(warp.alive);
+  const auto complain = [&](const string& what) {
+    warp.launch->report("setmaxnreg", instruction, where(warp, lowest_lane(lanes)), what);
+  };
+  const bool more = instruction.variant;
+  if (wanted % 8 || wanted < 24 || wanted > 256) complain("the count is no multiple of 8 from 24 to 256");
+  if (lanes != warp.alive) complain("executed by a part of a warp");
+  if (more ? wanted < warp.register_count : wanted > warp.register_count) {
+    complain(format("%s to %u a thread, which has %u", more ? "up" : "down", wanted, warp.register_count));
+  } else if (more) {
+    const u32 added = (wanted - warp.register_count) * threads;
+    if (warp.cta->free_registers < added) {
+      warp.yielded = true;
+      return;
+    }
+    warp.cta->free_registers -= added;
+  } else {
+    warp.cta->free_registers += (warp.register_count - wanted) * threads;
+  }
+  warp.register_count = wanted;
   warp.fragments[warp.current].pc++;
   warp.progressed = true;
 }
@@ -297,6 +389,8 @@ bool Warp::control(const Instruction& instruction, u32 lanes) {
     case Control::kReturn: return_from_call(*this, instruction, lanes); return true;
     case Control::kCollective: collective(*this, instruction, lanes); return true;
     case Control::kWgmmaWait: wait_for_wgmma(*this, instruction, lanes); return true;
+    case Control::kClusterWait: wait_for_cluster(*this, instruction, lanes); return true;
+    case Control::kSetRegisters: set_registers(*this, instruction, lanes); return true;
     case Control::kBarrier: barrier(*this, instruction, lanes); return true;
     case Control::kWarpBarrier:
       fragments[current].state = FragmentState::kAtWarpBarrier;

@@ -64,6 +64,18 @@ void fill_special_register(Warp& warp, const string& name, u32 offset) {
     set_all(dimension < 3 ? cta.id[dimension] : 0);
   } else if (base == "%nctaid") {
     set_all(dimension < 3 ? launch.grid[dimension] : 0);
+  } else if (base == "%clusterid") {
+    set_all(dimension < 3 ? cta.cluster->id[dimension] : 0);
+  } else if (base == "%nclusterid") {
+    set_all(dimension < 3 ? launch.grid[dimension] / launch.cluster[dimension] : 0);
+  } else if (base == "%cluster_ctaid") {
+    set_all(dimension < 3 ? cta.id[dimension] % launch.cluster[dimension] : 0);
+  } else if (base == "%cluster_nctaid") {
+    set_all(dimension < 3 ? launch.cluster[dimension] : 0);
+  } else if (base == "%cluster_ctarank") {
+    set_all(cta.rank);
+  } else if (base == "%cluster_nctarank") {
+    set_all(launch.cluster_size());
   } else if (base == "%laneid") {
     set([](u32 lane) { return lane; });
   } else if (base == "%warpid") {
@@ -95,13 +107,22 @@ void fill_special_register(Warp& warp, const string& name, u32 offset) {
   }
 }
 
+// What ptxas gives a kernel that uses setmaxnreg: all that its blocks can have, in steps of 8, with whole warpgroups.
+u32 registers_of_thread(const Launch& launch) {
+  const Function& function = *launch.kernel->function;
+  if (function.max_registers) return function.max_registers;
+  const u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
+  const u32 room = (std::max(threads, function.max_threads) + 127) / 128 * 128 * function.min_blocks;
+  return std::min(255u, 65536 / room) / 8 * 8;
+}
+
 std::unique_ptr<Warp> make_warp(Launch& launch, Cta& cta, u32 index, u32 lanes, const ClockPtr& clock) {
   const Kernel& kernel = *launch.kernel;
   auto warp = std::make_unique<Warp>();
   warp->cta = &cta;
   warp->launch = &launch;
   warp->index = index;
-  warp->first_thread = index * 32;
+  warp->first_thread = cta.rank * cta.threads + index * 32;
   warp->alive = warp->started = lanes == 32 ? kAllLanes : (1u << lanes) - 1;
   warp->register_storage.resize(kernel.register_bytes + 64);
   const u64 storage = reinterpret_cast<u64>(warp->register_storage.data());
@@ -118,6 +139,7 @@ std::unique_ptr<Warp> make_warp(Launch& launch, Cta& cta, u32 index, u32 lanes, 
     warp->time[lane] = 1;
     warp->fence_time[lane] = 0;
   }
+  warp->register_count = registers_of_thread(launch);
   for (const auto& [name, offset] : kernel.special_registers) fill_special_register(*warp, name, offset);
   return warp;
 }
@@ -131,6 +153,16 @@ void check_dimensions(const Launch& launch) {
   if (threads > 1024) fail("more than 1024 threads a block");
   if (launch.grid[1] > 65535 || launch.grid[2] > 65535) fail("grid larger than 65535 in y or z");
   if (ctas >= kNone) fail("more than 2^32 blocks");
+  const u32* cluster = launch.cluster;
+  const u32* fixed = function.required_cluster;
+  if (fixed[0] && !std::equal(fixed, fixed + 3, cluster)) {
+    fail("the kernel wants clusters of (%u,%u,%u)", fixed[0], fixed[1], fixed[2]);
+  }
+  if (launch.cluster_size() > 8) fail("clusters of more than 8 blocks, which not every GPU has");
+  for (u32 i = 0; i < 3; i++) {
+    if (launch.grid[i] % cluster[i])
+      fail("a grid of %u blocks is no multiple of clusters of %u", launch.grid[i], cluster[i]);
+  }
   const u32* required = function.required_block;
   if (required[0] && !std::equal(required, required + 3, block)) {
     fail("the kernel wants a block of (%u,%u,%u)", required[0], required[1], required[2]);
@@ -160,24 +192,25 @@ void add_internal(Launch& launch, u64 begin, u64 bytes, const string& name, bool
 
 }    // namespace
 
-std::unique_ptr<Cta> make_cta(Launch& launch, u32 number) {
+namespace {
+
+std::unique_ptr<Cta> make_cta(Launch& launch, Cluster& cluster, u32 rank, const ClockPtr& clock) {
   auto cta = std::make_unique<Cta>();
   const u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
   const u32 warps = (threads + 31) / 32;
   cta->launch = &launch;
-  cta->number = number;
-  cta->id[0] = number % launch.grid[0];
-  cta->id[1] = number / launch.grid[0] % launch.grid[1];
-  cta->id[2] = number / launch.grid[0] / launch.grid[1];
+  cta->cluster = &cluster;
+  cta->rank = rank;
+  const u32* dims = launch.cluster;
+  const u32 in_cluster[] = {rank % dims[0], rank / dims[0] % dims[1], rank / dims[0] / dims[1]};
+  for (u32 i = 0; i < 3; i++) cta->id[i] = cluster.id[i] * dims[i] + in_cluster[i];
+  cta->number = cta->id[0] + launch.grid[0] * (cta->id[1] + launch.grid[1] * cta->id[2]);
   cta->threads = warps * 32;
   cta->alive = threads;
   cta->granule_shift = launch.kernel->granule_shift;
   cta->shared.assign(kSharedReserved + launch.shared_bytes, 0xff);    // NaN in every float type
-  ClockPtr clock;
-  if (launch.options.races) {
-    clock = std::make_shared<Clock>();
-    clock->time.assign(cta->threads + kAgents, 0);
-    if (launch.shared_bytes) cta->shadow.resize((cta->shared.size() >> cta->granule_shift) + 1);
+  if (launch.options.races && launch.shared_bytes) {
+    cta->shadow.resize((cta->shared.size() >> cta->granule_shift) + 1);
   }
   for (u32 i = 0; i < warps; i++) {
     cta->warps.push_back(make_warp(launch, *cta, i, std::min(32u, threads - i * 32), clock));
@@ -185,8 +218,32 @@ std::unique_ptr<Cta> make_cta(Launch& launch, u32 number) {
   return cta;
 }
 
+}    // namespace
+
+std::unique_ptr<Cluster> make_cluster(Launch& launch, u32 number) {
+  auto cluster = std::make_unique<Cluster>();
+  cluster->launch = &launch;
+  const u32 along[] = {launch.grid[0] / launch.cluster[0], launch.grid[1] / launch.cluster[1]};
+  cluster->id[0] = number % along[0];
+  cluster->id[1] = number / along[0] % along[1];
+  cluster->id[2] = number / along[0] / along[1];
+  const u32 size = launch.cluster_size();
+  cluster->threads = (launch.block[0] * launch.block[1] * launch.block[2] + 31) / 32 * 32 * size;
+  ClockPtr clock;
+  if (launch.options.races) {
+    clock = std::make_shared<Clock>();
+    clock->time.assign(cluster->threads + kAgents * size, 0);
+  }
+  for (u32 rank = 0; rank < size; rank++) cluster->ctas.push_back(make_cta(launch, *cluster, rank, clock));
+  return cluster;
+}
+
 void Launch::run() {
   shared_bytes = kernel->static_shared + dynamic_shared;
+  for (u32 i = 0; i < 3; i++) {
+    const u32 wanted = options.cluster[0] ? options.cluster[i] : kernel->function->required_cluster[i];
+    cluster[i] = std::max(1u, wanted);
+  }
   check_dimensions(*this);
   std::copy(parameters.begin(), parameters.end(), kernel->param_memory);
   counters.assign(kernel->code.size(), Counter());
@@ -210,6 +267,8 @@ void Launch::run() {
     buffer.written.assign(words, 0);
   }
   run_grid(*this);
+  ended = true;
+  for (const auto& write : late_writes) write();
 }
 
 }    // namespace emulator

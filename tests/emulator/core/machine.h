@@ -13,15 +13,17 @@
 namespace emulator {
 
 struct Cta;
+struct Cluster;
 struct Launch;
 
-// A vector clock: for every thread of the block, then every asynchronous agent, the last time known to lie before now.
+// A vector clock: for every thread of the cluster, then every asynchronous agent, the last time known to lie before
+// now.
 struct Clock {
   vector<u32> time;
 };
 using ClockPtr = std::shared_ptr<Clock>;
 
-constexpr u32 kAgents = 192;              // asynchronous agents a block may use; further ones share the last
+constexpr u32 kAgents = 192;              // asynchronous agents for each block; further ones share the last
 constexpr u32 kInFlight = 0xffffffffu;    // write time of bytes that a cp.async has not yet been waited for
 
 // Lanes of one warp that read a piece of shared memory at the same time of theirs.
@@ -56,11 +58,12 @@ struct AsyncCopy {
   u8 data[16];
 };
 
-// A bulk store to global memory that has been issued and not waited for.
+// A bulk store to global memory that has been issued and not waited for: first its source is read, then it lands.
 struct BulkStore {
   const Instruction* instruction;
-  std::function<void()> run;
+  std::function<void()> read, write;
   u32 group, agent, time;
+  bool was_read = false;
 };
 
 struct Warp {
@@ -94,13 +97,17 @@ struct Warp {
   u32 wgmma_groups = 0, wgmma_agent = kNone;
   vector<BulkStore> bulk_stores[32];
   u32 bulk_groups[32] = {};
-  u32 bulk_agents[32] = {};    // agent + 1
+  u32 bulk_agents[32] = {};      // agent + 1
+  u32 at_cluster_barrier = 0;    // lanes that have arrived and not waited yet
+  u32 cluster_phase[32] = {};    // in which they arrived
+  u32 register_count = 0;        // of a lane, what setmaxnreg changes
 
   ClockPtr clocks[32];    // null when the race detector is off
   u32 time[32];
   bool unordered = false;    // something happened since the lanes of the warp last shared one clock
   u32 fence_time[32];        // last fence.proxy.async of each lane
   ClockPtr fence_clock[32];
+  u64 global_fence[32] = {};    // tick of its last fence.proxy.async that holds for global memory
 
   template <class Slot>
   Slot* slots(u32 offset) {
@@ -144,11 +151,18 @@ struct BarrierState {
 
 struct Cta {
   Launch* launch = nullptr;
+  Cluster* cluster = nullptr;
   u32 id[3];
   u32 number = 0;
+  u32 rank = 0;       // in the cluster
   u32 threads = 0;    // of whole warps
   u32 alive = 0;
-  u32 agents = 0;
+  u32 free_registers = 0;
+  bool progressed = false;
+  // What has to be known to its threads when they exit: accesses of other blocks to its shared memory, and copies into
+  // it; by thread or agent the last time, and where.
+  std::unordered_map<u32, std::pair<u32, const Instruction*>> before_exit;
+  Clock at_exit;
   vector<std::unique_ptr<Warp>> warps;
   vector<u8> shared;
   vector<Shadow> shadow;    // of every granule of shared memory; empty when the race detector is off
@@ -158,8 +172,31 @@ struct Cta {
   std::unordered_map<u32, std::pair<u32, u32>> mbarrier_agents;    // agent + 1 and the time it has reached, by address
 
   bool done() const { return alive == 0; }
+  void check_exit();
   void check_barrier(u32 barrier);
   bool deliver_copies();
+  u64 run(u64 budget, bool& stalled);
+};
+
+// Blocks that run at the same time and reach each other's shared memory. Without clusters, each block is one.
+struct Cluster {
+  Launch* launch = nullptr;
+  u32 id[3];
+  u32 threads = 0;    // of all its blocks
+  u32 agents = 0;
+  vector<std::unique_ptr<Cta>> ctas;
+  BarrierState barrier;
+  u32 phase = 0;    // of the barrier
+  ClockPtr completed;
+
+  bool done() const { return alive() == 0; }
+  u32 alive() const {
+    u32 count = 0;
+    for (const auto& cta : ctas) count += cta->alive;
+    return count;
+  }
+  Warp& warp_of(u32 thread) const { return *ctas[thread / ctas[0]->threads]->warps[thread % ctas[0]->threads / 32]; }
+  void check_barrier();
   u64 run(u64 budget, bool& stalled);
 };
 
@@ -168,6 +205,7 @@ struct Options {
   u64 seed = 0, max_steps = 0;
   u32 max_resident = 4096;
   u32 shared_limit = 227 * 1024;
+  u32 cluster[3] = {0, 0, 0};    // 0: what the kernel wants, or none
 };
 
 struct Issue {
@@ -177,7 +215,7 @@ struct Issue {
 
 struct Launch {
   Kernel* kernel = nullptr;
-  u32 grid[3], block[3];
+  u32 grid[3], block[3], cluster[3];
   u32 dynamic_shared = 0, shared_bytes = 0;
   Options options;
   vector<u8> parameters;
@@ -194,24 +232,31 @@ struct Launch {
     random = random * 6364136223846793005ull + 1442695040888963407ull;
     return (random >> 33) % limit;
   }
-  bool abort = false;
-  vector<u32> grid_workspace;    // of a cooperative launch
+  bool abort = false, ended = false;
+  vector<u32> grid_workspace;                   // of a cooperative launch
+  vector<std::function<void()>> late_writes;    // of stores that nobody waited for to the end
+  u64 proxy_tick = 0;                           // counts writes to global memory and fences
+  std::unordered_map<u64, u64> proxy_fences;    // last tick of a thread's fence for global memory
 
   void run();
   Buffer* find(u64 address);
   void report(const char* kind, const Instruction& instruction, const string& where, const string& message);
-  void report_deadlock(const std::deque<std::unique_ptr<Cta>>& resident);
+  void report_deadlock(const std::deque<std::unique_ptr<Cluster>>& resident);
+  bool follows_proxies() const { return options.races && options.proxy_fences && kernel->has_bulk_copies; }
+  u32 cluster_size() const { return cluster[0] * cluster[1] * cluster[2]; }
   Counter& counter(const Instruction& instruction) { return counters[instruction.pc]; }
   string source_position(const Instruction& instruction) const;
 };
 
 string where(const Warp& warp, u32 lane);
 void run_grid(Launch& launch);
-std::unique_ptr<Cta> make_cta(Launch& launch, u32 number);
+std::unique_ptr<Cluster> make_cluster(Launch& launch, u32 number);
 
 // memory.cpp: addresses to host pointers. A bad access is reported, and the result is nullptr.
 u8* global_pointer(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes, bool write);
-u8* shared_pointer(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes, u32& offset);
+// `owner` gets the block whose memory it is; without it, that of another block is a bad address.
+u8* shared_pointer(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes, u32& offset,
+                   Cta** owner = nullptr);
 u8* local_pointer(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes);
 void check_alignment(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes);
 void addresses_of(Warp& warp, const Instruction& instruction, u64* addresses);
@@ -229,13 +274,15 @@ void count_wavefronts(Warp& warp, const Instruction& instruction, const u32* off
 
 // races.cpp
 enum class Access : u8 { kPlain, kAtomic, kCopyInFlight };
-void note_shared_read(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, Access access);
+// Of this block's shared memory, or of that of `owner`.
+void note_shared_read(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, Access access,
+                      Cta* owner = nullptr);
 // `value`: the bytes about to be written, nullptr when not known yet. Writing what is there already is no race of two
 // writes.
 void note_shared_write(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, const u8* value,
-                       Access access);
+                       Access access, Cta* owner = nullptr);
 void note_agent_access(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, bool write,
-                       u32 agent, u32 time);
+                       u32 agent, u32 time, Cta* owner = nullptr);
 void note_copy_landed(Warp& warp, const AsyncCopy& copy);
 void note_global_access(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes, const u8* value);
 struct LastJoin {    // lanes of a warp mostly share one clock: what the join of the previous lane gave
@@ -251,11 +298,16 @@ void arrive_clocks(Warp& warp, BarrierState& barrier, u32 lanes);
 ClockPtr join_clocks(BarrierState& barrier);
 void proxy_fence(Warp& warp, const Instruction& instruction);
 
+// proxies.cpp
+enum class Proxy : u8 { kNone, kGeneric, kAsync, kAsyncInFlight };
+void note_global_read(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u64 bytes, Proxy by);
+void note_global_write(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u64 bytes, Proxy by);
+
 // async_copy.cpp, tensor_copy.cpp, wgmma.cpp: what the scheduler has to tell them
 void land_async_copies(Warp& warp, u32 lanes, u32 groups_left, bool all);
-void finish_bulk_stores(Warp& warp, u32 lane, u32 groups_left, bool all);
+void leave_bulk_stores(Warp& warp, u32 lane);
 void check_wgmma_hazard(Warp& warp, const Instruction& instruction);
-Mbarrier* find_mbarrier(Warp& warp, const Instruction& instruction, u32 lane, u64 address);
+Mbarrier* find_mbarrier(Warp& warp, const Instruction& instruction, u32 lane, u64 address, Cta** owner = nullptr);
 void complete_phase(Mbarrier& barrier);
 
 }    // namespace emulator

@@ -13,16 +13,17 @@ bool Mbarrier::deliver() {
   return !due.empty();
 }
 
-Mbarrier* find_mbarrier(Warp& warp, const Instruction& instruction, u32 lane, u64 address) {
+Mbarrier* find_mbarrier(Warp& warp, const Instruction& instruction, u32 lane, u64 address, Cta** owner) {
   u32 offset;
-  if (!shared_pointer(warp, instruction, lane, address, 8, offset)) return nullptr;
-  const auto found = warp.cta->mbarriers.find(offset);
-  if (found == warp.cta->mbarriers.end()) {
+  if (!shared_pointer(warp, instruction, lane, address, 8, offset, owner)) return nullptr;
+  Cta& cta = owner ? **owner : *warp.cta;
+  const auto found = cta.mbarriers.find(offset);
+  if (found == cta.mbarriers.end()) {
     warp.launch->report("mbarrier", instruction, where(warp, lane),
                         format("mbarrier at shared offset %u is not initialised", offset - kSharedReserved));
     return nullptr;
   }
-  note_shared_read(warp, instruction, lane, offset, 8, Access::kAtomic);
+  note_shared_read(warp, instruction, lane, offset, 8, Access::kAtomic, &cta);
   return &found->second;
 }
 
@@ -112,7 +113,8 @@ void mbarrier(Warp& warp, const Instruction& instruction) {
     const u32 value = has_value ? static_cast<u32>(operand_value(warp, operands[address_at + 1], lane)) : 1;
     if (operation == kInit) return initialise(warp, instruction, lane, address, value);
     if (operation == kInvalidate) return invalidate(warp, instruction, lane, address);
-    Mbarrier* barrier = find_mbarrier(warp, instruction, lane, address);
+    Cta* owner = nullptr;
+    Mbarrier* barrier = find_mbarrier(warp, instruction, lane, address, instruction.in_cluster ? &owner : nullptr);
     if (!barrier) return;
     if (operation == kPoll) return poll(warp, instruction, lane, *barrier, value, last);
     warp.progressed = true;
@@ -140,6 +142,12 @@ Handler decode_mbarrier(Kernel&, Instruction& instruction) {
   } else {
     return nullptr;
   }
+  // Another block may only be told of an arrival or of bytes: it has no state to give back, and nobody else waits on
+  // it.
+  const bool tells =
+      instruction.variant == kArrive || instruction.variant == kArriveExpect || instruction.variant == kExpect;
+  const bool is_own = instruction.has("shared") || instruction.has("shared::cta");
+  instruction.in_cluster = tells && !is_own;
   instruction.immediate = instruction.operands.at(0).kind == OperandKind::kAddress ? 0 : 1;
   if (instruction.operands.at(static_cast<size_t>(instruction.immediate)).kind != OperandKind::kAddress) return nullptr;
   return mbarrier;

@@ -58,15 +58,33 @@ u8* global_pointer(Warp& warp, const Instruction& instruction, u32 lane, u64 add
   return reinterpret_cast<u8*>(address);
 }
 
-u8* shared_pointer(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes, u32& offset) {
+u8* shared_pointer(Warp& warp, const Instruction& instruction, u32 lane, u64 address, u32 bytes, u32& offset,
+                   Cta** owner) {
   const u64 tag = address & ~0xffffffffull;
-  offset = static_cast<u32>(address);
+  offset = static_cast<u32>(address) & ((1u << kRankShift) - 1);
   if (tag != 0 && tag != kSharedWindow) {
     warp.launch->report("oob-shared", instruction, where(warp, lane),
                         format("0x%llx is no address of shared memory", static_cast<unsigned long long>(address)));
     return nullptr;
   }
-  vector<u8>& shared = warp.cta->shared;
+  Cta* cta = warp.cta;
+  if (const u32 block = static_cast<u32>(address) >> kRankShift) {
+    const auto& ctas = warp.cta->cluster->ctas;
+    if (!owner || block > ctas.size()) {
+      warp.launch->report("oob-shared", instruction, where(warp, lane),
+                          format("an address in block %u of the cluster, which has %zu, in an access to %s", block - 1,
+                                 ctas.size(), owner ? "shared::cluster" : "shared::cta"));
+      return nullptr;
+    }
+    cta = ctas[block - 1].get();
+    if (cta->done()) {
+      warp.launch->report("early-exit", instruction, where(warp, lane),
+                          format("the shared memory of block %u of the cluster, which has exited", block - 1));
+      return nullptr;
+    }
+  }
+  if (owner) *owner = cta;
+  vector<u8>& shared = cta->shared;
   if (offset < kSharedReserved || static_cast<u64>(offset) + bytes > shared.size()) {
     warp.launch->report("oob-shared", instruction, where(warp, lane),
                         format("%u bytes at shared offset %d; the block has %zu bytes", bytes,
@@ -215,9 +233,12 @@ void load(Warp& warp, const Instruction& instruction) {
     switch (space_of(instruction, address)) {
       case Space::kShared: {
         u32 offset;
-        memory = shared_pointer(warp, instruction, lane, address, bytes, offset);
+        Cta* owner = nullptr;
+        memory =
+            shared_pointer(warp, instruction, lane, address, bytes, offset, instruction.in_cluster ? &owner : nullptr);
         if (!memory) break;
-        note_shared_read(warp, instruction, lane, offset, bytes, instruction.strong ? Access::kAtomic : Access::kPlain);
+        note_shared_read(warp, instruction, lane, offset, bytes, instruction.strong ? Access::kAtomic : Access::kPlain,
+                         owner);
         shared_offsets[lane] = offset;
         in_shared |= 1u << lane;
         break;
@@ -229,6 +250,7 @@ void load(Warp& warp, const Instruction& instruction) {
         if (!instruction.last_buffer->writer_of_word.empty()) {
           note_global_access(warp, instruction, lane, address, bytes, nullptr);
         }
+        note_global_read(warp, instruction, lane, address, bytes, Proxy::kGeneric);
         in_global |= 1u << lane;
         break;
       default: memory = global_pointer(warp, instruction, lane, address, bytes, false);    // constants
@@ -255,10 +277,12 @@ void store(Warp& warp, const Instruction& instruction) {
     switch (space_of(instruction, address)) {
       case Space::kShared: {
         u32 offset;
-        memory = shared_pointer(warp, instruction, lane, address, bytes, offset);
+        Cta* owner = nullptr;
+        memory =
+            shared_pointer(warp, instruction, lane, address, bytes, offset, instruction.in_cluster ? &owner : nullptr);
         if (!memory) break;
         note_shared_write(warp, instruction, lane, offset, bytes, value,
-                          instruction.strong ? Access::kAtomic : Access::kPlain);
+                          instruction.strong ? Access::kAtomic : Access::kPlain, owner);
         shared_offsets[lane] = offset;
         in_shared |= 1u << lane;
         break;
@@ -268,6 +292,7 @@ void store(Warp& warp, const Instruction& instruction) {
         memory = global_pointer(warp, instruction, lane, address, bytes, true);
         if (!memory) break;
         note_global_access(warp, instruction, lane, address, bytes, value);
+        note_global_write(warp, instruction, lane, address, bytes, Proxy::kGeneric);
         in_global |= 1u << lane;
     }
     if (memory) memcpy(memory, value, bytes);
@@ -290,6 +315,32 @@ void convert_address(Warp& warp, const Instruction& instruction) {
       out[lane] = in[lane];    // the argument of a call
     } else {
       out[lane] = instruction.variant ? in[lane] - params : in[lane] + params;
+    }
+  });
+}
+
+// mapa d, a, rank: the same place in the shared memory of another block of the cluster. variant: 1 for getctarank d, a,
+// which block's it is; modifier: 1 for generic addresses.
+void map_to_block(Warp& warp, const Instruction& instruction) {
+  constexpr u64 kPlace = (1ull << kRankShift) - 1;
+  const vector<Operand>& operands = instruction.operands;
+  for_lanes(warp.active, [&](u32 lane) {
+    const u64 address = operand_value(warp, operands[1], lane);
+    if (instruction.variant) {
+      const u32 block = static_cast<u32>(address) >> kRankShift;
+      warp.slots<u32>(operands[0].offset)[lane] = block ? block - 1 : warp.cta->rank;
+      return;
+    }
+    const u64 rank = operand_value(warp, operands[2], lane);
+    if (rank >= warp.launch->cluster_size()) {
+      warp.launch->report("oob-shared", instruction, where(warp, lane),
+                          format("there is no block %u in the cluster", static_cast<u32>(rank)));
+    }
+    const u64 mapped = (rank + 1) << kRankShift | (address & kPlace);
+    if (instruction.modifier) {
+      warp.slots<u64>(operands[0].offset)[lane] = mapped | kSharedWindow;
+    } else {
+      warp.slots<u32>(operands[0].offset)[lane] = static_cast<u32>(mapped);
     }
   });
 }
@@ -318,6 +369,7 @@ bool decode_space(Instruction& instruction) {
     const string& word = instruction.words[i];
     if (word == "global") instruction.space = Space::kGlobal;
     if (word.rfind("shared", 0) == 0) instruction.space = Space::kShared;
+    if (word == "shared::cluster") instruction.in_cluster = true;
     if (word == "local") instruction.space = Space::kLocal;
     if (word == "const") instruction.space = Space::kConst;
     if (word.rfind("param", 0) == 0) instruction.space = Space::kParam;
@@ -325,6 +377,7 @@ bool decode_space(Instruction& instruction) {
     if (word == "v4") instruction.vector_length = 4;
     if (word == "v8") return false;    // sm_100
   }
+  if (instruction.space == Space::kGeneric) instruction.in_cluster = true;
   return true;
 }
 
@@ -360,8 +413,7 @@ void decode_elements(Kernel& kernel, Instruction& instruction, size_t index, boo
 }
 
 bool is_ignored(const Instruction& instruction) {
-  static const char* ignored[] = {"membar",        "fence",          "prefetch",  "prefetchu",
-                                  "applypriority", "griddepcontrol", "setmaxnreg"};
+  static const char* ignored[] = {"membar", "fence", "prefetch", "prefetchu", "applypriority", "griddepcontrol"};
   return std::find(std::begin(ignored), std::end(ignored), instruction.opcode()) != std::end(ignored);
 }
 
@@ -370,6 +422,7 @@ bool is_ignored(const Instruction& instruction) {
 Handler decode_memory(Kernel& kernel, Instruction& instruction) {
   const string& opcode = instruction.opcode();
   if (opcode == "fence" && instruction.has("proxy") && instruction.words.at(2).rfind("async", 0) == 0) {
+    instruction.variant = instruction.has("global") ? 2 : instruction.type().rfind("shared", 0) == 0 ? 1 : 3;
     return proxy_fence;
   }
   // Memory is sequentially consistent here, so other fences have nothing to do.
@@ -387,6 +440,19 @@ Handler decode_memory(Kernel& kernel, Instruction& instruction) {
     if (instruction.space == Space::kShared) instruction.immediate = static_cast<i64>(kSharedWindow);
     if (instruction.space == Space::kLocal) instruction.immediate = static_cast<i64>(kLocalWindow);
     return convert_address;
+  }
+  if (opcode == "mapa" || opcode == "getctarank") {
+    instruction.variant = opcode == "getctarank";
+    instruction.modifier = !instruction.has("shared::cluster");
+    const char* address = instruction.modifier ? "u64" : "u32";
+    const char* const types[] = {instruction.variant ? "u32" : address, address, "u32"};
+    for (size_t i = 0; i < (instruction.variant ? 2 : 3); i++) {
+      Operand& operand = instruction.operands.at(i);
+      operand.offset = slot_of(kernel, instruction, operand, types[i]);
+      operand.kind = OperandKind::kRegister;
+      operand.bytes = types[i][1] == '6' ? 8 : 4;
+    }
+    return map_to_block;
   }
   if (opcode == "isspacep") {
     decode_space(instruction);

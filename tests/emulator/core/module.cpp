@@ -53,9 +53,9 @@ void parse_performance_directive(Cursor& cursor, Function& function) {
   values.resize(3, 1);
   if (word == ".reqntid") std::copy(values.begin(), values.end(), function.required_block);
   if (word == ".maxntid") function.max_threads = values[0] * values[1] * values[2];
-  if (word == ".reqnctapercluster" && values[0] * values[1] * values[2] > 1) {
-    fail("PTX line %u: thread block clusters are not supported", cursor.line);
-  }
+  if (word == ".maxnreg") function.max_registers = values[0];
+  if (word == ".minnctapersm") function.min_blocks = values[0];
+  if (word == ".reqnctapercluster") std::copy(values.begin(), values.end(), function.required_cluster);
 }
 
 Function parse_function(Cursor& cursor, bool is_kernel) {

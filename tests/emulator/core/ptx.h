@@ -26,6 +26,7 @@ constexpr u64 kSharedWindow = 1ull << 60;
 constexpr u64 kLocalWindow = 2ull << 60;
 constexpr u64 kParamBase = 256;          // where kernel parameters begin in the .param space
 constexpr u32 kSharedReserved = 1024;    // as on hardware, the first KiB of the shared window is not the kernel's
+constexpr u32 kRankShift = 24;           // in an address of shared memory: 1 + rank of the block, 0 for the own one
 
 enum class Space : u8 { kGeneric, kGlobal, kShared, kLocal, kConst, kParam };
 
@@ -58,6 +59,8 @@ enum class Control : u8 {
   kWarpBarrier,
   kCollective,
   kWgmmaWait,
+  kClusterWait,
+  kSetRegisters,
   kYield,
   kTrap,
 };
@@ -90,8 +93,9 @@ struct Instruction {
   bool flush = false;       // .ftz
   bool saturate = false;    // .sat
   bool relu = false;
-  bool has_mask = false;    // a collective with a member mask in reg[3]
-  bool aligned = false;     // a barrier that the whole warp must reach together
+  bool has_mask = false;      // a collective with a member mask in reg[3]
+  bool aligned = false;       // a barrier that the whole warp must reach together
+  bool in_cluster = false;    // shared memory of the whole cluster may be meant
 
   // Loads, stores and atomics.
   u32 base = kNone;    // register of the address
@@ -148,7 +152,8 @@ struct Function {
   size_t body_begin = 0, body_end = 0;    // in the text; 0 for a declaration
   u32 line = 0;
   u32 required_block[3] = {0, 0, 0};
-  u32 max_threads = 0;
+  u32 required_cluster[3] = {0, 0, 0};
+  u32 max_threads = 0, max_registers = 0, min_blocks = 1;
 };
 
 struct Module {
@@ -179,6 +184,7 @@ struct Kernel {
   u32 granule_shift = 2;    // log2 of the bytes that the race detector treats as one: the narrowest access, at most 4
   vector<Parameter> parameters;
   u8* param_memory = nullptr;
+  bool has_bulk_copies = false;    // of the async proxy
 };
 
 // compile.cpp

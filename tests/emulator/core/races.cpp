@@ -11,9 +11,11 @@
 namespace emulator {
 namespace {
 
-string name_thread(const Cta& cta, u32 thread) {
-  if (thread >= cta.threads) return format("asynchronous agent %u", thread - cta.threads);
-  return format("thread %u", thread);
+string name_thread(const Cluster& cluster, u32 thread) {
+  if (thread >= cluster.threads) return format("asynchronous agent %u", thread - cluster.threads);
+  const u32 threads = cluster.ctas[0]->threads;
+  if (cluster.ctas.size() == 1) return format("thread %u", thread);
+  return format("thread %u of block %u of the cluster", thread % threads, thread / threads);
 }
 
 bool happened_before(const Warp& warp, u32 lane, u32 thread, u32 time) {
@@ -34,7 +36,7 @@ void report_race(Warp& warp, const Instruction& instruction, u32 lane, u32 byte,
   const char* note = in_flight ? " (the other access is an asynchronous one still in flight)" : "";
   warp.launch->report(in_flight ? "race-async" : "race", instruction, where(warp, lane),
                       format("%s conflict on shared byte %u%s with %s at line %u:%s %s", kind, byte - kSharedReserved,
-                             note, name_thread(*warp.cta, other_thread).c_str(), other.line,
+                             note, name_thread(*warp.cta->cluster, other_thread).c_str(), other.line,
                              warp.launch->source_position(other).c_str(), other.text.c_str()));
 }
 
@@ -68,7 +70,8 @@ void check_readers(const Shadow& shadow, Warp& warp, const Instruction& instruct
     for (u32 lanes = readers.lanes; lanes; lanes &= lanes - 1) {
       const u32 thread = readers.first_thread + lowest_lane(lanes);
       if (happened_before(warp, lane, thread, readers.time)) continue;
-      report_race(warp, instruction, lane, byte, "read/write", thread, readers.pc, thread >= warp.cta->threads);
+      report_race(warp, instruction, lane, byte, "read/write", thread, readers.pc,
+                  thread >= warp.cta->cluster->threads);
       return;
     }
   };
@@ -91,18 +94,20 @@ ClockPtr joined(const Clock& a, const Clock& b) {
 
 }    // namespace
 
-void note_shared_read(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, Access access) {
-  Cta& cta = *warp.cta;
+void note_shared_read(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, Access access,
+                      Cta* owner) {
+  Cta& cta = owner ? *owner : *warp.cta;
   if (cta.shadow.empty()) return;
   const u32 shift = warp.cta->granule_shift;
   const bool atomic = access == Access::kAtomic;
   warp.unordered = true;
+  if (&cta != warp.cta) cta.before_exit[warp.thread(lane)] = {warp.time[lane], &instruction};
   for (u32 i = offset >> shift; i <= (offset + bytes - 1) >> shift; i++) {
     Shadow& shadow = cta.shadow[i];
     if (shadow.writer == kNone) {
       report_unwritten(warp, instruction, lane, i << shift);
     } else if (!(atomic && shadow.atomic) && !happened_before(warp, lane, shadow.writer, shadow.write_time)) {
-      const bool in_flight = shadow.write_time == kInFlight || shadow.writer >= cta.threads;
+      const bool in_flight = shadow.write_time == kInFlight || shadow.writer >= cta.cluster->threads;
       report_race(warp, instruction, lane, i << shift, "write/read", shadow.writer, shadow.write_pc, in_flight);
     }
     if (!atomic) add_reader(shadow, warp, lane, {warp.first_thread, 1u << lane, warp.time[lane], instruction.pc});
@@ -110,12 +115,13 @@ void note_shared_read(Warp& warp, const Instruction& instruction, u32 lane, u32 
 }
 
 void note_shared_write(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, const u8* value,
-                       Access access) {
-  Cta& cta = *warp.cta;
+                       Access access, Cta* owner) {
+  Cta& cta = owner ? *owner : *warp.cta;
   if (cta.shadow.empty()) return;
   const u32 shift = warp.cta->granule_shift;
   const bool atomic = access == Access::kAtomic;
   warp.unordered = true;
+  if (&cta != warp.cta) cta.before_exit[warp.thread(lane)] = {warp.time[lane], &instruction};
   for (u32 i = offset >> shift; i <= (offset + bytes - 1) >> shift; i++) {
     Shadow& shadow = cta.shadow[i];
     const u32 byte = i << shift;
@@ -125,7 +131,7 @@ void note_shared_write(Warp& warp, const Instruction& instruction, u32 lane, u32
       const u32 end = std::min(byte + (1u << shift), offset + bytes);
       const bool pending = shadow.write_time == kInFlight;
       if (pending || !value || memcmp(&cta.shared[begin], value + (begin - offset), end - begin)) {
-        const bool in_flight = pending || shadow.writer >= cta.threads;
+        const bool in_flight = pending || shadow.writer >= cta.cluster->threads;
         report_race(warp, instruction, lane, byte, "write/write", shadow.writer, shadow.write_pc, in_flight);
       }
     }
@@ -142,18 +148,19 @@ void note_shared_write(Warp& warp, const Instruction& instruction, u32 lane, u32
 // Bytes that a thread wrote need a fence.proxy.async of that thread, or one ordered after it, before an agent uses
 // them.
 static bool is_fenced(const Warp& warp, u32 lane, const Shadow& shadow) {
-  const Warp& writer = *warp.cta->warps[shadow.writer / 32];
+  const Warp& writer = warp.cta->cluster->warp_of(shadow.writer);
   if (writer.fence_time[shadow.writer % 32] > shadow.write_time) return true;
   return warp.fence_clock[lane] && warp.fence_clock[lane]->time[shadow.writer] >= shadow.write_time;
 }
 
 // An access of the agent, issued by `lane`, that will be complete at the agent's `time`.
 void note_agent_access(Warp& warp, const Instruction& instruction, u32 lane, u32 offset, u32 bytes, bool write,
-                       u32 agent, u32 time) {
-  Cta& cta = *warp.cta;
+                       u32 agent, u32 time, Cta* owner) {
+  Cta& cta = owner ? *owner : *warp.cta;
   if (cta.shadow.empty() || !bytes) return;
   const u32 shift = warp.cta->granule_shift;
-  const u32 threads = cta.threads;
+  const u32 threads = cta.cluster->threads;
+  if (write) cta.before_exit[threads + agent] = {time, &instruction};
   for (u32 i = offset >> shift; i <= (offset + bytes - 1) >> shift; i++) {
     Shadow& shadow = cta.shadow[i];
     const u32 byte = i << shift;
@@ -226,8 +233,9 @@ void note_global_access(Warp& warp, const Instruction& instruction, u32 lane, u6
 }
 
 u32 new_agent(Warp& warp) {
-  Cta& cta = *warp.cta;
-  return cta.agents < kAgents ? cta.agents++ : kAgents - 1;
+  Cluster& cluster = *warp.cta->cluster;
+  const u32 most = kAgents * static_cast<u32>(cluster.ctas.size());
+  return cluster.agents < most ? cluster.agents++ : most - 1;
 }
 
 // A collective of these lanes: what any of them did before it lies before what any of them does after it.
@@ -278,7 +286,7 @@ void acquire_agent(Warp& warp, u32 lanes, u32 agent, u32 time) {
     if (warp.clocks[lane].get() != last_clock) {    // lanes mostly share one clock: copy it once
       last_clock = warp.clocks[lane].get();
       result = std::make_shared<Clock>(*last_clock);
-      raise_time(*result, warp.cta->threads + agent, time);
+      raise_time(*result, warp.cta->cluster->threads + agent, time);
     }
     warp.clocks[lane] = result;
   });
@@ -311,13 +319,41 @@ ClockPtr join_clocks(BarrierState& barrier) {
   return result;
 }
 
-void proxy_fence(Warp& warp, const Instruction&) {
+// fence.proxy.async; variant: 1 for shared memory, 2 for global memory, 3 for both.
+void proxy_fence(Warp& warp, const Instruction& instruction) {
   if (!warp.clocks[0]) return;
+  Launch& launch = *warp.launch;
+  if (instruction.variant & 2) {
+    launch.proxy_tick++;
+    for_lanes(warp.active, [&](u32 lane) {
+      warp.global_fence[lane] = launch.proxy_tick;
+      launch.proxy_fences[static_cast<u64>(warp.cta->number) << 32 | (warp.index * 32 + lane)] = launch.proxy_tick;
+    });
+  }
+  if (!(instruction.variant & 1)) return;
   for_lanes(warp.active, [&](u32 lane) {
     warp.fence_time[lane] = ++warp.time[lane];
     warp.fence_clock[lane] = warp.clocks[lane];
   });
   warp.unordered = true;
+}
+
+// A block must not exit while another uses its shared memory, or a copy is on its way there: its threads have to know
+// that this is over.
+void Cta::check_exit() {
+  for (const auto& [who, last] : before_exit) {
+    const auto& [time, instruction] = last;
+    if (who < at_exit.time.size() && at_exit.time[who] >= time) continue;
+    launch->report("early-exit", *instruction, format("block (%u,%u,%u)", id[0], id[1], id[2]),
+                   format("the block exits, and nothing tells it that the access of %s to its shared memory is over",
+                          name_thread(*cluster, who).c_str()));
+  }
+  for (const auto& warp : warps) {
+    const u32 others = warps[warp->index & ~3u]->register_count;
+    if (warp->register_count == others) continue;
+    launch->report("setmaxnreg", launch->kernel->code[0], where(*warp, 0),
+                   format("warps of one warpgroup have %u and %u registers", others, warp->register_count));
+  }
 }
 
 }    // namespace emulator

@@ -84,15 +84,15 @@ void Warp::wake_fragments() {
 
 void Warp::finish_lanes(u32 lanes) {
   for_lanes(lanes, [&](u32 lane) {
-    if (bulk_stores[lane].empty()) return;
-    launch->report("bulk-unwaited", *bulk_stores[lane].front().instruction, where(*this, lane),
-                   "store still in flight when its thread exits");
-    finish_bulk_stores(*this, lane, 0, true);
+    leave_bulk_stores(*this, lane);
+    if (launch->kernel->has_bulk_copies || cta->cluster->ctas.size() > 1) release_clock(*this, lane, cta->at_exit);
   });
   if (!async_copies.empty()) land_async_copies(*this, lanes, 0, true);
   alive &= ~lanes;
   cta->alive -= count_lanes(lanes);
   progressed = true;
+  if (cta->done()) cta->check_exit();
+  if (cta->cluster->barrier.arrived) cta->cluster->check_barrier();
   for (u32 i = 0; i < 16; i++) {
     if (cta->barriers[i].arrived) cta->check_barrier(i);
   }
@@ -185,6 +185,14 @@ void Cta::check_barrier(u32 number) {
   state.any = false;
 }
 
+// The barrier of the cluster: for all threads that have not exited.
+void Cluster::check_barrier() {
+  if (!barrier.arrived || barrier.arrived < alive()) return;
+  completed = join_clocks(barrier);
+  barrier.arrived = 0;
+  phase++;
+}
+
 bool Cta::deliver_copies() {
   bool any = false;
   for (auto& [address, barrier] : mbarriers) any |= barrier.deliver();
@@ -195,7 +203,7 @@ bool Cta::deliver_copies() {
 u64 Cta::run(u64 budget, bool& stalled) {
   const bool shuffle = launch->options.seed != 0;
   u64 total = 0;
-  stalled = false;
+  stalled = progressed = false;
   vector<Warp*> order;
   for (const auto& warp : warps) order.push_back(warp.get());
   while (total < budget && !done() && !launch->abort) {
@@ -218,25 +226,54 @@ u64 Cta::run(u64 budget, bool& stalled) {
       stalled = true;
       break;
     }
+    progressed = true;
   }
   return total;
 }
 
-void Launch::report_deadlock(const std::deque<std::unique_ptr<Cta>>& resident) {
+// The same for the blocks of a cluster.
+u64 Cluster::run(u64 budget, bool& stalled) {
+  if (ctas.size() == 1) return ctas[0]->run(budget, stalled);
+  const bool shuffle = launch->options.seed != 0;
+  u64 total = 0;
+  stalled = false;
+  vector<Cta*> order;
+  for (const auto& cta : ctas) order.push_back(cta.get());
+  while (total < budget && !done() && !launch->abort) {
+    for (size_t i = order.size(); shuffle && i > 1; i--) std::swap(order[i - 1], order[launch->draw(i)]);
+    bool progress = false;
+    for (Cta* cta : order) {
+      if (cta->done()) continue;
+      bool waits;
+      total += cta->run(shuffle ? 1 + launch->draw(kShuffledCtaTurn) : kCtaTurn, waits);
+      progress |= cta->progressed;
+    }
+    if (!progress && !done()) {
+      stalled = true;
+      break;
+    }
+  }
+  return total;
+}
+
+void Launch::report_deadlock(const std::deque<std::unique_ptr<Cluster>>& resident) {
   static const char* const states[] = {"polls", "waits for lanes", "waits at a warp barrier", "waits at a barrier",
                                        "waits for the rest of its warp"};
   constexpr int kLines = 12;
   string message;
   int lines = 0;
-  for (const auto& cta : resident) {
-    for (const auto& warp : cta->warps) {
-      for (const Fragment& fragment : warp->fragments) {
-        if (lines++ >= kLines) continue;
-        const Instruction& at = kernel->code[fragment.pc];
-        message +=
-            format("\n  block (%u,%u,%u) warp %u lanes 0x%08x %s at line %u: %s", cta->id[0], cta->id[1], cta->id[2],
-                   warp->index, fragment.lanes, states[static_cast<int>(fragment.state)], at.line, at.text.c_str());
-      }
+  const auto describe = [&](const Warp& warp) {
+    const u32* id = warp.cta->id;
+    for (const Fragment& fragment : warp.fragments) {
+      if (lines++ >= kLines) continue;
+      const Instruction& at = kernel->code[fragment.pc];
+      message += format("\n  block (%u,%u,%u) warp %u lanes 0x%08x %s at line %u: %s", id[0], id[1], id[2], warp.index,
+                        fragment.lanes, states[static_cast<int>(fragment.state)], at.line, at.text.c_str());
+    }
+  };
+  for (const auto& cluster : resident) {
+    for (const auto& cta : cluster->ctas) {
+      for (const auto& warp : cta->warps) describe(*warp);
     }
   }
   if (lines > kLines) message += format("\n  and %d more", lines - kLines);
@@ -244,40 +281,42 @@ void Launch::report_deadlock(const std::deque<std::unique_ptr<Cta>>& resident) {
 }
 
 void run_grid(Launch& launch) {
-  const u64 ctas = static_cast<u64>(launch.grid[0]) * launch.grid[1] * launch.grid[2];
-  std::deque<std::unique_ptr<Cta>> resident;
+  const u64 size = launch.cluster_size();
+  const u64 clusters = static_cast<u64>(launch.grid[0]) * launch.grid[1] * launch.grid[2] / size;
+  const u64 most = std::max<u64>(1, launch.options.max_resident / size);
+  std::deque<std::unique_ptr<Cluster>> resident;
   u64 started = 0;
   u64 stalls = 0;    // in a row
   const bool shuffle = launch.options.seed != 0;
-  while ((started < ctas || !resident.empty()) && !launch.abort) {
+  while ((started < clusters || !resident.empty()) && !launch.abort) {
     if (launch.interrupt_check) launch.interrupt_check();
     // Shuffled, several run at once in short turns, so that one which does not wait for another is found out.
-    const u64 at_once = shuffle ? std::min<u64>(kShuffledCtas, launch.options.max_resident) : 1;
-    while (started < ctas && resident.size() < at_once) {
-      resident.push_back(make_cta(launch, static_cast<u32>(started++)));
+    const u64 at_once = shuffle ? std::min<u64>(std::max<u64>(1, kShuffledCtas / size), most) : 1;
+    while (started < clusters && resident.size() < at_once) {
+      resident.push_back(make_cluster(launch, static_cast<u32>(started++)));
     }
     if (shuffle) {
       std::swap(resident.front(), resident[launch.draw(resident.size())]);
     }
-    std::unique_ptr<Cta> cta = std::move(resident.front());
+    std::unique_ptr<Cluster> cluster = std::move(resident.front());
     resident.pop_front();
-    launch.most_resident = std::max<u64>(launch.most_resident, resident.size() + 1);
+    launch.most_resident = std::max<u64>(launch.most_resident, (resident.size() + 1) * size);
     bool stalled;
-    const u64 ran = cta->run(shuffle ? 1 + launch.draw(kShuffledCtaTurn) : kCtaTurn, stalled);
+    const u64 ran = cluster->run(shuffle ? 1 + launch.draw(kShuffledCtaTurn) : kCtaTurn, stalled);
     launch.total_steps += ran;
     if (launch.options.max_steps && launch.total_steps > launch.options.max_steps) {
       launch.report("step-limit", launch.kernel->code[0], "", "the launch takes more steps than max_steps");
       return;
     }
-    if (cta->done()) {
+    if (cluster->done()) {
       stalls = 0;
       continue;
     }
-    const bool only_polled = stalled && ran <= 4096;
+    const bool only_polled = stalled && ran <= 4096 * size;
     stalls = only_polled ? stalls + 1 : 0;
-    resident.push_back(std::move(cta));
-    if (stalled && started < ctas && resident.size() < launch.options.max_resident) {
-      resident.push_front(make_cta(launch, static_cast<u32>(started++)));
+    resident.push_back(std::move(cluster));
+    if (stalled && started < clusters && resident.size() < most) {
+      resident.push_front(make_cluster(launch, static_cast<u32>(started++)));
       stalls = 0;
     } else if (stalls > (shuffle ? 64 : 8) * resident.size() + 64) {
       launch.report_deadlock(resident);

@@ -1,7 +1,8 @@
 // The tensor memory accelerator: tiled copies described by a tensor map, and the instructions that make such maps.
 //
-// A load is complete when its mbarrier says so, a store when its bulk group has been waited for. The 128 bytes of a
-// tensor map are opaque in PTX: the layout below is the emulator's own, and arguments.py writes the same.
+// A load is complete when its mbarrier says so, a store when its bulk group has been waited for. A multicast load lands
+// at the same place of several blocks of the cluster, and tells the mbarrier at the same place there. The 128 bytes of
+// a tensor map are opaque in PTX: the layout below is the emulator's own, and arguments.py writes the same.
 #include <algorithm>
 #include <array>
 
@@ -131,37 +132,61 @@ void load_tile(Warp& warp, const Instruction& instruction, u32 lane) {
   const u64 barrier_address = operand_address(warp, instruction.operands[2], lane);
   const u32 bytes = static_cast<u32>(map.box_bytes());
   u32 offset, barrier_offset;
+  Cta *owner = nullptr, *told = nullptr;
   check_alignment(warp, instruction, lane, destination, 128);
-  if (!shared_pointer(warp, instruction, lane, destination, bytes, offset)) return;
-  if (!shared_pointer(warp, instruction, lane, barrier_address, 8, barrier_offset)) return;
+  if (!shared_pointer(warp, instruction, lane, destination, bytes, offset, &owner)) return;
+  if (!shared_pointer(warp, instruction, lane, barrier_address, 8, barrier_offset, &told)) return;
+  if (owner != told) {
+    warp.launch->report("mbarrier", instruction, where(warp, lane), "copy and mbarrier are in different blocks");
+    return;
+  }
+  vector<Cta*> owners = {owner};
+  if (instruction.variant) {
+    const u64 ranks = operand_value(warp, instruction.operands[3], lane) & 0xffff;
+    const auto& ctas = warp.cta->cluster->ctas;
+    if (!ranks || ranks >> ctas.size()) {
+      warp.launch->report("oob-shared", instruction, where(warp, lane),
+                          format("multicast to blocks 0x%x of a cluster of %zu", static_cast<u32>(ranks), ctas.size()));
+      return;
+    }
+    owners.clear();
+    for (size_t i = 0; i < ctas.size(); i++) {
+      if (ranks >> i & 1) owners.push_back(ctas[i].get());
+    }
+  }
 
   // The source is read now; what lies outside the tensor is zero.
   auto tile = std::make_shared<vector<u8>>(bytes);
   for_rows(map, coordinates, [&](u64 in_box, u64 address, u64 row_bytes) {
     if (!global_pointer(warp, instruction, lane, address, static_cast<u32>(row_bytes), false)) return;
+    note_global_read(warp, instruction, lane, address, row_bytes, Proxy::kAsync);
     memcpy(&(*tile)[in_box], reinterpret_cast<const u8*>(address), row_bytes);
     count_row(warp, instruction, address, row_bytes, false);
   });
   warp.launch->counter(instruction).requests++;
 
-  const auto found = warp.cta->mbarriers.find(barrier_offset);
-  if (found == warp.cta->mbarriers.end()) {
-    warp.launch->report("mbarrier", instruction, where(warp, lane), "copy signals an mbarrier that is not initialised");
-    return;
-  }
-  Mbarrier* barrier = &found->second;
-  const u32 agent = barrier->agent;
-  const u32 time = barrier->first_time + barrier->phase + 1;
-  note_agent_access(warp, instruction, lane, offset, bytes, true, agent, time);
-  Cta* cta = warp.cta;
-  barrier->deliveries.push_back([=] {
-    for (u32 i = 0; i < bytes; i += 16) {
-      memcpy(&cta->shared[map.swizzled(offset + i)], &(*tile)[i], std::min(16u, bytes - i));
+  for (Cta* cta : owners) {
+    const auto found = cta->mbarriers.find(barrier_offset);
+    if (cta->done() || found == cta->mbarriers.end()) {
+      warp.launch->report(cta->done() ? "early-exit" : "mbarrier", instruction, where(warp, lane),
+                          format("copy signals block %u of the cluster, %s", cta->rank,
+                                 cta->done() ? "which has exited" : "whose mbarrier is not initialised"));
+      continue;
     }
-    barrier->bytes_pending -= bytes;
-    raise_time(barrier->arrivals, cta->threads + agent, time);
-    complete_phase(*barrier);
-  });
+    Mbarrier* barrier = &found->second;
+    const u32 agent = barrier->agent;
+    const u32 time = barrier->first_time + barrier->phase + 1;
+    note_agent_access(warp, instruction, lane, offset, bytes, true, agent, time, cta);
+    if (cta != warp.cta) note_shared_read(warp, instruction, lane, barrier_offset, 8, Access::kAtomic, cta);
+    barrier->deliveries.push_back([=] {
+      for (u32 i = 0; i < bytes; i += 16) {
+        memcpy(&cta->shared[map.swizzled(offset + i)], &(*tile)[i], std::min(16u, bytes - i));
+      }
+      barrier->bytes_pending -= bytes;
+      raise_time(barrier->arrivals, cta->cluster->threads + agent, time);
+      complete_phase(*barrier);
+    });
+  }
 }
 
 void store_tile(Warp& warp, const Instruction& instruction, u32 lane) {
@@ -180,18 +205,29 @@ void store_tile(Warp& warp, const Instruction& instruction, u32 lane) {
   pending.agent = warp.bulk_agents[lane] - 1;
   pending.time = pending.group + 1;
   note_agent_access(warp, instruction, lane, offset, bytes, false, pending.agent, pending.time);
-  // The source is read as late as it may be, so that overwriting it too early shows in the results.
+  for_rows(map, coordinates, [&](u64, u64 address, u64 row_bytes) {
+    if (!global_pointer(warp, instruction, lane, address, static_cast<u32>(row_bytes), true)) return;
+    note_global_read(warp, instruction, lane, address, row_bytes, Proxy::kAsync);
+    note_global_write(warp, instruction, lane, address, row_bytes, Proxy::kAsyncInFlight);
+    count_row(warp, instruction, address, row_bytes, true);
+  });
+  // The source is read, and the destination written, as late as may be, so that a missing wait shows in the results.
+  auto tile = std::make_shared<vector<u8>>(bytes);
+  const Cta* cta = warp.cta;
+  pending.read = [=] {
+    for (u32 i = 0; i < bytes; i += 16) {
+      memcpy(&(*tile)[i], &cta->shared[map.swizzled(offset + i)], std::min(16u, bytes - i));
+    }
+  };
   Warp* issuer = &warp;
   const Instruction* issued = &instruction;
-  pending.run = [=] {
-    vector<u8> tile(bytes);
-    for (u32 i = 0; i < bytes; i += 16) {
-      memcpy(&tile[i], &issuer->cta->shared[map.swizzled(offset + i)], std::min(16u, bytes - i));
-    }
+  Launch* launch = warp.launch;
+  pending.write = [=] {
     for_rows(map, coordinates, [&](u64 in_box, u64 address, u64 row_bytes) {
-      if (!global_pointer(*issuer, *issued, lane, address, static_cast<u32>(row_bytes), true)) return;
-      memcpy(reinterpret_cast<u8*>(address), &tile[in_box], row_bytes);
-      count_row(*issuer, *issued, address, row_bytes, true);
+      issued->last_buffer = launch->find(address);
+      if (!issued->last_buffer || address + row_bytes > issued->last_buffer->end) return;
+      memcpy(reinterpret_cast<u8*>(address), &(*tile)[in_box], row_bytes);
+      if (!launch->ended) note_global_write(*issuer, *issued, lane, address, row_bytes, Proxy::kAsync);
     });
   };
   warp.launch->counter(instruction).requests++;
@@ -209,10 +245,28 @@ void commit_stores(Warp& warp, const Instruction&) {
   for_lanes(warp.active, [&](u32 lane) { warp.bulk_groups[lane]++; });
 }
 
-// immediate: groups that may stay in flight.
+void read_source(Warp& warp, u32 lane, BulkStore& store) {
+  if (store.was_read) return;
+  store.read();
+  store.was_read = true;
+  acquire_agent(warp, 1u << lane, store.agent, store.time);
+}
+
+// immediate: groups that may stay in flight; variant: 1 for .read, after which only the source may be used again.
 void wait_stores(Warp& warp, const Instruction& instruction) {
-  for_lanes(warp.active,
-            [&](u32 lane) { finish_bulk_stores(warp, lane, static_cast<u32>(instruction.immediate), false); });
+  for_lanes(warp.active, [&](u32 lane) {
+    vector<BulkStore> kept;
+    for (BulkStore& store : warp.bulk_stores[lane]) {
+      const bool is_due = store.group + static_cast<u32>(instruction.immediate) < warp.bulk_groups[lane];
+      if (is_due) read_source(warp, lane, store);
+      if (is_due && !instruction.variant) {
+        store.write();
+      } else {
+        kept.push_back(std::move(store));
+      }
+    }
+    warp.bulk_stores[lane] = std::move(kept);
+  });
   warp.progressed = true;
 }
 
@@ -255,21 +309,20 @@ void copy_map(Warp& warp, const Instruction& instruction) {
 
 }    // namespace
 
-void finish_bulk_stores(Warp& warp, u32 lane, u32 groups_left, bool all) {
-  vector<BulkStore>& stores = warp.bulk_stores[lane];
-  vector<BulkStore> kept;
-  for (BulkStore& store : stores) {
-    if (!all && store.group + groups_left >= warp.bulk_groups[lane]) {
-      kept.push_back(store);
-      continue;
+// The thread exits. Its shared memory must have been read; the stores themselves end with the launch at the latest.
+void leave_bulk_stores(Warp& warp, u32 lane) {
+  for (BulkStore& store : warp.bulk_stores[lane]) {
+    if (!store.was_read) {
+      warp.launch->report("bulk-unwaited", *store.instruction, where(warp, lane),
+                          "store still in flight when its thread exits");
+      read_source(warp, lane, store);
     }
-    store.run();
-    acquire_agent(warp, 1u << lane, store.agent, store.time);
+    warp.launch->late_writes.push_back(std::move(store.write));
   }
-  stores = kept;
+  warp.bulk_stores[lane].clear();
 }
 
-Handler decode_tensor_copy(Kernel&, Instruction& instruction) {
+Handler decode_tensor_copy(Kernel& kernel, Instruction& instruction) {
   const string& opcode = instruction.opcode();
   if (opcode == "tensormap") {
     if (instruction.has("cp_fenceproxy")) return copy_map;
@@ -282,17 +335,27 @@ Handler decode_tensor_copy(Kernel&, Instruction& instruction) {
   if (instruction.has("commit_group")) return commit_stores;
   if (instruction.has("wait_group")) {
     instruction.immediate = static_cast<i64>(instruction.operands.at(0).bits);
+    instruction.variant = instruction.has("read");
     return wait_stores;
   }
   const bool is_tiled_copy = instruction.has("tensor") && instruction.words[1] == "async";
-  if (!is_tiled_copy || instruction.has("multicast::cluster") || instruction.has("prefetch")) return nullptr;
+  if (!is_tiled_copy || instruction.has("prefetch")) return nullptr;
   for (const string& word : instruction.words) {
     if (word.rfind("im2col", 0) == 0 || word.rfind("tile::", 0) == 0) return nullptr;
     if (word.rfind("cta_group", 0) == 0) return nullptr;
   }
   // words: cp.async.bulk.tensor.Nd.DESTINATION.SOURCE...
   instruction.is_store = instruction.words.at(5) == "global";
-  if (instruction.operands.size() < (instruction.is_store ? 2 : 3)) return nullptr;
+  instruction.variant = instruction.has("multicast::cluster");
+  const size_t fewest = instruction.is_store ? 2 : 3;
+  if (instruction.operands.size() < fewest + instruction.variant) return nullptr;
+  if (instruction.variant) {
+    Operand& ranks = instruction.operands[3];
+    ranks.offset = slot_of(kernel, instruction, ranks, "b16");
+    ranks.kind = OperandKind::kRegister;
+    ranks.bytes = 4;
+  }
+  kernel.has_bulk_copies = true;
   return copy_tile;
 }
 
