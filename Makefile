@@ -11,8 +11,8 @@ MATRIX_ARGS ?=
 export LINFORMER_CUDA_ARCHS ?= 80;90
 
 BIN := .venv/bin
-SOURCES := $(shell find csrc -type f)
-FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator -type f))
+SOURCES := $(shell find csrc -type f) linformer_kernels/schemas.inc
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator examples/cpp -type f))
 step = @printf '\n==> %s\n' $(1)
 
 .PHONY: help demo bench test lint matrix clean
