@@ -61,7 +61,7 @@ class CMakeBuild(build_ext):
             sys.exit("linformer_kernels: torch is not installed; install torch, then linformer_kernels")
         build = Path(self.build_temp).resolve()
         configure = [cmake, "-S", str(ROOT), "-B", str(build), f"-DTORCH_DIR={torch}", "-DCMAKE_BUILD_TYPE=Release"]
-        for name in ("LINFORMER_CUDA", "LINFORMER_CUDA_ARCHS"):
+        for name in ("LINFORMER_CUDA", "LINFORMER_CUDA_ARCHS", "LINFORMER_NAMESPACE"):
             if name in os.environ:
                 configure.append(f"-D{name}={os.environ[name]}")
         if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():

@@ -1,9 +1,9 @@
 // The operators: what torch calls, on top of what the devices run. The only C++ file that knows torch, and of torch
 // only the stable ABI, so that one library serves every torch from the version it was compiled for.
 //
-// Schemas and shape rules for fake tensors stand in linformer_kernels/_ops.py; arguments arrive validated from there.
-// What is checked again here is what memory safety needs, because an operator can be called without its public
-// function.
+// Schemas stand in linformer_kernels/schemas.inc, shape rules for fake tensors in _ops.py beside it; arguments arrive
+// validated from there. What is checked again here is what memory safety needs, because an operator can be called
+// without its public function.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -24,6 +24,7 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "problem.h"
+#include "schemas.h"
 #ifdef LINFORMER_WITH_CUDA
 #include <dlfcn.h>
 
@@ -31,9 +32,6 @@
 
 #include "cuda/launch.h"
 #endif
-
-// What torch said when a call of the stable ABI failed; torch from 2.13 on has it.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace linformer {
 namespace {
@@ -93,8 +91,7 @@ Tensor allocate(const char* what, std::initializer_list<int64_t> sizes, double b
     std::ostringstream amount;
     amount.precision(3);
     if (bytes >= 1 << 30) amount << " (" << bytes / (1 << 30) << " GiB)";
-    const char* said = torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
-    const std::string reason = said && *said ? "torch says: " + std::string(said) : std::string();
+    const std::string reason = torch_said();
     const char* device = like.is_cuda() ? "GPU" : "CPU";
     const bool memory = reason.empty() || reason.find("memory") != std::string::npos;
     refuse(device, memory ? " out of memory. Tried to allocate " : ": torch did not allocate ",
@@ -778,23 +775,23 @@ double cpu_probe_gflops() { return cpu::kernel_table().probe_gflops(); }
 }    // namespace
 }    // namespace linformer
 
-// The same functions for both devices: what differs is behind run().
-#define LINFORMER_IMPLEMENT(m)                                               \
-  m.impl("attention", TORCH_BOX(&linformer::attention));                     \
-  m.impl("attention_backward", TORCH_BOX(&linformer::attention_backward));   \
-  m.impl("project", TORCH_BOX(&linformer::project));                         \
-  m.impl("project_backward", TORCH_BOX(&linformer::project_backward));       \
-  m.impl("projected_attention", TORCH_BOX(&linformer::projected_attention)); \
-  m.impl("pool", TORCH_BOX(&linformer::pool));                               \
-  m.impl("pool_backward", TORCH_BOX(&linformer::pool_backward));             \
-  m.impl("projected_attention_backward", TORCH_BOX(&linformer::projected_attention_backward));
+#define LINFORMER_OP(name) \
+  linformer::Implementation { #name, TORCH_BOX(&linformer::name) }
 
-STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CPU, m) {
-  LINFORMER_IMPLEMENT(m)
-  m.impl("choose_segments", TORCH_BOX(&linformer::choose_segments));
+// The same functions for both devices: what differs is behind run().
+static void implement_on_device(torch::stable::detail::StableLibrary& m) {
+  linformer::implement(
+      m, {LINFORMER_OP(attention), LINFORMER_OP(attention_backward), LINFORMER_OP(project),
+          LINFORMER_OP(project_backward), LINFORMER_OP(projected_attention), LINFORMER_OP(projected_attention_backward),
+          LINFORMER_OP(pool), LINFORMER_OP(pool_backward)});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(LINFORMER_NAMESPACE, CPU, m) {
+  implement_on_device(m);
+  linformer::implement(m, {LINFORMER_OP(choose_segments)});
 }
 #ifdef LINFORMER_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CUDA, m) { LINFORMER_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(LINFORMER_NAMESPACE, CUDA, m) { implement_on_device(m); }
 
 // For tests: launches go to `emulator`, or to the GPU again with nullptr.
 extern "C" __attribute__((visibility("default"))) void linformer_emulate(linformer::Emulator emulator,
@@ -804,13 +801,8 @@ extern "C" __attribute__((visibility("default"))) void linformer_emulate(linform
 }
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(linformer_kernels, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&linformer::cpu_capability));
-  m.impl("cpu_use_capability", TORCH_BOX(&linformer::cpu_use_capability));
-  m.impl("cpu_plan", TORCH_BOX(&linformer::cpu_plan));
-  m.impl("cpu_amx_refusal", TORCH_BOX(&linformer::cpu_amx_refusal));
-  m.impl("cpu_peak_gflops", TORCH_BOX(&linformer::cpu_peak_gflops));
-  m.impl("cpu_probe_gflops", TORCH_BOX(&linformer::cpu_probe_gflops));
-  m.impl("cuda_architectures", TORCH_BOX(&linformer::cuda_architectures));
-  m.impl("cuda_driver_problem", TORCH_BOX(&linformer::cuda_driver_problem));
+STABLE_TORCH_LIBRARY_IMPL(LINFORMER_NAMESPACE, CompositeExplicitAutograd, m) {
+  linformer::implement(m, {LINFORMER_OP(cpu_capability), LINFORMER_OP(cpu_use_capability), LINFORMER_OP(cpu_plan),
+                           LINFORMER_OP(cpu_amx_refusal), LINFORMER_OP(cpu_peak_gflops), LINFORMER_OP(cpu_probe_gflops),
+                           LINFORMER_OP(cuda_architectures), LINFORMER_OP(cuda_driver_problem)});
 }

@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as Function
 
-from ._ops import LIBRARY, OVERLOADS, heads_inner, unit_stride
+from ._ops import LIBRARY, OPS, OVERLOADS, heads_inner, unit_stride
 
-_ops = torch.ops.linformer_kernels
 Ops = tuple[Callable[..., Any], Callable[..., Any]]
 
 
@@ -175,7 +174,7 @@ class Operations:
 
 def _operations(overload: str) -> tuple[Operations, Operations]:
     def make(name: str, function: type[Function]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        op, op_backward = (getattr(getattr(_ops, n), overload) for n in (name, f"{name}_backward"))
+        op, op_backward = (getattr(getattr(OPS, n), overload) for n in (name, f"{name}_backward"))
         backward, _ = _register(op_backward, partial(_Gradient.apply, op_backward))  # type: ignore[attr-defined]
         return _register(op, partial(_differentiably, function, (op, backward)))
 

@@ -296,6 +296,31 @@ def contenders(call: Call) -> list[str]:
 
 def choose(call: Call, backend: str | None) -> Backend:
     """The backend for a call. Raises if the one that was asked for is unknown, is missing, or refuses."""
+    chosen = _choose(call, backend)
+    return _spread(chosen, call) if is_distributed(call.query if call.query is not None else call.key) else chosen
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor, told without loading torch.distributed."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+
+
+def _spread(backend: Backend, call: Call) -> Backend:
+    """A backend for DTensors."""
+    from . import _sharding  # which loads torch.distributed
+
+    _sharding.check_distributed(call)
+    if backend.name in ("composed", "reference"):
+        return backend  # PyTorch's own operators
+    return dataclasses.replace(
+        backend,
+        attention=functools.partial(_sharding.attention, backend),
+        project=functools.partial(_sharding.project, backend),
+        pool=functools.partial(_sharding.pool, backend),
+    )
+
+
+def _choose(call: Call, backend: str | None) -> Backend:
     name, source = backend, "argument backend"
     if name is None:
         name, source = getattr(_chosen, "name", None), "use_backend"

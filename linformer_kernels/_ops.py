@@ -1,16 +1,8 @@
-"""The ops: schemas (their only definition), fakes, and FLOP formulas for torch.utils.flop_counter.
+"""The ops: fakes, and FLOP formulas for torch.utils.flop_counter, to the schemas in schemas.inc.
 
-The native library registers implementations for these schemas; `_autograd` registers their derivatives. Arguments
-arrive validated and cast (`_validation`), so nothing here reports a user's mistake.
-
-`needs` is a bit mask: bit i asks for gradient i of the op's returns. A gradient that is not wanted comes back with
-shape (0,), and so does the gradient of `proj_value` where it is None (the gradient of `proj_key` is then the sum) or of
-`key_bias` where it is None.
-
-`key_bias`: (B, H_kv, K) float32, expanded to that. `segments`: int32, (B, 1 or H_kv, N) or packed (total, 1 or H_kv);
-what is not in [0, num_segments) takes part nowhere.
-
-`allow_tf32`: float32 may be multiplied in TF32. CPU kernels do not look at it.
+The native library defines the ops and implements them; where it did not load, they are defined here. `_autograd`
+registers their derivatives. Arguments arrive validated and cast (`_validation`), so nothing here reports a user's
+mistake.
 """
 
 from __future__ import annotations
@@ -25,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _library
 from .segments import choose_segments
 
 # torch's counter imports Triton. Where that is broken the counter does not import, but this package does; where it is
@@ -42,37 +35,28 @@ except Exception:
 finally:
     _log.disabled = False
 
-LIBRARY = torch.library.Library("linformer_kernels", "DEF")
+OPS, NAMESPACE = _library.ops(), _library.namespace()
+LIBRARY = torch.library.Library(NAMESPACE, "DEF" if _library.load() else "FRAGMENT")
 
 # The strides of results follow those of the arguments, so a compiler may not hand over other strides than it traced.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-_PROJECT_ARGS = (
-    "Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_padding_mask, Tensor? cu_seqlens_k, "
-    "bool allow_tf32"
-)
-_ATTENTION_ARGS = (
-    "Tensor query, Tensor key, Tensor value, Tensor proj_key, Tensor? proj_value, Tensor? key_bias, "
-    "Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng_state"
-)
-_PROJECTED_ARGS = (
-    "Tensor query, Tensor key_proj, Tensor value_proj, Tensor? key_bias, Tensor? cu_seqlens_q, Tensor? rng_state"
-)
-_SCALARS = "float dropout_p, float scale, bool allow_tf32"
-
+if _library.load():
+    for _name, _signature in _library.schemas().items():
+        LIBRARY.define(_name + _signature, tags=_TAGS)
 
 # Each op is defined twice, with the same arguments and results: by default it runs the kernels of the native library
 # for its device, as overload "triton" those of triton_kernels.
 OVERLOADS = ("default", "triton")
 
 
-def _op(name: str, signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Define an op whose fake is the decorated function."""
+def _op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an op's overload "triton". The decorated function is the fake of both."""
 
     def define(fake: Callable[..., Any]) -> Callable[..., Any]:
+        LIBRARY.define(f"{name}.triton{_library.schemas()[name]}", tags=_TAGS)
         for qualified in (name, f"{name}.triton"):
-            LIBRARY.define(qualified + signature, tags=_TAGS)
-            torch.library.register_fake(f"linformer_kernels::{qualified}", _on_one_device(name, fake), lib=LIBRARY)
+            torch.library.register_fake(f"{NAMESPACE}::{qualified}", _on_one_device(name, fake), lib=LIBRARY)
         return fake
 
     return define
@@ -166,34 +150,27 @@ def empty_attention(
     return _like(query, value.size(-1)), *_empty_projections(key, value, proj_key, cu_seqlens_k)
 
 
-@_op("attention", f"({_ATTENTION_ARGS}, {_SCALARS}) -> (Tensor, Tensor, Tensor)")
+@_op("attention")
 def _(query, key, value, proj_key, proj_value, key_bias, mask, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return empty_attention(query, key, value, proj_key, cu_seqlens_k)
 
 
-@_op(
-    "attention_backward",
-    f"(Tensor grad_out, {_ATTENTION_ARGS}, Tensor key_proj, Tensor value_proj, {_SCALARS}, int needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@_op("attention_backward")
 def _(grad_out, query, key, value, proj_key, proj_value, key_bias, mask, cu_seqlens_q, cu_seqlens_k, rng_state, key_proj, value_proj, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return empty_attention_grads(needs, query, key, value, proj_key, proj_value, key_bias)
 
 
-@_op("project", f"({_PROJECT_ARGS}) -> (Tensor, Tensor)")
+@_op("project")
 def _(key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32):  # type: ignore[no-untyped-def]
     return _empty_projections(key, value, proj_key, cu_seqlens_k)
 
 
-@_op(
-    "project_backward",
-    f"(Tensor grad_key_proj, Tensor grad_value_proj, {_PROJECT_ARGS}, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@_op("project_backward")
 def _(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, mask, cu_seqlens_k, allow_tf32, needs):  # type: ignore[no-untyped-def]
     return empty_project_grads(needs, key, value, proj_key, proj_value)
 
 
-@_op("projected_attention", f"({_PROJECTED_ARGS}, {_SCALARS}) -> Tensor")
+@_op("projected_attention")
 def _(query, key_proj, value_proj, key_bias, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32):  # type: ignore[no-untyped-def]
     return _like(query, value_proj.size(-1))
 
@@ -206,10 +183,7 @@ def empty_projected_grads(
     return *grads, empty_bias_grad(needs >> 3, query, key_bias)
 
 
-@_op(
-    "projected_attention_backward",
-    f"(Tensor grad_out, {_PROJECTED_ARGS}, {_SCALARS}, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@_op("projected_attention_backward")
 def _(grad_out, query, key_proj, value_proj, key_bias, cu_seqlens_q, rng_state, dropout_p, scale, allow_tf32, needs):  # type: ignore[no-untyped-def]
     return empty_projected_grads(needs, query, key_proj, value_proj, key_bias)
 
@@ -224,10 +198,7 @@ def empty_pool(
     return key.new_empty((*shape, key.size(-1))), key.new_empty((*shape, value.size(-1))), count
 
 
-@_op(
-    "pool",
-    "(Tensor key, Tensor value, Tensor segments, Tensor? cu_seqlens_k, int num_segments) -> (Tensor, Tensor, Tensor)",
-)
+@_op("pool")
 def _(key, value, segments, cu_seqlens_k, num_segments):  # type: ignore[no-untyped-def]
     return empty_pool(key, value, cu_seqlens_k, num_segments)
 
@@ -251,22 +222,12 @@ def empty_pool_grads(
     return empty(grad_key_proj, needs & 1), empty(grad_value_proj, needs & 2)
 
 
-@_op(
-    "pool_backward",
-    "(Tensor grad_key_proj, Tensor grad_value_proj, Tensor count, Tensor segments, Tensor? cu_seqlens_k, "
-    "bool heads_inner, int needs) -> (Tensor, Tensor)",
-)
+@_op("pool_backward")
 def _(grad_key_proj, grad_value_proj, count, segments, cu_seqlens_k, heads_inner, needs):  # type: ignore[no-untyped-def]
     return empty_pool_grads(grad_key_proj, grad_value_proj, segments, heads_inner, needs)
 
 
-# Of tokens alone and in windows; not differentiable. No overload of Triton's: the native library has it for CPUs, and
-# PyTorch's own operators make it for all else.
-_CHOOSE = (
-    "choose_segments(Tensor query, Tensor key, Tensor? key_padding_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "int num_segments, int singles, int first, int last) -> Tensor"
-)
-LIBRARY.define(_CHOOSE, tags=_TAGS)
+# No overload of Triton's: the native library has it for CPUs, and PyTorch's own operators make it for all else.
 LIBRARY.impl("choose_segments", choose_segments, "CompositeExplicitAutograd")
 
 
@@ -275,26 +236,8 @@ def _empty_segments(query, key, key_padding_mask, cu_seqlens_q, cu_seqlens_k, nu
 
 
 torch.library.register_fake(
-    "linformer_kernels::choose_segments", _on_one_device("choose_segments", _empty_segments), lib=LIBRARY
+    f"{NAMESPACE}::choose_segments", _on_one_device("choose_segments", _empty_segments), lib=LIBRARY
 )
-
-
-# What the CPU kernels will use, how this thread uses another build ("": as before), for bench, and why not the AMX that
-# the processor has, if the system refused it; the measured peak of one thread, and its rate in a probe of some 40 us.
-# Native only, no tensors, so no fakes.
-LIBRARY.define("cpu_capability() -> str")
-LIBRARY.define("cpu_use_capability(str name) -> str")
-LIBRARY.define("cpu_amx_refusal() -> str")
-LIBRARY.define("cpu_peak_gflops(str dtype) -> float")
-LIBRARY.define("cpu_probe_gflops() -> float")
-# How many tasks each phase of an operation has on so many threads.
-LIBRARY.define(
-    "cpu_plan(int batch, int heads, int length, int proj_dim, int head_dim, bool shared, bool backward, int threads)"
-    " -> int[]"
-)
-# The architectures of the CUDA kernels in the library, e.g. "80,90"; empty without any.
-LIBRARY.define("cuda_architectures() -> str")
-LIBRARY.define("cuda_driver_problem(bool ptx) -> str")
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -326,12 +269,12 @@ def _attend_backward_flops(
     return 2 * proj_len * _rows(query) * width if scores or want_value_proj else 0
 
 
-@register_flop_formula(torch.ops.linformer_kernels.attention)
+@register_flop_formula(OPS.attention)
 def _attention_flop_formula(query, key, value, proj_key, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _project_flops(key, value, proj_key[-2]) + _attend_flops(query, value[-1], proj_key[-2])
 
 
-@register_flop_formula(torch.ops.linformer_kernels.attention_backward)
+@register_flop_formula(OPS.attention_backward)
 def _attention_backward_flop_formula(grad_out, query, key, value, proj_key, proj_value, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     needs, shared = args[-1], proj_value is None
     want_query, want_key, want_value, want_e, want_f = (bool(needs >> i & 1) for i in range(5))
@@ -341,27 +284,27 @@ def _attention_backward_flop_formula(grad_out, query, key, value, proj_key, proj
     ) + _project_backward_flops(key, value, proj_key[-2], needs >> 1, shared)
 
 
-@register_flop_formula(torch.ops.linformer_kernels.project)
+@register_flop_formula(OPS.project)
 def _project_flop_formula(key, value, proj_key, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _project_flops(key, value, proj_key[-2])
 
 
-@register_flop_formula(torch.ops.linformer_kernels.project_backward)
+@register_flop_formula(OPS.project_backward)
 def _project_backward_flop_formula(grad_key_proj, grad_value_proj, key, value, proj_key, proj_value, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     return _project_backward_flops(key, value, proj_key[-2], args[-1], proj_value is None)
 
 
-@register_flop_formula(torch.ops.linformer_kernels.projected_attention)
+@register_flop_formula(OPS.projected_attention)
 def _projected_flop_formula(query, key_proj, value_proj, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _attend_flops(query, value_proj[-1], key_proj[-2])
 
 
-@register_flop_formula(torch.ops.linformer_kernels.pool)
+@register_flop_formula(OPS.pool)
 def _pool_flop_formula(key, value, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _rows(key) * (key[-1] + value[-1])
 
 
-@register_flop_formula(torch.ops.linformer_kernels.projected_attention_backward)
+@register_flop_formula(OPS.projected_attention_backward)
 def _projected_backward_flop_formula(grad_out, query, key_proj, value_proj, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]  # fmt: skip
     wants = (bool(args[-1] >> i & 1) for i in range(3))
     return _attend_backward_flops(query, value_proj[-1], key_proj[-2], *wants)

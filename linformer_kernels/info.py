@@ -44,7 +44,7 @@ def collect() -> dict[str, Any]:
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "kernels": None if not_loaded is not None else _cpu_kernels()[0],
-            "amx_refused": (torch.ops.linformer_kernels.cpu_amx_refusal() or None) if not_loaded is None else None,
+            "amx_refused": (_library.ops().cpu_amx_refusal() or None) if not_loaded is None else None,
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
     }
@@ -53,7 +53,7 @@ def collect() -> dict[str, Any]:
 def _cpu_kernels() -> tuple[str | None, str | None]:
     """The build of the CPU kernels that runs here, or why none does: LINFORMER_CPU_CAPABILITY is nonsense."""
     try:
-        return torch.ops.linformer_kernels.cpu_capability(), None
+        return _library.ops().cpu_capability(), None
     except RuntimeError as error:
         return None, str(error)
 

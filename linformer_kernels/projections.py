@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ._backends import for_onnx
 from ._masks import readable
+from ._ops import OPS
 from ._validation import (
     check_adaptive,
     check_both_packed,
@@ -35,6 +36,7 @@ from .functional import (
 )
 from .segments import ranks, window_counts, window_segments
 
+_choose_segments = OPS.choose_segments
 KINDS = ("learned", "fixed", "mean", "max", "conv", "adaptive")
 WEIGHTLESS = ("mean", "max", "adaptive")
 STARTS = ("gaussian", "mean", "identity")
@@ -286,7 +288,7 @@ class LinformerProjection(nn.Module):
         call = check_adaptive(query, key, value, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
         self._check_length(key.size(-2), call.cu_seqlens_k)
         rows = (call.query, call.key, key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
-        chosen: Tensor = torch.ops.linformer_kernels.choose_segments(*rows, self.proj_dim, self.singles, *self.keep)
+        chosen: Tensor = _choose_segments(*rows, self.proj_dim, self.singles, *self.keep)
         return chosen
 
     def compress(

@@ -237,7 +237,7 @@ def test_clang_compiles(name):
     clang = shutil.which("clang++")
     if clang is None:
         pytest.skip("there is no clang++")
-    flags = ["-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLINFORMER_NAMESPACE=mine"]
     flags += ["-isystem", str(Path(torch.__file__).parent / "include")]
     builds = [["-DLINFORMER_CPU_WIDTH=4", "-DLINFORMER_CPU_TILE_ROWS=6", "-DLINFORMER_CPU_PAIRED=0"]]
     if platform.machine() in ("x86_64", "AMD64"):

@@ -223,7 +223,7 @@ def test_a_tensor_that_outlived_a_transform():
 def test_who_goes_the_short_way_on_a_gpu(capability, dtype, architectures, wanted, monkeypatch):
     """Calls that "cuda" would serve if they went the long way."""
     monkeypatch.setattr(_backends, "_capability", lambda device: capability)
-    monkeypatch.setattr(_backends, "_driver_problem", str)
+    monkeypatch.setattr(_backends, "_driver_problem", lambda ptx: "")
     monkeypatch.setattr(_backends, "_ARCHITECTURES", architectures)
     monkeypatch.setattr(_backends, "UNFENCED_TRITON", None)
     for name in ("cuda", "triton"):
