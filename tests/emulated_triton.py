@@ -143,7 +143,8 @@ def parameter_count(compiled: Any) -> int:
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """What Triton's ptxas says of the kernel: REG, STACK, bytes `spilled` (stores and loads); and shared memory."""
+    """What Triton's ptxas says of the kernel: REG, STACK, bytes `spilled` (stores and loads), how often it says that it
+    `serialized` products (C7510 and its neighbours: each wgmma waits for the one before it); and shared memory."""
     target = re.search(r"^\.target (sm_(\d+)\w*)", compiled.asm["ptx"], re.MULTILINE)
     assert target, compiled.name
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -156,5 +157,6 @@ def resources(compiled: Any) -> dict[str, int]:
     registers = re.search(r"Used (\d+) registers", text)
     assert stack and registers, text
     found = {"REG": registers[1], "STACK": stack[1], "spilled": int(stack[2]) + int(stack[3])}
+    found["serialized"] = len(re.findall(r"\(C75\d\d\)", text))
     found["shared"] = compiled.metadata.shared
     return {name: int(value) for name, value in found.items()}

@@ -604,12 +604,15 @@ def test_triton_that_is_missing_or_broken_is_a_reason(tmp_path, source, says):
 
 # Bytes of stores and loads that no choice of tiles has avoided yet.
 KNOWN_SPILLS = {
-    ("forward", BF16, 64, 100): 8,  # with a bias
-    ("backward", BF16, 64, 100): 16,  # with a bias
+    ("forward", BF16, 64, 100): 8,  # with a bias; without a pipeline there is none, but then nothing hides the loads
     ("backward", torch.float32, 128, 120): 48,
     ("backward", torch.float32, 96, 90): 400,
     ("backward", torch.float32, 96, 100): 88,
 }
+
+
+# Kernels whose products wait for one another, by what no choice of tiles has avoided yet.
+KNOWN_SERIALIZED: set[tuple] = set()
 
 
 def compiled_for(arch: int, case: Case) -> emulated_triton.Run:
@@ -621,13 +624,16 @@ def compiled_for(arch: int, case: Case) -> emulated_triton.Run:
 
 @pytest.mark.parametrize("case, arch", SHIPPED, ids=str)
 def test_every_tile_fits_its_architecture(case, arch):
-    """Shared memory, no spills up to D = 128, and products on the tensor cores that were meant."""
+    """Shared memory, no spills up to D = 128, and products on the tensor cores that were meant, none of which waits for
+    the one before it."""
     for compiled in compiled_for(arch, case).compiled:
         found = emulated_triton.resources(compiled)
         assert found["shared"] <= 1024 * emulated_triton.SHARED_LIMIT_KIB[arch], (compiled.name, found)
         if case.d <= 128:
             known = KNOWN_SPILLS.get((compiled.name, case.dtype, case.d, arch), 0)
             assert found["spilled"] <= known, (compiled.name, found)
+        known = (compiled.name, case.dtype, case.d, case.k, arch) in KNOWN_SERIALIZED
+        assert (found["serialized"] > 0) == known, (compiled.name, found)
         if case.dtype == BF16 and case.d <= 128:  # wider heads go in tiles that are too small for wgmma and tcgen05
             assert TENSOR_INSTRUCTIONS[arch] in compiled.asm["ptx"], compiled.name
 

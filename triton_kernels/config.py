@@ -134,15 +134,18 @@ def config_for(shape: Shape, device: Device) -> Config:
         attend_stages=2,
         num_warps=8,
     )
+    # wgmma takes 64 rows of dK' and dV' at a time, and with 32 query rows a step ptxas lets each product wait for the
+    # one before it (C7515, which tests/test_triton.py looks for).
+    fused_wide = fused and 90 <= device.capability < 120 and k >= 64
     backward = Backward(
         fused=fused,
         block_rows=rows[0],
         block_s=min(k, rows[1]),
         row_stages=1 if wide or width > 128 else 2,
         block_k=min(k, columns),
-        block_q=16 if wide else 32,
+        block_q=16 if wide else 64 if fused_wide else 32,
         column_stages=1 if wide or width > 128 else 2,
-        num_warps=8 if width > 128 or not (wide or fused or width == 128) else 4,
+        num_warps=8 if width > 128 or not (wide or fused or width == 128) or (fused_wide and k > 64) else 4,
     )
     project_backward = ProjectBackward(
         block_r=min(k, 64 if wide else 128),
