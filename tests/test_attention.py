@@ -49,6 +49,7 @@ PACKED = [
     Case(lengths=(5, 0, 64, 31), lengths_q=(7, 3, 0, 40)),
     Case(lengths=(257,), kv_heads=2, sharing="key-value"),
     Case(lengths=(1, 1, 1, 130), lengths_q=(1, 200, 2, 3), kv_heads=1, sharing="per-head", extra=9),
+    Case(lengths=(0, 0, 3, 70, 1, 0, 64, 0, 9, 0), lengths_q=(2, 0, 129, 1, 0, 0, 128, 5, 0, 1), heads=2, kv_heads=1),
     Case(lengths=(12, 40), layout="padded", grad="padded", sharing="per-head-key-value"),
     Case(lengths=(12, 40), layout="offset", grad="scalar", alias="kv"),
     Case(lengths=(30, 70), layout="strided", grad="strided", d=17, d_v=9),

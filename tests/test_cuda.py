@@ -225,6 +225,17 @@ def test_rows_that_start_anywhere(case, dtype):
     check(dataclasses.replace(case, dtype=dtype))
 
 
+def test_parts_fill_the_last_wave():
+    """3 tiles on 2 multiprocessors are two waves, one of them half full; in halves they are three, of half the time."""
+    x = cases.Inputs(Case(batch=1, heads=3, kv_heads=3, n=1024, n_q=1024, k=8, d=32, dtype=BF16), "cpu")
+    with emulated.emulated(multiprocessors=2) as run:
+        cases.run(x, "cpu")
+    backward, grid = run.stats[1], run.grids[1]
+    atomics = [line for line in backward.lines if line["op"].startswith("atom.") and "acq_rel" not in line["op"]]
+    rows, columns = 3, 3  # items of 1,024 queries, and tiles of rows of K': one for each head
+    assert sum(line["warps"] for line in atomics) - grid == rows + 2 * columns  # each CTA draws one more, which is none
+
+
 def test_launches():
     """One launch forward, two backward; none for what nobody wants."""
     x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")

@@ -415,6 +415,19 @@ SHAPE = config.Shape(2, 128, 64, 64)
 DEVICE = config.Device("a GPU", "cuda", 80, 108)
 
 
+def test_parts_fill_the_last_wave():
+    """The first number is that of the tiles, the last that of the parts of each."""
+    from linformer_kernels.triton_kernels.ops import splits_of
+
+    for *arguments, parts in [
+        (132, 132, 4096, False, 1),  # full
+        (136, 132, 4096, False, 6),  # 7 waves of a sixth instead of 2
+        (72, 132, 4096, False, 5), (72, 132, 4096, True, 5), (136, 132, 4096, True, 1),  # others fill the last wave
+        (72, 132, 300, False, 1), (8, 108, 4096, False, 9), (8, 108, 32768, False, 13), (0, 132, 4096, False, 1),
+    ]:  # fmt: skip
+        assert splits_of(*arguments) == parts, arguments
+
+
 def test_tiles_are_a_pure_function_of_the_problem():
     """Powers of two that cover K and the heads as the kernels expect it, for any problem that the backend takes."""
     rng = random.Random(0)

@@ -135,33 +135,47 @@ def column_pointers(key, value, key_strides, value_strides, of_value, b, head, o
 
 
 @triton.jit
+def first_row(cu_seqlens, b, rows):
+    """Of sequence b, or the end of the last; held inside the tensor."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), tl.zeros([], tl.int64) + rows)
+
+
+@triton.jit
 def sequence(cu_seqlens, b, rows, most):
     """First row and number of rows of sequence b. Offsets that run past their tensor are held inside it."""
     first = tl.zeros([], tl.int64)
     length = tl.minimum(rows, most)
     if cu_seqlens is not None:
-        total = tl.zeros([], tl.int64) + rows
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total)
+        first = first_row(cu_seqlens, b, rows)
+        end = tl.maximum(first_row(cu_seqlens, b + 1, rows), first)
         length = tl.minimum(end - first, most.to(tl.int64)).to(tl.int32)
     return first, length
 
 
 @triton.jit
 def find_tile(cu_seqlens, batch, rows, most, tile, BLOCK: tl.constexpr):
-    """Sequence, and number in it, of a tile of BLOCK rows counted over all sequences; `batch` if there is none."""
+    """Sequence, and number in it, of a tile of BLOCK rows counted over all sequences; `batch` if there is none.
+
+    A packed sequence b has the tiles from first_row // BLOCK + b up to those of the next one: as many as it needs, or
+    one more, which is none. So where it begins depends on its own offset alone, and halving finds it.
+    """
     b = 0
     if cu_seqlens is None:
         tiles = tl.cdiv(tl.minimum(rows, most), BLOCK)
         b = tile // tiles
         tile = tile % tiles
     else:
-        first, length = sequence(cu_seqlens, b, rows, most)
-        while (b < batch) & (tile >= tl.cdiv(length, BLOCK)):
-            tile -= tl.cdiv(length, BLOCK)
-            b += 1
-            if b < batch:
-                first, length = sequence(cu_seqlens, b, rows, most)
+        end = batch
+        while end - b > 1:
+            middle = b + (end - b) // 2
+            if first_row(cu_seqlens, middle, rows) // BLOCK + middle <= tile:
+                b = middle
+            else:
+                end = middle
+        tile -= (first_row(cu_seqlens, b, rows) // BLOCK).to(tl.int32) + b
+        _, length = sequence(cu_seqlens, b, rows, most)
+        if (tile < 0) | (tile >= tl.cdiv(length, BLOCK)):
+            b = batch
     return b, tile
 
 

@@ -37,6 +37,7 @@ from .project_backward import project_backward as project_backward_kernel
 from .tuned import config_of
 
 SPLIT_ROWS = 256  # of a sequence, at the least, that one split sums
+PART_ROWS = 48  # that a tile sums while a part of one goes to memory, or comes from there
 POOL_ROWS = 16  # of a sequence that a program of pooling has at a time
 MOST_PLANS = 512  # kept; with more, all are forgotten. Packed batches bring a new one with each number of rows.
 
@@ -255,6 +256,24 @@ def _layout(names: tuple[str, ...]) -> Any:
     return namedtuple("Layout", names)
 
 
+@functools.cache
+def splits_of(tiles: int, multiprocessors: int, rows: int, filled: bool) -> int:
+    """Parts of each of so many tiles that sum over `rows`: those that take the least time, counted in rows.
+
+    A last wave that fills few multiprocessors takes as long as the others, and more parts fill it better. But they go
+    through memory, and the program that comes last adds those of its tile. `filled`: other work follows that fills the
+    last wave, and only where there are too few tiles for one wave they are split. csrc/cuda/plan.cpp has the same rule.
+    """
+
+    def time(splits: int) -> int:
+        part = PART_ROWS if splits > 1 else 0
+        return -(-tiles * splits // multiprocessors) * (-(-rows // splits) + part) + splits * part
+
+    if filled and tiles >= multiprocessors:
+        return 1
+    return min(range(1, max(1, min(rows // SPLIT_ROWS, multiprocessors)) + 1), key=time)
+
+
 class _Call:
     """One call of an op: its tensors by name, with what all launches derive from them in the same way."""
 
@@ -358,9 +377,10 @@ class _Call:
             return length // block + self.sizes.batch
         return self.sizes.batch * -(-length // block)
 
-    def splits(self, tiles: int, rows: int) -> int:
-        """Parts of a tile's sum over `rows`, so that about one tile comes on each multiprocessor."""
-        return max(1, min(self.device.multiprocessors // max(tiles, 1), rows // SPLIT_ROWS))
+    def splits(self, tiles: int, packed: str, length: int, filled: bool) -> int:
+        """Parts of each of so many tiles that sum over a sequence; over the mean of packed ones."""
+        rows = length if self.cu_seqlens[packed] is None else length // max(self.sizes.batch, 1)
+        return splits_of(tiles, self.device.multiprocessors, rows, filled)
 
     def counters(self, count: int) -> Tensor:
         return self.plan.temporary((count,), torch.int32, zero=True)
@@ -396,7 +416,7 @@ def _forward(call: _Call, mask: Tensor | None, softmax: dict[str, Any], project:
     tiles = splits = tickets = 0
     if project:
         tiles = sizes.batch * call.units * call.unit.tiles * -(-shape.proj_dim // config.block_k)
-        splits = call.splits(tiles, sizes.len_k)
+        splits = call.splits(tiles, "cu_seqlens_k", sizes.len_k, attend)
         tickets = tiles * splits
     queries = call.tiles("cu_seqlens_q", sizes.len_q, config.block_q) * sizes.heads if attend else 0
     partial = call.partial(tickets * config.block_k * config.block_c if splits > 1 else 0)
@@ -464,7 +484,7 @@ def _attend_backward(
         rows = call.tiles("cu_seqlens_q", sizes.len_q, config.block_rows) * sizes.heads
     if config.fused or want_key or want_value or want_bias:
         tiles = sizes.batch * sizes.heads_kv * -(-shape.proj_dim // config.block_k)
-        splits = call.splits(tiles, sizes.len_q * sizes.heads // max(sizes.heads_kv, 1))
+        splits = call.splits(tiles, "cu_seqlens_q", sizes.len_q * sizes.heads // max(sizes.heads_kv, 1), False)
     widths = call.widths()
     columns = want_key * widths["BLOCK_D"] + want_value * widths["BLOCK_DV"] + want_bias
     query_rows = sizes.len_q * (1 if call.cu_seqlens["cu_seqlens_q"] is not None else sizes.batch)

@@ -32,7 +32,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   int b = 0;
   int first_row = 0;
   if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
-                 static_cast<int64_t>(ticket / p.heads), &b, &first_row)) {
+                 static_cast<int>(ticket / p.heads), &b, &first_row)) {
     return;
   }
   const Sequence sequence = query_sequence(p, b);

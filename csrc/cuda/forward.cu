@@ -88,7 +88,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
   int b = 0;
   int first_row = 0;
   if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
-                 static_cast<int64_t>(ticket / p.heads), &b, &first_row)) {
+                 static_cast<int>(ticket / p.heads), &b, &first_row)) {
     return;
   }
   const int head_kv = head / static_cast<int>(p.heads / p.heads_kv);

@@ -77,10 +77,9 @@ constexpr PoolInfo kPoolBackwardKernels[] = {LINFORMER_POOL_BACKWARD_KERNELS(LIN
 
 constexpr const char* kTooManyTiles = "there are more than 2^31 tiles of work";
 constexpr int64_t kProjectBackwardRows = ProjectBackward<DType::kFloat16>::kRows;
-constexpr int64_t kTilesPerMultiprocessor = 1;    // that splitting aims at: as many CTAs as are resident, as few parts
-                                                  // as can be, because each part costs a sum in memory
-constexpr int64_t kSplitRows = 256;               // of a sequence, at the least
-constexpr int64_t kMostQueryTiles = 8;            // of one item: K' and V' are read once for 1024 query rows
+constexpr int64_t kSplitRows = 256;       // of a sequence, at the least, in a part of a tile
+constexpr int64_t kPartRows = 48;         // that a tile sums while a part goes to memory, or comes from there
+constexpr int64_t kMostQueryTiles = 8;    // of one item: K' and V' are read once for 1024 query rows
 
 constexpr const char* kNoMemory = "the kernels need more shared memory than this GPU has";
 
@@ -172,10 +171,26 @@ int64_t items(bool packed, int64_t batch, int64_t total, int64_t longest, int64_
   return packed ? total / rows + batch : batch * ceil_div(longest, rows);
 }
 
-// Parts of one tile, so that about kTilesPerMultiprocessor tiles come on each multiprocessor.
-int64_t splits_for(int64_t tiles, const Device& device, int64_t most) {
-  const int64_t wanted = kTilesPerMultiprocessor * device.multiprocessors / std::max<int64_t>(tiles, 1);
-  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(most, 1));
+// Of a sequence; of packed ones, whose lengths only the GPU knows, the mean.
+int64_t rows_of(bool packed, int64_t batch, int64_t total, int64_t longest) {
+  return packed ? total / std::max<int64_t>(batch, 1) : longest;
+}
+
+// Parts of each of so many tiles that sum over `rows`: those that take the least time, counted in rows. A
+// multiprocessor has one CTA; a last wave that fills few of them takes as long as the others, and more parts fill it
+// better. But they go through memory, and the CTA that comes last adds those of its tile. `filled`: other work follows
+// that fills the last wave, and only where there are too few tiles for one wave they are split.
+int64_t splits_for(int64_t tiles, const Device& device, int64_t rows, bool filled) {
+  if (filled && tiles >= device.multiprocessors) return 1;
+  const auto time = [&](int64_t splits) {
+    const int64_t part = splits > 1 ? kPartRows : 0;
+    return ceil_div(tiles * splits, device.multiprocessors) * (ceil_div(rows, splits) + part) + splits * part;
+  };
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= rows / kSplitRows && splits <= device.multiprocessors; ++splits) {
+    if (time(splits) < time(best)) best = splits;
+  }
+  return best;
 }
 
 void set_units(Arguments& a, int dim) {
@@ -193,8 +208,7 @@ int64_t set_query_items(Arguments& a, const Device& device) {
   const Problem& p = a.p;
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t tiles = items(packed, p.batch, p.total_q, p.len_q, kQueryRows) * p.heads;
-  a.query_tiles = static_cast<int32_t>(
-      std::clamp<int64_t>(tiles / (kTilesPerMultiprocessor * device.multiprocessors), 1, kMostQueryTiles));
+  a.query_tiles = static_cast<int32_t>(std::clamp<int64_t>(tiles / device.multiprocessors, 1, kMostQueryTiles));
   a.query_items = static_cast<int32_t>(items(packed, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows));
   return static_cast<int64_t>(a.query_items) * p.heads;
 }
@@ -220,7 +234,8 @@ void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned s
   if (stages & kProject) {
     a.row_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kernel->project_rows));
     tiles = problem.batch * a.units * a.unit_tiles * a.row_blocks;
-    a.splits = static_cast<int32_t>(splits_for(tiles, device, problem.len_k / kSplitRows));
+    const int64_t rows = rows_of(problem.cu_seqlens_k, problem.batch, problem.total_k, problem.len_k);
+    a.splits = static_cast<int32_t>(splits_for(tiles, device, rows, (stages & kAttend) != 0));
     tickets = tiles * a.splits;
     if (tickets > INT_MAX) plan.refusal = kTooManyTiles;
     a.project_tiles = static_cast<int32_t>(tickets);
@@ -266,7 +281,8 @@ void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bo
     a.column_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kernel->column_rows));
     tiles = problem.batch * problem.heads_kv * a.column_blocks * kernel->parts;
     const int64_t group = problem.heads / std::max<int64_t>(problem.heads_kv, 1);
-    a.column_splits = static_cast<int32_t>(splits_for(tiles, device, group * problem.len_q / kSplitRows));
+    const int64_t of_head = rows_of(problem.cu_seqlens_q, problem.batch, problem.total_q, problem.len_q);
+    a.column_splits = static_cast<int32_t>(splits_for(tiles, device, group * of_head, false));
     columns = tiles * a.column_splits;
   }
   if (rows + columns > INT_MAX) plan.refusal = kTooManyTiles;
@@ -348,7 +364,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const Device& device, st
     plan.refusal = "heads are wider than 256";
     return plan;
   }
-  if (std::max({p.batch, p.len_q, p.len_k, p.seq_len_max, p.proj_dim}) > INT_MAX - 65536) {
+  if (std::max({p.batch, p.len_q, p.len_k, p.total_q, p.total_k, p.seq_len_max, p.proj_dim}) > INT_MAX - 65536) {
     plan.refusal = "a size is larger than 2^31 - 2^16";
     return plan;
   }

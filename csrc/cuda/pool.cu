@@ -190,8 +190,8 @@ LINFORMER_DEVICE void pool_backward(const Arguments& a) {
   const int64_t head = task / 2 % p.heads_kv;
   const bool value = task % 2 != 0;
   int b = 0, first = 0;
-  if (!(value ? p.grad_value : p.grad_key).data ||
-      !find_item(p.cu_seqlens_k, p.batch, p.total_k, p.len_k, kPoolKeys, task / 2 / p.heads_kv, &b, &first)) {
+  if (!(value ? p.grad_value : p.grad_key).data || !find_item(p.cu_seqlens_k, p.batch, p.total_k, p.len_k, kPoolKeys,
+                                                              static_cast<int>(task / 2 / p.heads_kv), &b, &first)) {
     return;
   }
   with_own_columns(value ? p.value_dim : p.head_dim,

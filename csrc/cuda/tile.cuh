@@ -266,25 +266,28 @@ LINFORMER_DEVICE Sequence key_sequence(const Problem& p, int64_t b) {
   return sequence_of(p.cu_seqlens_k, b, p.total_k, min(p.len_k, p.seq_len_max));
 }
 
-// Item `index` of a list that has ceil(length / rows) items for each sequence. Returns false behind its end.
+// Item `index` of a list of runs of `rows` rows: the sequence and the first row. False if there is none.
+//
+// A packed sequence s has the items from offsets[s] / rows + s up to those of the next one: as many as it needs, or one
+// more, which is none. So the list is never longer than total / rows + batch, and where a sequence begins in it depends
+// on its own offset alone: halving finds it, in log2(batch) loads.
 LINFORMER_DEVICE bool find_item(const int64_t* offsets, int64_t batch, int64_t total, int64_t longest, int rows,
-                                int64_t index, int* b, int* first) {
+                                int index, int* b, int* first) {
   if (!offsets) {
-    const int64_t items = (longest + rows - 1) / rows;
-    *b = static_cast<int>(index / items);
-    *first = static_cast<int>(index % items) * rows;
+    const int items = (static_cast<int>(longest) + again(rows) - 1) / rows;
+    *b = index / items;
+    *first = index % items * rows;
     return true;
   }
-  for (int64_t s = 0; s < batch; ++s) {
-    const int items = (sequence_of(offsets, s, total, longest).length + rows - 1) / rows;
-    if (index < items) {
-      *b = static_cast<int>(s);
-      *first = static_cast<int>(index) * rows;
-      return true;
-    }
-    index -= items;
+  const auto begin = [&](int s) { return static_cast<int>(min(max(offsets[s], int64_t{0}), total)) / rows + s; };
+  int low = 0, high = static_cast<int>(batch);    // of the sequence, and behind it
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (begin(middle) <= index ? low : high) = middle;
   }
-  return false;
+  *b = low;
+  *first = (index - begin(low)) * rows;
+  return batch > 0 && *first >= 0 && *first < sequence_of(offsets, low, total, longest).length;
 }
 
 // E or F, dE or dF.
