@@ -1,7 +1,7 @@
 """A hook of mkdocs.yml: what the pages of docs/ link to outside of it becomes part of the site, and so a reference.
 
 A file of the repository that a page names is at repository/ on the site: Markdown as a page, any other as it is.
-reference.md is made of what `linformer_kernels.__all__` and the integrations name, from their docstrings.
+reference.md is made of what `linformer_kernels.__all__` and MORE name, from their docstrings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PLACE = "repository"
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
-INTEGRATIONS = {"transformers": ("linformerize", "load")}
+MORE = {"integrations.transformers": ("linformerize", "load"), "distributed": ("parallelize", "fully_shard")}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -64,7 +64,5 @@ def reference() -> str:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
     )
     wanted = [f"linformer_kernels.{name}" for name in names if not name.startswith("__")]
-    wanted += [
-        f"linformer_kernels.integrations.{module}.{name}" for module, held in INTEGRATIONS.items() for name in held
-    ]
+    wanted += [f"linformer_kernels.{module}.{name}" for module, held in MORE.items() for name in held]
     return "# Reference\n\nMade from the docstrings.\n\n" + "".join(f"::: {name}\n\n" for name in wanted)
