@@ -390,12 +390,21 @@ def cuda_comes_first(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def for_onnx() -> bool:
-    """Within torch.onnx.export, which has no translation of the ops: the plain formula is what it can write down."""
+    """Within torch.onnx.export without a translation of the ops: the plain formula is what it can write down."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _in_onnx_export()
 
 
 def _in_onnx_export() -> bool:
-    return torch.onnx.is_in_onnx_export()
+    if not torch.onnx.is_in_onnx_export():
+        return False
+    # The exporter does not say which table it was given.
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        table = frame.f_locals.get("custom_translation_table")
+        if isinstance(table, dict) and _ops.OPS.choose_segments.default in table:
+            return False
+    return True
 
 
 _in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -272,7 +272,7 @@ class LinformerProjection(nn.Module):
 
         Raises:
             ValueError: no query, or as `pooled_attention`.
-            NotImplementedError: within torch.onnx.export.
+            NotImplementedError: within torch.onnx.export without linformer_kernels.onnx.TABLE.
         """
         if query is None:
             raise ValueError(
@@ -281,8 +281,9 @@ class LinformerProjection(nn.Module):
             )
         if for_onnx():
             raise NotImplementedError(
-                'kind is "adaptive" within torch.onnx.export; wanted: another kind, as "mean" with windows="valid", as '
-                "ONNX has no operators for the choice of segments"
+                'kind is "adaptive" within torch.onnx.export; wanted: torch.onnx.export(..., '
+                "custom_translation_table=linformer_kernels.onnx.TABLE), as ONNX has no operator for the choice of "
+                "segments"
             )
         query, key, value = autocast(query, key, value)
         call = check_adaptive(query, key, value, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
@@ -524,7 +525,8 @@ def from_the_first(key: Tensor, value: Tensor, key_padding_mask: Tensor | None) 
     first = _first(mask)
     if readable(first) and not first.any():
         return key, value, mask
-    source = (torch.arange(mask.size(1), device=mask.device) + first) % mask.size(1)
+    source = torch.arange(mask.size(1), device=mask.device) + first
+    source = torch.where(source < mask.size(1), source, source - mask.size(1))  # PyTorch has no % of a size for ONNX
     turned = lambda rows: rows.gather(2, source[:, None, :, None].expand_as(rows))  # noqa: E731
     key_rows = turned(key)
     return key_rows, key_rows if value is key else turned(value), mask.gather(1, source)

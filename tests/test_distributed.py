@@ -57,6 +57,8 @@ def placement(what: str, tensor: torch.Tensor, plan: str) -> Shard | Replicate:
     """Of a tensor under a plan."""
     query, keys, matrices, lists, bias = PLANS[plan]
     rank = tensor.dim()
+    if what.startswith("cu_seqlens"):
+        return R
     if what == "query":
         return query
     if what in ("key", "value", "key_bias"):
@@ -84,12 +86,13 @@ def spread_over(*plans: str):
             mesh = init_device_mesh("cpu", (WORLD,) if len(plans) == 1 else (2, WORLD // 2))
             spread = object.__new__(Inputs)
             spread.__dict__ |= x.__dict__
-            for name in (*cases.LEAVES, "mask", "segments"):
+            for name in (*cases.LEAVES, "mask", "segments", "cu_seqlens_q", "cu_seqlens_k"):
                 if (tensor := getattr(x, name)) is not None:
                     places = [placement(name, tensor, plan) for plan in plans]
                     made = distribute_tensor(tensor.detach(), mesh, places)
                     setattr(spread, name, made.requires_grad_(tensor.requires_grad))
-            spread.results = lambda out: out
+            offsets = {name: getattr(spread, name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+            spread.cu_seqlens, spread.results = lambda: offsets, lambda out: out
             out = cases.run(spread, backend)
             assert list(out.placements) == [PLANS[plan][0] for plan in plans], "not where the queries are"
             spread.grad_out = distribute_tensor(x.grad_out.detach(), mesh, out.placements)
@@ -115,6 +118,18 @@ def test_one_dimension(case, plan, native):
 @pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[7]], ids=str)
 def test_two_dimensions(case, plans, native):
     cases.check(case, "cpu", native, spread_over(*plans))
+
+
+PACKED = [
+    Case(heads=8, k=8, d=16, lengths=(9, 0, 20), lengths_q=(3, 7, 5), bias="normal", sharing="per-head"),
+    Case(heads=8, k=8, d=16, lengths=(9, 0, 20), pooled="random"),
+]
+
+
+@pytest.mark.parametrize("plan", ["whole", "heads"])
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed(case, plan, native):
+    cases.check(case, "cpu", native, spread_over(plan))
 
 
 def test_columns_beyond_the_sequence(native):

