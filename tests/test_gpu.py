@@ -34,6 +34,16 @@ def test_tf32_where_torch_allows_it(backend):
     cases.check(dataclasses.replace(CASE, dtype=torch.float32, tf32=True), "cuda", backend)
 
 
+@pytest.mark.parametrize("case", [
+    dataclasses.replace(CASE, batch=40, n=304), dataclasses.replace(CASE, batch=20, n=1000, k=200, layout="bnhd"),
+    dataclasses.replace(CASE, batch=20, kv_heads=4, n=200, k=256, d=128, sharing="per-head"),
+    dataclasses.replace(CASE, batch=20, heads=6, kv_heads=6, n=72, k=130, d=96, dtype=torch.float16, scale=-0.1),
+], ids=str)  # fmt: skip
+def test_enough_heads_for_the_kernels_of_9_0(case):
+    """Which want half of the multiprocessors at work. On other GPUs these are calls like all others."""
+    cases.check(case, "cuda", "cuda")
+
+
 def call(x: cases.Inputs, backend: str) -> torch.Tensor:
     return lk.linformer_attention(*x.positional(), backend=backend)
 

@@ -3,13 +3,13 @@
 //
 // Two launches, the second of which may start while the first ends. One launch with tickets would also mix the two
 // kinds of work on a multiprocessor; both are near the rate of the memory, so there is little to mix.
-//   project  A CTA: all of K' or V' of two pieces of heads, 64 columns each. A stage is 64 columns of E and 64 rows of
-//   both
-//            pieces; the two CTAs of a cluster have the same E, so each fetches half of it for both.
-//   attend   A CTA: a run of tiles of 128 query rows. K' and V' of a head are in shared memory for all its tiles, those
-//   of
-//            the next head are fetched meanwhile, where there is room. All K scores of a row are in registers: one
-//            softmax, no second pass; but heads over 64 wide take 128 of them at a time, with the online softmax.
+//
+// Projection: a CTA computes all of K' or V' of one piece or two of heads, 64 columns each. A stage is 64 columns of E
+// and 64 rows of the pieces; the two CTAs of a cluster have the same E, so each fetches half of it for both.
+//
+// Attention: a CTA takes a run of tiles of 128 query rows. K' and V' of a head are in shared memory for all its tiles,
+// those of the next head are fetched meanwhile, where there is room. All K scores of a row are in registers, so there
+// is one softmax and no second pass; but heads over 64 wide take 128 of them at a time, with the online softmax.
 //
 // Written by hand and not on CuTe: the instructions are eight, and an emulator that names the line of a mistake helps
 // more where the line says what it does. A thread of the last warpgroup copies (TMA), the other two multiply (wgmma);
@@ -22,6 +22,8 @@ namespace linformer::cuda {
 namespace {
 
 constexpr int kConsumers = 8;    // warps
+
+static_assert(sizeof(HopperArguments) <= 4096, "of which a launch takes no more");
 
 LINFORMER_DEVICE uint32_t aligned_shared() {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -41,9 +43,9 @@ struct Ring {
   }
 };
 
-template <DType kType, int kKeys>
+template <DType kType, int kKeys, int kPieces>
 LINFORMER_DEVICE void project(const HopperArguments& all) {
-  using Shape = HopperProject<kKeys>;
+  using Shape = HopperProject<kKeys, kPieces>;
   constexpr int kBlocks = kKeys / 128;    // of 64 rows, of a warpgroup
   const Arguments& a = all.a;
   const Problem& p = a.p;
@@ -64,7 +66,7 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
   const int matrices = p.per_head_proj ? static_cast<int>(p.heads_kv) : 1;
   const int matrix = cluster / a.units % matrices;
   const bool value = cluster / a.units / matrices != 0;
-  const int first = (cluster % a.units * kHopperCluster + rank) * kHopperPieces;
+  const int first = (cluster % a.units * kHopperCluster + rank) * kPieces;
   const auto place = [&](int piece, int* column, int* head, int* b) {
     const int in_list = p.per_head_proj ? 1 : static_cast<int>(p.heads_kv), index = (first + piece) / a.parts;
     *column = (first + piece) % a.parts * kHopperColumns;
@@ -76,8 +78,8 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
   Ring<Shape::kStages> ring;
   if (warp_id() == kConsumers) {
     if (lane_id() == 0) {
-      int columns[kHopperPieces], heads[kHopperPieces], sequences[kHopperPieces];
-      for (int i = 0; i < kHopperPieces; ++i) place(i, columns + i, heads + i, sequences + i);
+      int columns[kPieces], heads[kPieces], sequences[kPieces];
+      for (int i = 0; i < kPieces; ++i) place(i, columns + i, heads + i, sequences + i);
       const TensorMap& matrix_map = all.maps[value ? kMapProjValue : kMapProjKey];
       const TensorMap& rows_map = all.maps[value ? kMapValue : kMapKey];
       const int half = rank * kKeys / kHopperCluster;
@@ -87,7 +89,7 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
         expect_bytes(barrier, Shape::kStageBytes);
         load_box_for_both(to + half * kHopperRowBytes, matrix_map, barrier, step * kHopperStep, half, matrix);
 #pragma unroll
-        for (int i = 0; i < kHopperPieces; ++i) {
+        for (int i = 0; i < kPieces; ++i) {
           load_box(to + Shape::kMatrixBytes + i * Shape::kPieceBytes, rows_map, barrier, columns[i], step * kHopperStep,
                    heads[i], sequences[i]);
         }
@@ -96,7 +98,7 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
     __syncwarp();
   } else if (warp_id() < kConsumers) {
     const int group = warp_id() / 4;
-    float c[kBlocks][16][4];
+    float c[kBlocks][8 * kPieces][4];
     const auto release = [&](int slot) {    // in both CTAs, as both fetch for both
       if (lane_id() < kHopperCluster) arrive_in(empty + 8 * slot, lane_id());
     };
@@ -129,7 +131,7 @@ LINFORMER_DEVICE void project(const HopperArguments& all) {
     const int width = static_cast<int>(value ? p.value_dim : p.head_dim);
     const bool aligned = (a.aligned & (value ? kAlignedValueProj : kAlignedKeyProj)) != 0;
 #pragma unroll
-    for (int piece = 0; piece < kHopperPieces; ++piece) {
+    for (int piece = 0; piece < kPieces; ++piece) {
       int column, head, b;
       place(piece, &column, &head, &b);
       if (b >= p.batch) break;
@@ -361,10 +363,10 @@ LINFORMER_DEVICE void attend(const HopperArguments& all) {
 
 }    // namespace
 
-#define LINFORMER_KERNEL(name, type, keys)                                                         \
+#define LINFORMER_KERNEL(name, type, keys, pieces)                                                 \
   extern "C" __global__ void __cluster_dims__(kHopperCluster) __launch_bounds__(kHopperThreads, 1) \
       name(const __grid_constant__ HopperArguments all) {                                          \
-    project<DType::type, keys>(all);                                                               \
+    project<DType::type, keys, pieces>(all);                                                       \
   }
 LINFORMER_KERNELS_OF_TYPE(LINFORMER_HOPPER_PROJECT_, LINFORMER_KERNEL)
 #undef LINFORMER_KERNEL

@@ -166,7 +166,12 @@ LINFORMER_DEVICE void wait_products() {
     LINFORMER_WGMMA_AS("bf16", "0", "=f", __VA_ARGS__);   \
   }
 
-// C (64 x 128) = A (64 x 16) B, or C += A B where it `adds`; B has the columns of C adjacent.
+// C (64 x 64 or 128) = A (64 x 16) B, or C += A B where it `adds`; B has the columns of C adjacent.
+template <DType kType>
+LINFORMER_DEVICE void multiply_turned(float (&c)[8][4], uint64_t left, uint64_t right, int adds) {
+  constexpr bool kAdds = true;
+  LINFORMER_WGMMA("%34", "64", LINFORMER_C8, LINFORMER_SUMS_32, "%32", "%33", "0, 1", "l"(left), "l"(right), "r"(adds));
+}
 template <DType kType>
 LINFORMER_DEVICE void multiply_turned(float (&c)[16][4], uint64_t left, uint64_t right, int adds) {
   constexpr bool kAdds = true;

@@ -42,22 +42,21 @@ constexpr int kHopperRowBytes = 128;
 constexpr int kHopperThreads =
     384;    // two warpgroups that multiply, one that copies: registers are shared by warpgroups
 constexpr int kHopperCluster = 2;
-constexpr int kHopperPieces = 2;    // of 64 columns of a head, of a CTA of the projection
-constexpr int kHopperStep = 64;     // summed values of a stage
+constexpr int kHopperStep = 64;    // summed values of a stage
 
-// kKeys: rows of K' and V', to which K is filled up.
-template <int kKeys>
+// kKeys: rows of K' and V', to which K is filled up. kPieces: of a CTA, of one head or two.
+template <int kKeys, int kPieces>
 struct HopperProject {
-  static constexpr int kStages = kKeys == 128 ? 6 : 4;
+  static constexpr int kStages = kKeys == 256 ? (kPieces == 2 ? 4 : 5) : kPieces == 2 ? 6 : 8;
   static constexpr int kMatrixBytes = kKeys * kHopperRowBytes;    // of E
   static constexpr int kPieceBytes = kHopperStep * kHopperRowBytes;
-  static constexpr int kStageBytes = kMatrixBytes + kHopperPieces * kPieceBytes;
+  static constexpr int kStageBytes = kMatrixBytes + kPieces * kPieceBytes;
   static constexpr int kSharedBytes = 1024 + kStages * (kStageBytes + 2 * 8);    // 1024: to align the stages
 };
 
 constexpr int kHopperRows = 128;    // of a tile of queries, 64 for each warpgroup
 
-// kPieces: of a head, one or two.
+// kPieces: of a head.
 template <int kKeys, int kPieces>
 struct HopperAttend {
   static constexpr int kBlock = kPieces == 1 ? kKeys : 128;    // rows of K' whose scores are in registers at a time
@@ -71,11 +70,12 @@ struct HopperAttend {
       1024 + kKeyStages * (2 * kKeyBytes + 2 * 8) + kStages * (kRowsBytes + 2 * 8) + kRowsBytes;
 };
 
-// X(name, type, kKeys)
-#define LINFORMER_HOPPER_PROJECT_OF(X, tag, type)     \
-  X(linformer_hopper_project_##tag##_k128, type, 128) \
-  X(linformer_hopper_project_##tag##_k256, type, 256)
 // X(name, type, kKeys, kPieces)
+#define LINFORMER_HOPPER_PROJECT_OF(X, tag, type)             \
+  X(linformer_hopper_project_##tag##_n64_k128, type, 128, 1)  \
+  X(linformer_hopper_project_##tag##_n64_k256, type, 256, 1)  \
+  X(linformer_hopper_project_##tag##_n128_k128, type, 128, 2) \
+  X(linformer_hopper_project_##tag##_n128_k256, type, 256, 2)
 #define LINFORMER_HOPPER_ATTEND_OF(X, tag, type)             \
   X(linformer_hopper_attend_##tag##_d64_k128, type, 128, 1)  \
   X(linformer_hopper_attend_##tag##_d64_k256, type, 256, 1)  \

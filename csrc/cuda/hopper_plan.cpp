@@ -12,11 +12,12 @@ namespace {
 
 struct HopperInfo {
   DType type;
-  int keys, pieces;    // pieces: of a head, 0 where that is nothing to the kernel
+  int keys, pieces;
   const char* name;
   int shared_bytes;
 };
-#define LINFORMER_INFO(name, type, keys) {DType::type, keys, 0, #name, HopperProject<keys>::kSharedBytes},
+#define LINFORMER_INFO(name, type, keys, pieces) \
+  {DType::type, keys, pieces, #name, HopperProject<keys, pieces>::kSharedBytes},
 constexpr HopperInfo kProjectKernels[] = {LINFORMER_HOPPER_PROJECT_KERNELS(LINFORMER_INFO)};
 #undef LINFORMER_INFO
 #define LINFORMER_INFO(name, type, keys, pieces) \
@@ -90,11 +91,16 @@ bool plan_hopper(Plan& plan, const Arguments& arguments, unsigned stages, const 
     const int64_t columns = std::min(p.len_k, p.seq_len_max);
     const int64_t matrices = p.per_head_proj ? p.heads_kv : 1;
     const int64_t pieces = a.parts * (p.per_head_proj ? p.batch : p.batch * p.heads_kv);
-    a.units = static_cast<int32_t>(ceil_div(pieces, kHopperCluster * kHopperPieces));
-    const int64_t ctas = 2 * matrices * a.units * kHopperCluster;
+    const auto ctas_of = [&](int pieces_of_cta) {
+      return 2 * matrices * ceil_div(pieces, kHopperCluster * pieces_of_cta) * kHopperCluster;
+    };
+    // Two pieces a CTA read E half as often; but where they leave half of the multiprocessors idle, one.
+    const int of_cta = 2 * ctas_of(2) > device.multiprocessors ? 2 : 1;
+    const int64_t ctas = ctas_of(of_cta);
     // It does not split sequences: with fewer CTAs than that, forward.cu, which does, has more multiprocessors at work.
     if (columns == 0 || 2 * ctas < device.multiprocessors || ctas > INT32_MAX) return false;
-    const HopperInfo& kernel = kernel_for(kProjectKernels, p, 0);
+    a.units = static_cast<int32_t>(ceil_div(pieces, kHopperCluster * of_cta));
+    const HopperInfo& kernel = kernel_for(kProjectKernels, p, of_cta);
     const auto matrix = [&](const Rows& rows) {
       return map_of(p, rows, columns, p.proj_dim, matrices, 1, kernel.keys / kHopperCluster);
     };

@@ -1,6 +1,8 @@
+#include <cuda_runtime.h>
+#ifdef LINFORMER_WITH_HOPPER
 #include <cuda.h>
 #include <cudaTypedefs.h>
-#include <cuda_runtime.h>
+#endif
 
 #include <cstring>
 #include <map>
@@ -61,6 +63,7 @@ cudaError_t allow_shared(const void* kernel, int index, int bytes) {
   return status;
 }
 
+#ifdef LINFORMER_WITH_HOPPER
 // The driver's function that makes tensor maps, which the library does not link; nullptr where it has none.
 PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
   static const auto found = [] {
@@ -113,9 +116,16 @@ cudaError_t launch_with_maps(const Launch& one, const void* kernel, cudaStream_t
   config.dynamicSmemBytes = one.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = one.overlaps ? 1 : 0;
+  static const bool captures = [] {    // older drivers refuse such a launch in a graph
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+  }();
+  config.numAttrs = one.overlaps && captures ? 1 : 0;
   return cudaLaunchKernelExC(&config, kernel, pointers);
 }
+#else
+cudaError_t launch_with_maps(const Launch&, const void*, cudaStream_t) { return cudaErrorInvalidDeviceFunction; }
+#endif
 
 }    // namespace
 
