@@ -50,10 +50,11 @@ struct Arguments {
   int32_t splits = 1;           // of the sequence
   int32_t project_tiles = 0;    // tickets, all units
 
-  int32_t keys = 0;            // rows of K' and V' in shared memory
-  int32_t query_items = 0;     // runs of query_tiles * kQueryRows rows over all sequences (packed: at most)
-  int32_t query_tiles = 1;     // tiles of an item
-  int32_t attend_tiles = 0;    // tickets: query_items * heads
+  int32_t keys = 0;             // rows of K' and V' in shared memory
+  int32_t query_items = 0;      // runs of query_tiles tiles of query rows over all sequences (packed: at most)
+  int32_t query_tiles = 1;      // tiles of an item
+  int32_t query_buffers = 1;    // forward: for the rows of a tile, and of the next
+  int32_t attend_tiles = 0;     // tickets: query_items * heads
 
   int32_t column_blocks = 1;    // backward: blocks of rows of K'
   int32_t column_splits = 1;    // of the query rows

@@ -1,7 +1,7 @@
 // Pieces of attention that forward and backward share: scores, softmax, dropout, and query rows through shared memory.
 //
-// A warp owns 16 query rows. A thread holds rows g = lane / 4 and g + 8 of each tile of scores, columns 2t and 2t + 1
-// with t = lane % 4: element e of a tile is row g + 8 (e / 2), column 2t + e % 2.
+// A warp owns 16 query rows, or 32. A thread holds, of 16, rows g = lane / 4 and g + 8 of each tile of scores, columns
+// 2t and 2t + 1 with t = lane % 4: element e of a tile is row g + 8 (e / 2), column 2t + e % 2.
 #pragma once
 
 #include "../philox.h"
@@ -21,14 +21,22 @@ LINFORMER_DEVICE float quad_max(float x) {
 // Columns, or summed values, that are computed or left out together where a tile is ragged. Less is more branches.
 constexpr int kRagged = 64;
 
-// c (16 x kColumns) += rows (16 x kSummed) times `tile`, whose columns are stored along the summed dimension; kFresh: c
-// is what the product is. Columns from `columns` on do not matter. kTurned: the bits of `tile` times `rows`.
-template <DType kType, int kSummed, int kColumns, int kRowPitch, int kPitch, bool kFresh, bool kTurned = false>
-LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<kType>* rows, const Element<kType>* tile,
-                                    int columns, bool allow_tf32) {
+// Of tiles of 16 x 8 for kTiles x 8 columns and further rows: those of rows from 16 m.
+template <int kTiles, int kAll>
+LINFORMER_DEVICE float (&row_tile(float (&c)[kAll][4], int m))
+    [kTiles][4] { return reinterpret_cast<float (&)[kTiles][4]>(c[m * kTiles]); }
+
+// c (16 kRowTiles x kColumns) += rows (16 kRowTiles x kSummed) times `tile`, whose columns are stored along the summed
+// dimension; kFresh: c is what the product is. Columns from `columns` on do not matter. kTurned: the bits of `tile`
+// times `rows`.
+template <DType kType, int kRowTiles, int kSummed, int kColumns, int kRowPitch, int kPitch, bool kFresh,
+          bool kTurned = false>
+LINFORMER_DEVICE void multiply_rows(float (&c)[kRowTiles * kColumns / 8][4], const Element<kType>* rows,
+                                    const Element<kType>* tile, int columns, bool allow_tf32) {
   if constexpr (kType == DType::kFloat32) {
     if (allow_tf32) {
-      return multiply_rows<kTf32, kSummed, kColumns, kRowPitch, kPitch, kFresh, kTurned>(c, rows, tile, columns, true);
+      return multiply_rows<kTf32, kRowTiles, kSummed, kColumns, kRowPitch, kPitch, kFresh, kTurned>(c, rows, tile,
+                                                                                                    columns, true);
     }
   }
   const OperandA<kType, false, kRowPitch> a_rows(rows);
@@ -36,30 +44,37 @@ LINFORMER_DEVICE void multiply_rows(float (&c)[kColumns / 8][4], const Element<k
   constexpr int kStep = Step<kType>::kSummed, kGroup = kColumns < kRagged ? kColumns : kRagged;
   repeat<kColumns / kGroup>([&](auto group) {
     if (group > 0 && group * kGroup >= columns) {
-      if (kFresh) clear(reinterpret_cast<float (&)[kGroup / 8][4]>(c[group * kGroup / 8]));
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        if (kFresh) clear(row_tile<kGroup / 8>(row_tile<kColumns / 8>(c, m), group));
+      }
       return;
     }
     repeat<kSummed / kStep>([&](auto s) {
-      FragmentA<kType> a;
-      a_rows.template load<0, s * kStep>(a);
+      FragmentA<kType> a[kRowTiles];
+      repeat<kRowTiles>([&](auto m) { a_rows.template load<m * kMmaRows, s * kStep>(a[m]); });
       repeat<kGroup / 16>([&](auto i) {
-        constexpr int kColumn = group * kGroup + 16 * i;
+        constexpr int kTile = (group * kGroup + 16 * i) / 8;
         FragmentB<kType> b;
-        b_columns.template load<kColumn, s * kStep>(b);
-        multiply<kType, kTurned, kFresh && s == 0>(c[kColumn / 8], a, b, 0);
-        multiply<kType, kTurned, kFresh && s == 0>(c[kColumn / 8 + 1], a, b, 1);
+        b_columns.template load<8 * kTile, s * kStep>(b);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply<kType, kTurned, kFresh && s == 0>(c[m * kColumns / 8 + kTile], a[m], b, 0);
+          multiply<kType, kTurned, kFresh && s == 0>(c[m * kColumns / 8 + kTile + 1], a[m], b, 1);
+        }
       });
     });
   });
 }
 
-// c (16 x kColumns) += scores (16 x kSummed, in registers, rounded to the type) times `tile`, stored across. Scores
-// from `summed` on are zero.
-template <DType kType, int kSummed, int kColumns, int kPitch>
-LINFORMER_DEVICE void multiply_scores(float (&c)[kColumns / 8][4], const float (&scores)[kSummed / 8][4],
-                                      const Element<kType>* tile, int summed, bool allow_tf32) {
+// c (16 kRowTiles x kColumns) += scores (16 kRowTiles x kSummed, in registers, rounded to the type) times `tile`,
+// stored across. Scores from `summed` on are zero.
+template <DType kType, int kRowTiles, int kSummed, int kColumns, int kPitch>
+LINFORMER_DEVICE void multiply_scores(float (&c)[kRowTiles * kColumns / 8][4],
+                                      float (&scores)[kRowTiles * kSummed / 8][4], const Element<kType>* tile,
+                                      int summed, bool allow_tf32) {
   if constexpr (kType == DType::kFloat32) {
-    if (allow_tf32) return multiply_scores<kTf32, kSummed, kColumns, kPitch>(c, scores, tile, summed, true);
+    if (allow_tf32) return multiply_scores<kTf32, kRowTiles, kSummed, kColumns, kPitch>(c, scores, tile, summed, true);
   }
   const OperandB<kType, true, kPitch> b_columns(tile);
   constexpr int kStep = Step<kType>::kSummed, kGroup = kSummed < kRagged ? kSummed : kRagged;
@@ -67,13 +82,17 @@ LINFORMER_DEVICE void multiply_scores(float (&c)[kColumns / 8][4], const float (
     if (group > 0 && group * kGroup >= summed) return;
     repeat<kGroup / kStep>([&](auto i) {
       constexpr int kFrom = group * kGroup + i * kStep;
-      FragmentA<kType> a;
-      as_a<kType>(a, scores, kFrom / kStep);
+      FragmentA<kType> a[kRowTiles];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) as_a<kType>(a[m], row_tile<kSummed / 8>(scores, m), kFrom / kStep);
       repeat<kColumns / 16>([&](auto n) {
         FragmentB<kType> b;
         b_columns.template load<16 * n, kFrom>(b);
-        multiply<kType>(c[2 * n], a, b, 0);
-        multiply<kType>(c[2 * n + 1], a, b, 1);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          multiply<kType>(c[m * kColumns / 8 + 2 * n], a[m], b, 0);
+          multiply<kType>(c[m * kColumns / 8 + 2 * n + 1], a[m], b, 1);
+        }
       });
     });
   });
@@ -89,7 +108,7 @@ LINFORMER_DEVICE void for_each_staged(const Rows& rows, Element<Traits::kType>* 
     const bool load = kPieces > 1 || again;
     if (load) {
       __syncwarp();    // the piece before it has been read
-      load_tile_apart<Traits::kType, kRowsPerWarp, Traits::kStaged, 32, Traits::kStagePitch>(
+      load_tile_apart<Traits::kType, Traits::kRows, Traits::kStaged, 32, Traits::kStagePitch>(
           staged, rows(), 0, i * Traits::kStaged, lane_id());
       commit_copies();
       wait_copies<0>();
@@ -103,7 +122,7 @@ LINFORMER_DEVICE void for_each_staged(const Rows& rows, Element<Traits::kType>* 
 template <DType kType, int kStaged, int kTiles>
 LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* staged, int pitch, Element<kType>* to,
                                    int64_t stride, int rows, int columns, bool aligned) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const int lane = again(lane_id()), g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < kTiles * 8 / kStaged; ++i) {
     __syncwarp();

@@ -31,7 +31,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   const auto head_kv = [&] { return again(head) / static_cast<int>(p.heads / p.heads_kv); };
   int b = 0;
   int first_row = 0;
-  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
+  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows,
                  static_cast<int>(ticket / p.heads), &b, &first_row)) {
     return;
   }
@@ -42,19 +42,19 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
     return projected_source<kType>(a, p.value_proj, b, head_kv(), p.value_dim, kAlignedValueProj);
   };
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  Element<kType>* staged = shared + warp_id() * 2 * kRowsPerWarp * Traits::kStagePitch;
-  Element<kType>* staged_grad = staged + kRowsPerWarp * Traits::kStagePitch;
-  Element<kType>* key_tiles = shared + kWarps * 2 * kRowsPerWarp * Traits::kStagePitch;
+  Element<kType>* staged = shared + warp_id() * 2 * Traits::kRows * Traits::kStagePitch;
+  Element<kType>* staged_grad = staged + Traits::kRows * Traits::kStagePitch;
+  Element<kType>* key_tiles = shared + 2 * Traits::kQueryRows * Traits::kStagePitch;
   Element<kType>* value_tiles = key_tiles + a.keys * Traits::kPitch;
   float* bias_tiles = reinterpret_cast<float*>(value_tiles + a.keys * Traits::kPitch);
   const bool resident = proj_dim <= a.keys;    // K' and V' stay in shared memory
   const bool single = proj_dim <= kKeys;       // P and dP stay in registers
   const Softmax softmax(a);
   for (int tile = 0; tile < a.query_tiles; ++tile) {
-    const int first = first_row + tile * kQueryRows;
+    const int first = first_row + tile * Traits::kQueryRows;
     if (first >= sequence.length) break;
-    const int row = first + warp_id() * kRowsPerWarp;
-    const int rows = min(max(sequence.length - row, 0), kRowsPerWarp);
+    const int row = first + warp_id() * Traits::kRows;
+    const int rows = min(max(sequence.length - row, 0), Traits::kRows);
     const int64_t at = sequence.start + row;
     const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
     const auto grads = [&] {
@@ -75,11 +75,11 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
         __syncthreads();
       }
       for_each_staged<Traits>(queries, staged, load_rows, [&](auto column, bool) {
-        multiply_rows<kType, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kPitch, column == 0>(
+        multiply_rows<kType, 1, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kPitch, column == 0>(
             scores, staged, key_tile + column, proj_dim - k, p.allow_tf32);
       });
       for_each_staged<Traits>(grads, staged_grad, load_rows, [&](auto column, bool) {
-        multiply_rows<kType, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kPitch, column == 0>(
+        multiply_rows<kType, 1, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kPitch, column == 0>(
             grad, staged_grad, value_tile + column, proj_dim - k, p.allow_tf32);
       });
       softmax.orient(scores);
@@ -143,7 +143,7 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
 #pragma unroll
           for (int e = 0; e < 4; ++e) scores[n][e] *= inverse[e / 2] * (grad[n][e] - delta[e / 2]);
         }
-        multiply_scores<kType, kKeys, kDim, Traits::kPitch>(
+        multiply_scores<kType, 1, kKeys, kDim, Traits::kPitch>(
             out, scores, key_tiles + (resident ? k * Traits::kPitch : 0), proj_dim - k, p.allow_tf32);
       }
 #pragma unroll
@@ -171,7 +171,7 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   const int b = static_cast<int>(tile_id / Traits::kParts / a.column_blocks / p.heads_kv);
   const int group = static_cast<int>(p.heads / p.heads_kv);
   const Sequence sequence = query_sequence(p, b);
-  const int item_rows = a.query_tiles * kQueryRows;
+  const int item_rows = a.query_tiles * Traits::kQueryRows;
   wait_for(a.ready + b * p.heads_kv + head_kv,
            static_cast<uint32_t>((sequence.length + item_rows - 1) / item_rows * group));
 
@@ -221,7 +221,7 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
 
   const Softmax softmax(a);
   const int g = lane_id() / 4, t = lane_id() % 4;
-  const int warp_row = warp_id() * kRowsPerWarp;
+  const int warp_row = warp_id() * Traits::kRows;
   const bool active = warp_row < kRows && first_k + warp_row < proj_dim;
   float sums[2 * kOut / 8][4];    // dK', then dV'
   clear(sums);
@@ -255,10 +255,10 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     float scores[kQueries / 8][4], grad[kQueries / 8][4];    // S^T, then P^T; dP^T, then dS^T
     // Turned: the very scores that the statistics are of. A last bit of a large one would make P of what is surely
     // chosen another number than 1.
-    multiply_rows<kType, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+    multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
         scores, key_tile + warp_row * Traits::kPitch, q_tile, kQueries, p.allow_tf32);
     if (a.want_key_proj || (kBiased && p.grad_key_bias)) {
-      multiply_rows<kType, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+      multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
           grad, value_tile + warp_row * Traits::kPitch, grad_tile, kQueries, p.allow_tf32);
     } else {
       clear(grad);
@@ -292,12 +292,12 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     }
     const int out_column = part * kOut;
     if (a.want_value_proj) {
-      multiply_scores<kType, kQueries, kOut, Traits::kPitch>(grad_value, scores, grad_tile + out_column, kQueries,
-                                                             p.allow_tf32);
+      multiply_scores<kType, 1, kQueries, kOut, Traits::kPitch>(grad_value, scores, grad_tile + out_column, kQueries,
+                                                                p.allow_tf32);
     }
     if (a.want_key_proj) {
-      multiply_scores<kType, kQueries, kOut, Traits::kPitch>(grad_key, grad, q_tile + out_column, kQueries,
-                                                             p.allow_tf32);
+      multiply_scores<kType, 1, kQueries, kOut, Traits::kPitch>(grad_key, grad, q_tile + out_column, kQueries,
+                                                                p.allow_tf32);
     }
   }
   wait_copies<0>();

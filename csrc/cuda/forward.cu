@@ -2,7 +2,7 @@
 //
 // Work is a list of tickets. Projection tiles come first: kProjectRows rows of K' or V' by 128 columns, which are two
 // heads of width 64, so that a tile of E is read once for both; a long sequence is split, and the CTA that delivers
-// last adds the parts in their order. Attention tiles follow: 128 query rows at a time, 16 a warp, with K' and V' in
+// last adds the parts in their order. Attention tiles follow: 16 query rows a warp at a time, or 32, with K' and V' in
 // shared memory for several of them. An attention tile waits until the projections of its heads are complete. Those
 // tickets were drawn earlier by CTAs that run and never wait, so the wait ends however few CTAs are resident.
 //
@@ -87,7 +87,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
   const int head = static_cast<int>(ticket % p.heads);
   int b = 0;
   int first_row = 0;
-  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows,
+  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows,
                  static_cast<int>(ticket / p.heads), &b, &first_row)) {
     return;
   }
@@ -101,25 +101,49 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
   const auto values = [&] {
     return projected_source<kType>(a, p.value_proj, b, head_kv, p.value_dim, kAlignedValueProj);
   };
-  const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
-  Element<kType>* staged = shared + warp_id() * kRowsPerWarp * Traits::kStagePitch;
-  Element<kType>* key_tiles = shared + kWarps * kRowsPerWarp * Traits::kStagePitch;
+  const int value_dim = static_cast<int>(p.value_dim);
+  constexpr int kRows = Traits::kRows, kRowTiles = Traits::kRowTiles;
+  constexpr int kBuffer = Traits::kQueryRows * Traits::kStagePitch;
+  Element<kType>* buffers = shared + warp_id() * kRows * Traits::kStagePitch;
+  Element<kType>* key_tiles = shared + a.query_buffers * kBuffer;
   Element<kType>* value_tiles = key_tiles + a.keys * Traits::kKeyPitch;
   float* bias_tiles = reinterpret_cast<float*>(value_tiles + a.keys * Traits::kValuePitch);
   const bool resident = proj_dim <= a.keys;
+  // With two buffers the rows of the next tile are on their way while those of this one are multiplied.
+  const bool ahead = Traits::kBuffers == 2 && a.query_buffers == 2;
   const Softmax softmax(a);
   const Dropout dropout(a, b, head);
+  const auto row_of = [&](int tile) { return first_row + tile * Traits::kQueryRows + warp_id() * kRows; };
+  const auto queries_of = [&](int tile) {
+    const int row = row_of(tile), rows = min(max(sequence.length - row, 0), kRows);
+    return query_source<kType>(a, p.query, b, head, sequence.start + row, rows, p.head_dim, kAlignedQuery);
+  };
+  const auto load_ahead = [&](int tile) {
+    if (tile < a.query_tiles && row_of(tile) < sequence.length) {
+      load_tile_apart<kType, kRows, Traits::kStaged, 32, Traits::kStagePitch>(buffers + tile % 2 * kBuffer,
+                                                                              queries_of(tile), 0, 0, lane_id());
+    }
+    commit_copies();
+  };
+  if (ahead) load_ahead(0);
   for (int tile = 0; tile < a.query_tiles; ++tile) {
-    const int first = first_row + tile * kQueryRows;
-    if (first >= sequence.length) break;
-    const int row = first + warp_id() * kRowsPerWarp;
-    const int rows = min(max(sequence.length - row, 0), kRowsPerWarp);
-    const int64_t at = sequence.start + row;
-    const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
+    if (first_row + tile * Traits::kQueryRows >= sequence.length) break;
+    const int row = row_of(tile), rows = sequence.length - row;    // that exist, or more, or none
+    Element<kType>* staged = buffers + (ahead ? tile % 2 * kBuffer : 0);
+    if (ahead) {
+      wait_copies<0>();
+      __syncwarp();
+      load_ahead(tile + 1);
+    }
 
-    float out[kDim / 8][4];
+    float out[kRowTiles * kDim / 8][4];
     clear(out);
-    float largest[2] = {a.lowest, a.lowest}, sum[2] = {0.0f, 0.0f};
+    float largest[kRowTiles][2], sum[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      largest[m][0] = largest[m][1] = a.lowest;
+      sum[m][0] = sum[m][1] = 0.0f;
+    }
     for (int k = 0; k < proj_dim; k += kKeys) {
       const int slot = resident ? k : k % a.keys;    // row of the block in shared memory
       bool waiting = slot == 0 && (!resident || tile == 0);
@@ -135,44 +159,56 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
         if (p.key_bias) load_bias(bias_tiles, bias_of(p, b, head_kv) + k, proj_dim - k, a.keys);
       }
       const Element<kType>* key_tile = key_tiles + slot * Traits::kKeyPitch;
-      float scores[kKeys / 8][4];
-      for_each_staged<Traits>(queries, staged, k == 0, [&](auto column, bool loaded) {
-        if (waiting) {    // with the rows, the copies above have been waited for
-          if (!loaded) wait_copies<0>();
-          __syncthreads();
-          waiting = false;
-        }
-        multiply_rows<kType, Traits::kStaged, kKeys, Traits::kStagePitch, Traits::kKeyPitch, column == 0>(
-            scores, staged, key_tile + column, proj_dim - k, p.allow_tf32);
-      });
-      softmax.orient(scores);
       const int left = proj_dim - k;
-      if (p.key_bias) softmax.add_bias(scores, a, bias_tiles + slot);
-
-      Softmax::cut(scores, left);
-      float correction[2];
-      softmax.step(scores, largest, sum, correction, k == 0);
-      if (dropout.on) dropout.apply(scores, row, k);
+      float scores[kRowTiles * kKeys / 8][4];
+      for_each_staged<Traits>([&] { return queries_of(tile); }, staged, k == 0 && !ahead,
+                              [&](auto column, bool loaded) {
+                                if (waiting) {    // with the rows, the copies above have been waited for
+                                  if (!loaded) wait_copies<0>();
+                                  __syncthreads();
+                                  waiting = false;
+                                }
+                                if (rows <= 0) return;    // nothing of this warp
+                                multiply_rows<kType, kRowTiles, Traits::kStaged, kKeys, Traits::kStagePitch,
+                                              Traits::kKeyPitch, column == 0>(scores, staged, key_tile + column, left,
+                                                                              p.allow_tf32);
+                              });
+      if (rows <= 0) continue;
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
+      for (int m = 0; m < kRowTiles; ++m) {
+        auto& own = row_tile<kKeys / 8>(scores, m);
+        softmax.orient(own);
+        if (p.key_bias) softmax.add_bias(own, a, bias_tiles + slot);
+        Softmax::cut(own, left);
+        float correction[2];
+        softmax.step(own, largest[m], sum[m], correction, k == 0);
+        if (dropout.on) dropout.apply(own, row + m * kMmaRows, k);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) out[n][e] *= correction[e / 2];
+        for (int n = 0; n < kDim / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[m * kDim / 8 + n][e] *= correction[e / 2];
+        }
       }
-      multiply_scores<kType, kKeys, kDim, Traits::kValuePitch>(out, scores, value_tiles + slot * Traits::kValuePitch,
-                                                               left, p.allow_tf32);
+      multiply_scores<kType, kRowTiles, kKeys, kDim, Traits::kValuePitch>(
+          out, scores, value_tiles + slot * Traits::kValuePitch, left, p.allow_tf32);
     }
 
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float scale = Softmax::over(dropout.multiplier, quad_sum(sum[half]));
+    for (int m = 0; m < kRowTiles; ++m) {
+      auto& own = row_tile<kDim / 8>(out, m);
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        out[n][2 * half] *= scale;
-        out[n][2 * half + 1] *= scale;
+      for (int half = 0; half < 2; ++half) {
+        const float scale = Softmax::over(dropout.multiplier, quad_sum(sum[m][half]));
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n) {
+          own[n][2 * half] *= scale;
+          own[n][2 * half + 1] *= scale;
+        }
       }
+      store_staged<kType, Traits::kStaged>(
+          own, staged, Traits::kStagePitch, rows_at<kType>(p.out, b, head, sequence.start + row + m * kMmaRows),
+          p.out.row_stride, rows - m * kMmaRows, value_dim, (a.aligned & kAlignedOut) != 0);
     }
-    store_staged<kType, Traits::kStaged>(out, staged, Traits::kStagePitch, rows_at<kType>(p.out, b, head, at),
-                                         p.out.row_stride, rows, value_dim, (a.aligned & kAlignedOut) != 0);
   }
 }
 

@@ -17,6 +17,7 @@ struct ForwardInfo {
   DType type;
   int dim;
   int project_rows, project_tiles;    // of a projection tile: rows, accumulator tiles of a thread
+  int query_rows, buffers;            // of a tile of queries; tiles in shared memory, at most
   int keys, key_bytes, staged_bytes;
   int shared_bytes;    // at the least
 };
@@ -26,6 +27,8 @@ struct ForwardInfo {
    dim,                                                                                                   \
    rows,                                                                                                  \
    Forward<DType::type, dim, rows>::Project::kTilesM * Forward<DType::type, dim, rows>::Project::kTilesN, \
+   Forward<DType::type, dim, rows>::kQueryRows,                                                           \
+   Forward<DType::type, dim, rows>::kBuffers,                                                             \
    Forward<DType::type, dim, rows>::kKeys,                                                                \
    Forward<DType::type, dim, rows>::kKeyBytes,                                                            \
    Forward<DType::type, dim, rows>::kStagedBytes,                                                         \
@@ -76,6 +79,7 @@ constexpr PoolInfo kPoolBackwardKernels[] = {LINFORMER_POOL_BACKWARD_KERNELS(LIN
 #undef LINFORMER_INFO
 
 constexpr const char* kTooManyTiles = "there are more than 2^31 tiles of work";
+constexpr int64_t kBackwardQueryRows = Backward<DType::kFloat16, 32>::kQueryRows;
 constexpr int64_t kProjectBackwardRows = ProjectBackward<DType::kFloat16>::kRows;
 constexpr int64_t kSplitRows = 256;       // of a sequence, at the least, in a part of a tile
 constexpr int64_t kPartRows = 48;         // that a tile sums while a part goes to memory, or comes from there
@@ -204,12 +208,12 @@ void set_units(Arguments& a, int dim) {
   a.unit_tiles = static_cast<int32_t>(ceil_div(a.unit_heads * pieces_of_head, slots) * (p.shared_kv ? 1 : 2));
 }
 
-int64_t set_query_items(Arguments& a, const Device& device) {
+int64_t set_query_items(Arguments& a, const Device& device, int64_t query_rows) {
   const Problem& p = a.p;
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int64_t tiles = items(packed, p.batch, p.total_q, p.len_q, kQueryRows) * p.heads;
+  const int64_t tiles = items(packed, p.batch, p.total_q, p.len_q, query_rows) * p.heads;
   a.query_tiles = static_cast<int32_t>(std::clamp<int64_t>(tiles / device.multiprocessors, 1, kMostQueryTiles));
-  a.query_items = static_cast<int32_t>(items(packed, p.batch, p.total_q, p.len_q, a.query_tiles * kQueryRows));
+  a.query_items = static_cast<int32_t>(items(packed, p.batch, p.total_q, p.len_q, a.query_tiles * query_rows));
   return static_cast<int64_t>(a.query_items) * p.heads;
 }
 
@@ -241,7 +245,7 @@ void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned s
     a.project_tiles = static_cast<int32_t>(tickets);
   }
   if (stages & kAttend) {
-    const int64_t attend = set_query_items(a, device);
+    const int64_t attend = set_query_items(a, device, kernel->query_rows);
     if (attend + tickets > INT_MAX) plan.refusal = kTooManyTiles;
     a.attend_tiles = static_cast<int32_t>(attend);
     tickets += attend;
@@ -252,12 +256,16 @@ void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned s
   a.arrived = layout.add<uint32_t>(a.splits > 1 ? 4 * tiles : 0);
   plan.counter_bytes = layout.used();
   a.partial = layout.add<float>(a.splits > 1 ? tiles * a.splits * kernel->project_tiles * 4 * kThreads * 4 : 0);
-  // All of K' and V', or as much as fits, with a number of the bias a row.
-  const int key_bytes = kernel->key_bytes + (problem.key_bias ? 4 : 0);
-  const int64_t blocks = std::min<int64_t>(ceil_div(problem.proj_dim, kernel->keys),
-                                           (device.shared_bytes - kernel->staged_bytes) / key_bytes / kernel->keys);
-  a.keys = static_cast<int32_t>(blocks * kernel->keys);
-  const int64_t shared_bytes = std::max<int64_t>(kernel->shared_bytes, kernel->staged_bytes + a.keys * key_bytes);
+  // All of K' and V', or as much as fits, with a number of the bias a row. Two tiles of queries where there is room.
+  const int64_t key_bytes = kernel->key_bytes + (problem.key_bias ? 4 : 0);
+  const int64_t wanted = ceil_div(problem.proj_dim, kernel->keys);
+  const auto fitting = [&](int64_t buffers) {
+    return (device.shared_bytes - buffers * kernel->staged_bytes) / key_bytes / kernel->keys;
+  };
+  a.query_buffers = a.query_tiles > 1 && fitting(2) >= wanted ? kernel->buffers : 1;
+  a.keys = static_cast<int32_t>(std::min(wanted, fitting(a.query_buffers)) * kernel->keys);
+  const int64_t shared_bytes =
+      std::max<int64_t>(kernel->shared_bytes, a.query_buffers * kernel->staged_bytes + a.keys * key_bytes);
   plan.launches.push_back({kernel->name, grid_of(tickets, device), kThreads, static_cast<uint32_t>(shared_bytes), a});
 }
 
@@ -275,7 +283,7 @@ void plan_attend_backward(Plan& plan, Layout& layout, const Problem& problem, bo
   Arguments a = arguments_of(problem);
   a.want_key_proj = want_key_proj;
   a.want_value_proj = want_value_proj;
-  const int64_t rows = set_query_items(a, device);
+  const int64_t rows = set_query_items(a, device, kBackwardQueryRows);
   int64_t tiles = 0, columns = 0;
   if (want_key_proj || want_value_proj || problem.grad_key_bias) {
     a.column_blocks = static_cast<int32_t>(ceil_div(problem.proj_dim, kernel->column_rows));

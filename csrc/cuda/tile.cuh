@@ -234,7 +234,7 @@ LINFORMER_DEVICE void store_rows(Element<kType>* data, int64_t stride, int rows,
   constexpr int kChunk = 16 / kBytes<kType>;
   constexpr int kChunks = kColumns / kChunk;
 #pragma unroll 1
-  for (int i = lane_id(); i < kRowsPerWarp * kChunks; i += 32) {
+  for (int i = lane_id(); i < kMmaRows * kChunks; i += 32) {
     const int row = i / kChunks, column = i % kChunks * kChunk;
     store_chunk<kType>(data + row * stride + column, *reinterpret_cast<const uint4*>(shared + row * pitch + column),
                        row < rows ? columns - column : 0, aligned);

@@ -9,7 +9,7 @@ namespace linformer::cuda {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRowsPerWarp = 16;    // of an mma tile
+constexpr int kMmaRows = 16;    // of a tile of the tensor cores
 
 template <DType kType>
 constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
@@ -58,21 +58,27 @@ struct Forward {
   static constexpr int kProjectRows = kProjectRows_;    // of a projection tile
   using Project = Gemm<kType, kProjectRows, kTileColumns, false, true>;
 
+  // Query rows of a warp, and of a CTA, at a time: where registers allow for 32 a warp, so that what is loaded of K'
+  // and V' serves two products.
+  static constexpr int kRowTiles = !kWide && kDim <= 64 ? 2 : 1;
+  static constexpr int kRows = kRowTiles * kMmaRows;
+  static constexpr int kQueryRows = kWarps * kRows;
   // Rows of K' and V' whose scores are in registers at a time. Shared memory holds a multiple of them, which the plan
   // chooses.
-  static constexpr int kKeys = kDim >= 256 ? (kWide ? 16 : 32) : kDim >= 96 ? (kWide ? 32 : 64) : (kWide ? 64 : 128);
+  static constexpr int kKeys = kRowTiles == 2 ? 64
+                               : kDim >= 256  ? (kWide ? 16 : 32)
+                               : kDim >= 96   ? (kWide ? 32 : 64)
+                                              : (kWide ? 64 : 128);
   static constexpr int kStaged = staged_columns(kDim, kWide ? 64 : 128);
+  static constexpr int kBuffers = kDim == kStaged ? 2 : 1;    // at most: the rows of a tile, and of the next
   static constexpr int kStagePitch = pitch_along(kStaged);
   static constexpr int kKeyPitch = pitch_along(kDim);
   static constexpr int kValuePitch = pitch_across(kType, kDim);
-  static constexpr int kStagedBytes = kBytes<kType> * kWarps * kRowsPerWarp * kStagePitch;
-  static constexpr int kKeyBytes = kBytes<kType> * (kKeyPitch + kValuePitch);    // of one row of K' and V'
+  static constexpr int kStagedBytes = kBytes<kType> * kQueryRows * kStagePitch;    // of one buffer
+  static constexpr int kKeyBytes = kBytes<kType> * (kKeyPitch + kValuePitch);      // of one row of K' and V'
   static constexpr int kSharedBytes =
       larger(Project::kSharedBytes, kStagedBytes + kKeys * (kKeyBytes + 4));    // at the least; 4: a bias
 };
-
-// Query rows of a CTA at a time.
-constexpr int kQueryRows = kWarps * kRowsPerWarp;
 
 template <DType kType_, int kDim_>
 struct Backward {
@@ -81,11 +87,13 @@ struct Backward {
   static constexpr bool kWide = kType == DType::kFloat32;
 
   // Tiles of query rows: statistics of the softmax and dQ.
+  static constexpr int kRows = kMmaRows;    // of a warp
+  static constexpr int kQueryRows = kWarps * kRows;
   static constexpr int kKeys = kDim >= 256 ? 16 : kDim >= 96 ? (kWide ? 16 : 32) : (kWide ? 32 : kDim == 32 ? 64 : 128);
   static constexpr int kStaged = staged_columns(kDim, kWide ? 32 : 64);
   static constexpr int kStagePitch = pitch_along(kStaged);
   static constexpr int kPitch = pitch_along(kDim);
-  static constexpr int kStagedBytes = kBytes<kType> * 2 * kWarps * kRowsPerWarp * kStagePitch;
+  static constexpr int kStagedBytes = kBytes<kType> * 2 * kQueryRows * kStagePitch;
   static constexpr int kKeyBytes = kBytes<kType> * 2 * kPitch;                // of one row of K' and V'
   static constexpr int kRowBytes = kStagedBytes + kKeys * (kKeyBytes + 4);    // at the least; 4: a bias
 
