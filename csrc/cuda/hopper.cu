@@ -290,18 +290,9 @@ LINFORMER_DEVICE void attend(const HopperArguments& all) {
       if (block + kBlock == kKeys) release(empty + 8 * ring.slot);
 
       softmax.orient(scores);
-      // Once for all, as a comparison at each use would double the instructions of the softmax.
-      if (proj_dim < block + kBlock) {
-#pragma unroll
-        for (int n = 0; n < kBlock / 8; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (block + 8 * n + lane % 4 * 2 + e % 2 >= proj_dim) scores[n][e] = -INFINITY;
-          }
-        }
-      }
+      Softmax::cut(scores, proj_dim - block);
       float correction[2];
-      softmax.step(scores, kBlock, largest, sum, correction, kOnce || block == 0);
+      softmax.step(scores, largest, sum, correction, kOnce || block == 0);
       uint32_t weights[kBlock / 16][4];
 #pragma unroll
       for (int k = 0; k < kBlock / 16; ++k) {
