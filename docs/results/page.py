@@ -149,7 +149,9 @@ def in_short(_: Path) -> str:
         return ", ".join(found) or "(not run yet)"
 
     tasks = "; ".join(
-        f"{percent(task, 'exact')} % unconverted, {percent(task, f'k{k}')} % with K = {k} and "
+        f"{percent(task, 'exact')} % unconverted, "
+        + f"{percent(task, f'adaptive{k}')} % with an adaptive K = {k}, " * bool(records(f"minilm-{task}-adaptive{k}"))
+        + f"{percent(task, f'k{k}')} % with a learned K = {k} and "
         f"{percent(task, f'k{control}')} % with K = {control} on {TASKS[task]} (N = {n})"
         for task, _data, n, _sizes in CONVERTED_TASKS
         for k, control in [tuned_sizes(n)]
