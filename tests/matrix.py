@@ -46,10 +46,10 @@ def pinned(*names: str) -> list[str]:
 
 def requirements(package: str, version: str) -> list[str]:
     wanted = package if version == NEWEST else f"{package}=={version}"
-    tools = pinned("numpy", "setuptools", "cmake", "ninja", "pytest")
+    tools = pinned("numpy", "cmake", "ninja", "pytest")
     if package == "torch":
-        return [wanted, *tools]
-    return [wanted, *pinned("torch", "accelerate"), *tools]
+        return [wanted, "setuptools", *tools]  # of which torch 2.11 and 2.12 want an older one than is pinned
+    return [wanted, *pinned("torch", "accelerate", "setuptools"), *tools]
 
 
 def run(*command: str | Path, log: Path, **environment: str) -> int:
