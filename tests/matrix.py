@@ -48,7 +48,7 @@ def requirements(package: str, version: str) -> list[str]:
     wanted = package if version == NEWEST else f"{package}=={version}"
     tools = pinned("numpy", "cmake", "ninja", "pytest")
     if package == "torch":
-        return [wanted, "setuptools", *tools]  # of which torch 2.11 and 2.12 want an older one than is pinned
+        return [wanted, "setuptools>=77", *tools]  # torch 2.11 and 2.12 want an older one than is pinned
     return [wanted, *pinned("torch", "accelerate", "setuptools"), *tools]
 
 
