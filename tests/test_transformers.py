@@ -690,7 +690,7 @@ def test_another_sequence_is_refused_when_it_comes():
 @pytest.mark.parametrize("arguments, says", [
     (dict(sharing="all"), "sharing is 'all'; wanted: one of none, headwise"),
     (dict(init="zeros"), "init is 'zeros'; wanted: one of gaussian"),
-    (dict(projection="pool"), "kind is 'pool'"),
+    (dict(projection="pool"), "projection is 'pool'; wanted: one of learned"),
     (dict(proj_dim=[4, 4]), "2 numbers but the model has 3 layers"),
     (dict(proj_dim=[4, 4, 8]), "one matrix for all layers"),
     (dict(proj_dim=0), "proj_dim is 0"),

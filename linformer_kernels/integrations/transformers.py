@@ -34,7 +34,7 @@ from .._masks import of_scores  # noqa: E402
 from .._validation import integer, refuse_causal  # noqa: E402
 from ..encoders import sizes_by_layer  # noqa: E402
 from ..modules import SHARINGS  # noqa: E402
-from ..projections import SINGLES, WEIGHTLESS, LinformerProjection, check_sizes, from_the_first  # noqa: E402
+from ..projections import KINDS, SINGLES, WEIGHTLESS, LinformerProjection, check_sizes, from_the_first  # noqa: E402
 
 NAME = "linformer"
 PLACE = "linformer_place"
@@ -355,6 +355,8 @@ def _check(
             raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(known)}")
     if not isinstance(kind, str):
         raise TypeError(f'projection is a {type(kind).__name__}; wanted: the name of a kind, as "learned" or "mean"')
+    if kind not in KINDS:
+        raise ValueError(f"projection is {kind!r}; wanted: one of {', '.join(KINDS)}")
     # What has no weights is shared in any case, and may yet have a size a layer.
     one_size = sharing if kind not in WEIGHTLESS or isinstance(proj_dim, int) else "key_value"
     sizes = sizes_by_layer(proj_dim, layers, one_size)
