@@ -687,7 +687,7 @@ def test_finetune_refuses(examples, pretrained, tmp_path, capsys, monkeypatch, a
     (["--width=10", "--heads=3"], "--width 10 is not a multiple of --heads 3"),
     (["--dropout=2"], "--dropout is 2.0; wanted: from 0 to less than 1"),
     (["--init=mean", "--proj-dim=60", "--seq-len=48", *SHAPE], "proj_dim is 60 but seq_len is 48"),
-    (["--sharing=none", "--projection=mean", *SHAPE], 'kind is "mean"; wanted: None'),
+    (["--sharing=none", "--projection=mean", *SHAPE], 'sharing is "none" but projection is "mean"'),
 ])  # fmt: skip
 def test_finetune_from_scratch_refuses(examples, tmp_path, capsys, arguments, says):
     data = tiny_qnli(tmp_path / "QNLI", 20)

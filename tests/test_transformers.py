@@ -204,6 +204,7 @@ def test_from_pretrained_alone_is_no_exact_model(tmp_path):
     (sharing, kind)
     for sharing in ("none", "headwise", "key_value", "layerwise")
     for kind in ("learned", "fixed", "mean", "max", "conv", "adaptive")
+    if sharing != "none" or kind not in ("mean", "max", "adaptive")  # no weights that heads could have of their own
 ])  # fmt: skip
 def test_save_and_load(kind, sharing, tmp_path):
     sizes = 16 if sharing == "layerwise" else [16, 8, 4]
@@ -696,6 +697,7 @@ def test_another_sequence_is_refused_when_it_comes():
     (dict(proj_dim=0), "proj_dim is 0"),
     (dict(proj_dim=600), "proj_dim is 600 but seq_len is 512; wanted: at most seq_len"),
     (dict(projection="mean", init="identity"), "a start of its own"),
+    (dict(projection="adaptive", sharing="none"), 'sharing is "none" but projection is "adaptive", which has no'),
     (dict(init="svd"), "calibration is missing"),
     (dict(calibration=[]), "calibration is given"),
     (dict(init="svd", calibration=[]), "calibration is empty"),

@@ -357,6 +357,11 @@ def _check(
         raise TypeError(f'projection is a {type(kind).__name__}; wanted: the name of a kind, as "learned" or "mean"')
     if kind not in KINDS:
         raise ValueError(f"projection is {kind!r}; wanted: one of {', '.join(KINDS)}")
+    if sharing == "none" and kind in WEIGHTLESS:
+        raise ValueError(
+            f'sharing is "none" but projection is "{kind}", which has no weights that heads could have of their own; '
+            'wanted: another sharing, as "layerwise"'
+        )
     # What has no weights is shared in any case, and may yet have a size a layer.
     one_size = sharing if kind not in WEIGHTLESS or isinstance(proj_dim, int) else "key_value"
     sizes = sizes_by_layer(proj_dim, layers, one_size)
@@ -410,7 +415,7 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
             LinformerProjection(
                 settings["seq_len"],
                 size,
-                num_heads=heads if settings["sharing"] == "none" and settings["projection"] not in WEIGHTLESS else None,
+                num_heads=heads if settings["sharing"] == "none" else None,
                 kind=settings["projection"],
                 share_kv=settings["sharing"] in ("key_value", "layerwise"),
                 **more,
