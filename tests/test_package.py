@@ -122,7 +122,7 @@ def test_rocm_has_no_cuda_kernels(monkeypatch):
 def test_info_says_what_this_gpu_lacks(monkeypatch):
     """It said that a library without code for the GPU was available."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(_backends, "_capability", lambda device: (8, 0))
     monkeypatch.setattr(_backends, "_ARCHITECTURES", "90+PTX")
     for name in ("cuda", "triton"):
         there = dataclasses.replace(_backends.BACKENDS[name], missing=None)

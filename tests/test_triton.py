@@ -512,7 +512,7 @@ def test_tune_finds_a_backend(fastest, backward, tuned_file, monkeypatch):
 
     monkeypatch.setattr(_backends, "_TUNED", tuned)
     monkeypatch.setattr(_backends, "UNFENCED_TRITON", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_backends, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: one.device)
 
     def first(x=x, **more):
