@@ -80,7 +80,7 @@ bool plan_hopper(Plan& plan, const Arguments& arguments, unsigned stages, const 
   const int64_t widest = std::max(p.head_dim, p.value_dim);
   const bool taken = device.hopper && p.dtype != DType::kFloat32 && widest > kHopperColumns / 2 &&
                      widest <= 2 * kHopperColumns && p.proj_dim <= kMostKeys && !p.mask && !p.key_bias &&
-                     !p.per_batch_proj && !p.cu_seqlens_q && !p.cu_seqlens_k && p.dropout_p == 0.0 && a.exponent > 0.0f;
+                     !p.per_batch_proj && !p.cu_seqlens_q && !p.cu_seqlens_k && p.dropout_p == 0.0 && p.scale != 0.0;
   if (!taken) return false;
   for (int64_t size : {p.batch, p.heads_kv, p.proj_dim, p.head_dim, p.value_dim}) {
     if (size == 0) return false;
