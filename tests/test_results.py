@@ -32,7 +32,7 @@ def test_records_are_of_planned_runs(tmp_path):
     """A record under a name says what the plan says under that name, argument by argument."""
     plan = load("plan")
     runs = {run.name: run for run in plan.plan()}
-    assert len(runs) == len(plan.plan()) and all(run.after in {None, plan.MINILM, *runs} for run in runs.values())
+    assert len(runs) == len(plan.plan()) and all(run.after in {*plan.PREPARED, *runs} for run in runs.values())
     for name, run in runs.items():
         file = RESULTS / "runs" / f"{name}.json"
         if not file.exists():
