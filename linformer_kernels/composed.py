@@ -140,7 +140,9 @@ def _compress(proj: Tensor, rows: Tensor, key_padding_mask: Tensor | None) -> Te
 
 
 def _attend(query: Tensor, key_proj: Tensor, value_proj: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
-    if query.numel() == 0:  # of which SDPA leaves the bias out of the graph
+    # Without queries SDPA leaves the bias out of the graph, and in 16 bits it would round the bias' gradient to them.
+    learned = key_bias is not None and key_bias.requires_grad and torch.is_grad_enabled()
+    if query.numel() == 0 or (learned and query.element_size() == 2):
         return reference.projected_attention(query, key_proj, value_proj, key_bias, None, None, 0.0, scale, False)
     heads_kv = key_proj.size(1)
     group = query.size(1) // heads_kv
