@@ -12,7 +12,7 @@ export LINFORMER_CUDA_ARCHS ?= 80;90
 
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) linformer_kernels/schemas.inc
-FORMATTED := $(filter %.h %.c %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator tests/stub examples/cpp -type f))
+FORMATTED := $(filter %.h %.c %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator tests/stub tests/bare examples/cpp -type f))
 step = @printf '\n==> %s\n' $(1)
 
 .PHONY: help demo bench test lint matrix docs clean

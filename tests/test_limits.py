@@ -239,11 +239,12 @@ def test_clang_compiles(name):
         pytest.skip("there is no clang++")
     flags = ["-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLINFORMER_NAMESPACE=mine"]
     flags += ["-isystem", str(Path(torch.__file__).parent / "include")]
-    builds = [["-DLINFORMER_CPU_WIDTH=4", "-DLINFORMER_CPU_TILE_ROWS=6", "-DLINFORMER_CPU_PAIRED=0"]]
+    portable = ["-DLINFORMER_CPU_WIDTH=4", "-DLINFORMER_CPU_TILE_ROWS=6", "-DLINFORMER_CPU_TILE_VECTORS=2"]
+    builds = [[*portable, "-DLINFORMER_CPU_BF16=1"], [*portable, "-DLINFORMER_CPU_BF16=4"]]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-DLINFORMER_CPU_X86")
-        avx512 = ["-DLINFORMER_CPU_WIDTH=16", "-DLINFORMER_CPU_TILE_ROWS=12", "-march=x86-64-v4", "-mavx512bf16"]
-        builds.append([*avx512, "-DLINFORMER_CPU_PAIRED=1"])
+        avx512 = ["-DLINFORMER_CPU_WIDTH=16", "-DLINFORMER_CPU_TILE_ROWS=6", "-DLINFORMER_CPU_TILE_VECTORS=4"]
+        builds.append([*avx512, "-march=x86-64-v4", "-mavx512bf16", "-DLINFORMER_CPU_BF16=2"])
     for build in builds if name.endswith("kernels.cpp") else [[]]:
         table = ["-DLINFORMER_CPU_TABLE=kTable", '-DLINFORMER_CPU_NAME="one"'] if build else []
         done = subprocess.run([clang, *flags, *build, *table, str(ROOT / name)], capture_output=True, text=True)

@@ -14,17 +14,27 @@
 #include <unistd.h>
 #endif
 #endif
+#if defined(LINFORMER_CPU_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace linformer::cpu {
 
 extern const KernelTable kGeneric;
-extern const KernelTable kEmulatedAvx512Bf16;    // the pairwise bf16 algorithm in portable code
-extern const KernelTable kEmulatedAmx;           // the tiles' algorithm in portable code
+extern const KernelTable kEmulatedNeonBf16;    // the algorithm for quads of bf16 in portable code
+#ifndef LINFORMER_CPU_BARE
+extern const KernelTable kEmulatedAvx512Bf16;    // for pairs
+extern const KernelTable kEmulatedAmx;           // and the tiles'
+#endif
 #ifdef LINFORMER_CPU_X86
 extern const KernelTable kAvx2;
 extern const KernelTable kAvx512;
 extern const KernelTable kAvx512Bf16;
 extern const KernelTable kAmx;
+#endif
+#ifdef LINFORMER_CPU_AARCH64
+extern const KernelTable kNeon;
+extern const KernelTable kNeonBf16;
 #endif
 
 namespace {
@@ -54,17 +64,36 @@ int request_amx() {
 }
 #endif
 
-// Every build, whether this machine can run it or not.
+#ifdef LINFORMER_CPU_AARCH64
+// BFMMLA and the other instructions of FEAT_BF16; every system says so in its own way, and only Linux is asked.
+bool has_neon_bf16() {
+#ifdef __linux__
+  constexpr unsigned long kBf16 = 1ul << 14;    // HWCAP2_BF16, which older headers do not have
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// The special instructions of a processor written out, which runs anywhere and is never chosen unasked.
+const KernelTable* const kEmulated[] = {
+    &kEmulatedNeonBf16,
+#ifndef LINFORMER_CPU_BARE
+    &kEmulatedAvx512Bf16,
+    &kEmulatedAmx,
+#endif
+};
+
+// Every other build, whether this machine can run it or not.
 const KernelTable* const kBuilds[] = {
     &kGeneric,
 #ifdef LINFORMER_CPU_X86
-    &kAvx2,
-    &kAvx512,
-    &kAvx512Bf16,
-    &kAmx,
+    &kAvx2,    &kAvx512,   &kAvx512Bf16, &kAmx,
 #endif
-    &kEmulatedAvx512Bf16,
-    &kEmulatedAmx,
+#ifdef LINFORMER_CPU_AARCH64
+    &kNeon,    &kNeonBf16,
+#endif
 };
 
 // The build that was asked for; nullptr: none.
@@ -105,11 +134,15 @@ Choice choose(const char* wanted) {
   if (amx) found[count++] = &kAvx512Bf16;
   if (avx2) found[count++] = &kAvx2;
 #endif
+#ifdef LINFORMER_CPU_AARCH64
+  if (has_neon_bf16()) found[count++] = &kNeonBf16;
+  found[count++] = &kNeon;    // every aarch64 has it
+#endif
   found[count++] = &kGeneric;
 
   const auto named = [wanted](const KernelTable& table) { return wanted && std::strcmp(wanted, table.name) == 0; };
   Choice choice;
-  for (const KernelTable* table : {&kEmulatedAvx512Bf16, &kEmulatedAmx}) {
+  for (const KernelTable* table : kEmulated) {
     if (named(*table) && choice.take(*table)) return choice;
   }
   for (int i = 0; i < count; ++i) {
@@ -162,9 +195,15 @@ const char* capability_problem() {
   static const std::string problem = [] {
     const char* wanted = wanted_build();
     std::string names;
+    const auto known = [&](const KernelTable& build) {
+      names += (names.empty() ? "\"" : ", \"") + std::string(build.name) + "\"";
+      return wanted == nullptr || std::strcmp(wanted, build.name) == 0;
+    };
     for (const KernelTable* build : kBuilds) {
-      if (wanted == nullptr || std::strcmp(wanted, build->name) == 0) return std::string();
-      names += (names.empty() ? "\"" : ", \"") + std::string(build->name) + "\"";
+      if (known(*build)) return std::string();
+    }
+    for (const KernelTable* build : kEmulated) {
+      if (known(*build)) return std::string();
     }
     return "environment variable LINFORMER_CPU_CAPABILITY is '" + std::string(wanted) + "'; wanted: one of " + names +
            ", or none, for what suits this machine";

@@ -2,15 +2,16 @@
 // reads.
 //
 // A word is 32 bits of an operand: one fp32 (Fp32), or two bf16 that are neighbours along the summed dimension
-// (PairedBf16).
+// (PairedBf16); or 64 bits, four such bf16 (QuadBf16).
 //   A  "rows":     word (i, s) at a[i * lda + s]       the summed dimension is adjacent
 //      "columns":  word (i, s) at a[s * lda + i]       the rows are adjacent
 //   B  panels:     word (s, j) at b[(panel * steps + s) * kTileColumns + j], or a panel at a time at b[s * ldb + j];
 //                  columns padded to whole vectors
 //   C              value (i, j) at c[i * ldc + j], the same
 // A register tile of kTileRows x kTileColumns is kept for all steps: per step kVectors loads of B, kTileRows broadcasts
-// of A and kTileRows * kVectors multiply-adds. Panels run in the outer loop so that one panel stays in L1 while A
-// streams past it: a word of A is then read once for kTileColumns multiply-adds.
+// of A and kTileRows * kVectors multiply-adds. (Of quads two words of A and two of B make an instruction's 2 x 2 sums:
+// 2 kVectors loads of B, kTileRows / 2 of A and kTileRows * kVectors instructions.) Panels run in the outer loop so
+// that one panel stays in L1 while A streams past it: a word of A is then read once for kTileColumns multiply-adds.
 #pragma once
 
 #include "simd.h"
@@ -27,10 +28,16 @@ constexpr int kTileRows = LINFORMER_CPU_TILE_ROWS;
 LINFORMER_INLINE int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 LINFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Steps summed in one go, from zero: a sum cut in short ones has a smaller error. Error of the op relative to plain
+// PyTorch at D = 256, K = 128, fp32 (median of the ratio): 256 steps 1.59, 128 steps 0.99, 64 steps 0.73. It costs 2 to
+// 5 % of the speed.
+constexpr int64_t kStepsAtOnce = 64;
+
 struct Fp32 {
   using Word = float;
   using Value = float;
   static constexpr int64_t kValues = 1;
+  static constexpr int64_t kRowsTogether = 1;    // of A in an instruction
 
   static LINFORMER_INLINE VecF multiply_add(VecF sum, Word a, VecF b) { return sum + b * a; }
 
@@ -42,10 +49,24 @@ struct Fp32 {
   }
 };
 
+// A row as bf16, with zeros up to the next whole word.
+template <int64_t kValues, class T>
+LINFORMER_INLINE void copy_bf16_row(BFloat16* target, const T* source, int64_t columns) {
+  if constexpr (kSame<T, BFloat16>) {
+    std::memcpy(target, source, static_cast<size_t>(columns) * sizeof(T));
+  } else {
+    int64_t j = 0;
+    for (; j + kWidth <= columns; j += kWidth) store(target + j, load(source + j));
+    if (j < columns) store_part(target + j, load_part(source + j, columns - j), columns - j);
+  }
+  for (; columns % kValues; ++columns) target[columns].bits = 0;
+}
+
 struct PairedBf16 {
   using Word = uint32_t;
   using Value = BFloat16;
   static constexpr int64_t kValues = 2;
+  static constexpr int64_t kRowsTogether = 1;
 
   static LINFORMER_INLINE VecF multiply_add(VecF sum, Word a, VecF b) {
 #if defined(__AVX512BF16__) && LINFORMER_CPU_WIDTH == 16
@@ -70,22 +91,67 @@ struct PairedBf16 {
                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     return (VecU)_mm512_permutexvar_epi16(_mm512_load_si512(kAlternate), both);
+#elif LINFORMER_CPU_NEON && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    const bfloat16x8_t evens = vcvtq_low_bf16_f32((float32x4_t)low), odds = vcvtq_low_bf16_f32((float32x4_t)high);
+    return (VecU)vzip1q_u16((uint16x8_t)evens, (uint16x8_t)odds);
 #else
     return (round_to_bfloat16(low) >> 16) | (round_to_bfloat16(high) & 0xffff0000u);
 #endif
   }
 
+  // Words of two rows, columns adjacent.
+  static LINFORMER_INLINE void store_columns(Word* target, const VecF (&row)[kValues]) {
+    store_raw(target, pair(row[0], row[1]));
+  }
+
   template <class T>
   static LINFORMER_INLINE void copy_row(Word* target, const T* source, int64_t columns) {
-    BFloat16* values = reinterpret_cast<BFloat16*>(target);
-    if constexpr (kSame<T, BFloat16>) {
-      std::memcpy(values, source, static_cast<size_t>(columns) * sizeof(T));
-    } else {
-      int64_t j = 0;
-      for (; j + kWidth <= columns; j += kWidth) store(values + j, load(source + j));
-      if (j < columns) store_part(values + j, load_part(source + j, columns - j), columns - j);
+    copy_bf16_row<kValues>(reinterpret_cast<BFloat16*>(target), source, columns);
+  }
+};
+
+// For vectors of four floats. BFMMLA multiplies 2 words by 2 words, 16 products; sums of pairs of products are rounded
+// to odd, what is subnormal is zero.
+struct QuadBf16 {
+  using Word = uint64_t;
+  using Value = BFloat16;
+  static constexpr int64_t kValues = 4;
+  static constexpr int64_t kRowsTogether = 2;
+
+  // Lane 2 i + j of the sum belongs to word i of a and word j of b.
+  static LINFORMER_INLINE VecF multiply_add(VecF sum, VecW a, VecW b) {
+#if LINFORMER_CPU_NEON && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (VecF)vbfmmlaq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+    const VecU rows = (VecU)a, columns = (VecU)b;
+    for (int half = 0; half < 2; ++half) {
+      VecU x = {}, y = {};
+      for (int lane = 0; lane < 4; ++lane) {
+        x[lane] = rows[lane / 2 * 2 + half];
+        y[lane] = columns[lane % 2 * 2 + half];
+      }
+      sum += (VecF)(x << 16) * (VecF)(y << 16) + (VecF)(x & 0xffff0000u) * (VecF)(y & 0xffff0000u);
     }
-    if (columns % 2) values[columns].bits = 0;
+    return sum;
+#endif
+  }
+
+  // Of pairs of the first two rows and of the last two.
+  static LINFORMER_INLINE void store_columns(Word* target, VecU low, VecU high) {
+#if LINFORMER_CPU_NEON
+    store_raw(target, vzip1q_u32((uint32x4_t)low, (uint32x4_t)high));
+    store_raw(target + 2, vzip2q_u32((uint32x4_t)low, (uint32x4_t)high));
+#else
+    for (int i = 0; i < kWidth; ++i) target[i] = low[i] | static_cast<uint64_t>(high[i]) << 32;
+#endif
+  }
+  static LINFORMER_INLINE void store_columns(Word* target, const VecF (&row)[kValues]) {
+    store_columns(target, PairedBf16::pair(row[0], row[1]), PairedBf16::pair(row[2], row[3]));
+  }
+
+  template <class T>
+  static LINFORMER_INLINE void copy_row(Word* target, const T* source, int64_t columns) {
+    copy_bf16_row<kValues>(reinterpret_cast<BFloat16*>(target), source, columns);
   }
 };
 
@@ -93,10 +159,15 @@ template <class T>
 struct Choose {
   using Math = Fp32;
 };
-#if LINFORMER_CPU_PAIRED
+#if LINFORMER_CPU_BF16 == 2
 template <>
 struct Choose<BFloat16> {
   using Math = PairedBf16;
+};
+#elif LINFORMER_CPU_BF16 == 4
+template <>
+struct Choose<BFloat16> {
+  using Math = QuadBf16;
 };
 #endif
 
@@ -218,6 +289,33 @@ LINFORMER_INLINE void copy_columns(uint32_t* target, int64_t ld, const T* source
   }
 }
 
+template <class T>
+LINFORMER_INLINE void copy_columns(uint64_t* target, int64_t ld, const T* source, int64_t stride, int64_t rows,
+                                   int64_t columns, int64_t padded, RowMask mask = {}) {
+  for (int64_t s = 0; s < rows; s += 4) {
+    for (int64_t j = 0; j < padded; j += kWidth) {
+      T value[4][kWidth] = {};
+      for (int64_t i = 0; i < smaller(4, rows - s); ++i) {
+        const int64_t count = smaller(columns - j, kWidth);
+        const T* from = source + (s + i) * stride + j;
+        if (!mask.kept(s + i) || count <= 0) continue;
+        if (count == kWidth) {
+          std::memcpy(value[i], from, sizeof(value[i]));
+        } else {
+          std::memcpy(value[i], from, static_cast<size_t>(count) * sizeof(T));
+        }
+      }
+      uint64_t words[kWidth];
+      QuadBf16::store_columns(words, PairedBf16::pair(value[0], value[1]), PairedBf16::pair(value[2], value[3]));
+      if (padded - j >= kWidth) {
+        std::memcpy(target + s / 4 * ld + j, words, sizeof(words));
+      } else {
+        std::memcpy(target + s / 4 * ld + j, words, static_cast<size_t>(padded - j) * sizeof(uint64_t));
+      }
+    }
+  }
+}
+
 // B from a matrix whose rows are the summed dimension; `steps` is the height of a panel, of which these rows may be a
 // part.
 template <class Math, class T>
@@ -245,6 +343,15 @@ void pack_panels_transposed(Word* target, const Word* a, int64_t lda, int64_t fi
   }
 }
 
+inline void pack_panels_transposed(uint64_t* target, const uint64_t* a, int64_t lda, int64_t first, int64_t rows,
+                                   int64_t steps) {
+  for (int64_t i = 0; i < round_up(rows, kWidth); ++i) {
+    const int64_t j = first + i;
+    uint64_t* panel = target + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
+    for (int64_t s = 0; s < steps; ++s) panel[s * kTileColumns] = i < rows ? a[i * lda + s] : 0;
+  }
+}
+
 // Where a product goes: c = sums + A B, or A B alone where sums is null. They may be the same.
 struct Target {
   float* c;
@@ -257,6 +364,34 @@ struct Target {
     return {c + row * ldc + column, ldc, sums ? sums + row * ld_sums + column : nullptr, ld_sums, stream};
   }
 };
+
+// The sums of a register tile, out. Several loops, so that the sums stay in registers: with the choice inside, they
+// were spilled.
+template <int kRows, int kColumns>
+LINFORMER_INLINE void store_tile(VecF (&sum)[kRows][kColumns], const Target& target) {
+  float* c = target.c;
+  if (target.sums) {
+    const float* sums = target.sums;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) sum[i][v] += load(sums + i * target.ld_sums + v * kWidth);
+    }
+  }
+  if (target.stream) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) stream(c + i * target.ldc + v * kWidth, sum[i][v]);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) store(c + i * target.ldc + v * kWidth, sum[i][v]);
+    }
+  }
+}
 
 // One register tile. noinline: the compiler allocates registers for this loop alone.
 template <class Math, bool kByColumns, int kRows, int kColumns>
@@ -291,36 +426,70 @@ __attribute__((noinline)) void multiply_tile(const typename Math::Word* a, int64
     for (int i = 0; i < kBases; ++i) base[i] += kByColumns ? lda : 1;
     b += ldb;
   }
-  // Several loops, so that the sums stay in registers: with the choice inside, they were spilled.
-  float* c = target.c;
-  if (target.sums) {
-    const float* sums = target.sums;
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
+  store_tile(sum, target);
+}
+
+LINFORMER_INLINE VecW two_words(const uint64_t* first, const uint64_t* second) {
+#if LINFORMER_CPU_NEON
+  // Left to g++ 12, some go through general registers, and memory.
+  return (VecW)vld1q_lane_u64(second, vcombine_u64(vld1_u64(first), vdup_n_u64(0)), 1);
+#else
+  return VecW{*first, *second};
+#endif
+}
+
+// The same of quads: 2 x 2 sums an instruction. An odd last row is multiplied twice.
+template <bool kByColumns, int kRows, int kColumns>
+__attribute__((noinline)) void multiply_tile_of_quads(const uint64_t* a, int64_t lda, const uint64_t* b, int64_t ldb,
+                                                      int64_t steps, const Target& target) {
+  constexpr int kPairs = (kRows + 1) / 2;
+  VecF square[kPairs][2 * kColumns];
+#pragma GCC unroll 8
+  for (int i = 0; i < kPairs; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * kColumns; ++v) square[i][v] = VecF{};
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    VecW row[kPairs];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i) {
+      const int second = 2 * i + 1 < kRows ? 2 * i + 1 : 2 * i;
+      if (kByColumns && second > 2 * i) {
+        row[i] = load_raw<VecW>(a + 2 * i);
+      } else {
+        row[i] = two_words(a + 2 * i * (kByColumns ? 1 : lda), a + second * (kByColumns ? 1 : lda));
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * kColumns; ++v) {
+      const VecW column = load_raw<VecW>(b + 2 * v);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPairs; ++i) square[i][v] = QuadBf16::multiply_add(square[i][v], row[i], column);
+    }
+    a += kByColumns ? lda : 1;
+    b += ldb;
+  }
+  VecF sum[kRows][kColumns];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) sum[i][v] += load(sums + i * target.ld_sums + v * kWidth);
+    for (int v = 0; v < kColumns; ++v) {
+      const VecW left = (VecW)square[i / 2][2 * v], right = (VecW)square[i / 2][2 * v + 1];
+      sum[i][v] = (VecF)VecW{left[i % 2], right[i % 2]};
     }
   }
-  if (target.stream) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) stream(c + i * target.ldc + v * kWidth, sum[i][v]);
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) store(c + i * target.ldc + v * kWidth, sum[i][v]);
-    }
-  }
+  store_tile(sum, target);
 }
 
 template <class Math, bool kByColumns, int kRows = kTileRows, int kColumns = kVectors>
 LINFORMER_INLINE void multiply_tile_of(int64_t rows, int64_t vectors, const typename Math::Word* a, int64_t lda,
                                        const typename Math::Word* b, int64_t ldb, int64_t steps, const Target& target) {
   if (vectors == kColumns && rows == kRows) {
-    multiply_tile<Math, kByColumns, kRows, kColumns>(a, lda, b, ldb, steps, target);
+    if constexpr (Math::kValues == 4) {
+      multiply_tile_of_quads<kByColumns, kRows, kColumns>(a, lda, b, ldb, steps, target);
+    } else {
+      multiply_tile<Math, kByColumns, kRows, kColumns>(a, lda, b, ldb, steps, target);
+    }
   } else if (vectors != kColumns) {
     if constexpr (kColumns > 1) {
       multiply_tile_of<Math, kByColumns, kRows, kColumns - 1>(rows, vectors, a, lda, b, ldb, steps, target);
@@ -330,11 +499,6 @@ LINFORMER_INLINE void multiply_tile_of(int64_t rows, int64_t vectors, const type
   }
 }
 
-// Steps summed in one go, from zero: a sum cut in short ones has a smaller error. Error of the op relative to plain
-// PyTorch at D = 256, K = 128, fp32 (median of the ratio): 256 steps 1.59, 128 steps 0.99, 64 steps 0.73. It costs 2 to
-// 5 % of the speed.
-constexpr int64_t kStepsAtOnce = 64;
-
 // A B for `columns` of one panel and at most kStepsAtOnce steps; fetches `fetched` rows of `next` a tile.
 template <class Math, bool kByColumns>
 LINFORMER_INLINE void multiply_panel(const typename Math::Word* a, int64_t lda, const typename Math::Word* b,
@@ -342,10 +506,12 @@ LINFORMER_INLINE void multiply_panel(const typename Math::Word* a, int64_t lda, 
                                      Prefetch& next, int64_t fetched) {
   const int64_t vectors = (columns + kWidth - 1) / kWidth;
   // Tiles of nearly equal height: 128 rows are 22 tiles of 5 or 6, rather than 21 of 6 and a slow one of 2.
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const int64_t height = tiles ? rows / tiles : 0, taller = tiles ? rows % tiles : 0;
+  constexpr int64_t kTogether = Math::kRowsTogether;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, units = (rows + kTogether - 1) / kTogether;
+  const int64_t height = tiles ? units / tiles : 0, taller = tiles ? units % tiles : 0;
   for (int64_t t = 0, i = 0; t < tiles; ++t) {
-    const int64_t count = height + (t < taller);
+    int64_t count = (height + (t < taller)) * kTogether;
+    if constexpr (kTogether > 1) count = smaller(count, rows - i);
     multiply_tile_of<Math, kByColumns>(count, vectors, a + (kByColumns ? i : i * lda), lda, b, ldb, steps,
                                        target.at(i, 0));
     i += count;

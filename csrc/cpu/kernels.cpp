@@ -242,8 +242,9 @@ struct Tasks {
                                            dropout_factors(p, b, h, m0 + i, scratch.keep, 0, p.proj_dim, plan.padded_k);
                                            return scratch.keep;
                                          });
-      multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores, panels.value, rows,
-                            p.value_dim, words(p.proj_dim), scratch.out, plan.padded_dv, false,
+      constexpr int64_t kFloats = sizeof(Word) / sizeof(float);
+      multiply<Math, false>(reinterpret_cast<const Word*>(scratch.scores), scratch.ld_scores / kFloats, panels.value,
+                            rows, p.value_dim, words(p.proj_dim), scratch.out, plan.padded_dv, false,
                             Prefetch(out, p.out.row_stride, streamed ? 0 : rows, p.value_dim));
       store_rows(out, p.out.row_stride, scratch.out, plan.padded_dv, rows, p.value_dim, scratch.inverse_sum, {},
                  streamed);
@@ -282,6 +283,7 @@ struct Tasks {
     const float *e, *dp, *keep;    // keep: the dropout factors, or null
     VecF inverse_sum, scale, delta;
 
+    RowGradient() = default;
     RowGradient(const float* e_, const float* dp_, int64_t k, float inverse_sum_, float scale_, const float* keep_)
         : e(e_), dp(dp_), keep(keep_), inverse_sum(splat(inverse_sum_)), scale(splat(scale_)) {
       // Between k and the next whole vector e is zero, and dP comes from zero columns.
@@ -308,40 +310,43 @@ struct Tasks {
   };
 
   // P after dropout and dS of the rows, as operands: fp32 in place of e and dP; else words of both by columns and of dS
-  // by rows, two rows at a time.
+  // by rows, the rows of a word at a time.
   template <class KeepRow>
   static void differentiate_rows(const AttendBackwardScratch<Word>& scratch, int64_t rows, int64_t k, float scale,
                                  float* grad_bias, const KeepRow& keep_row) {
     const int64_t ld = scratch.ld_scores;
-    if constexpr (Math::kValues == 2) {
-      if (rows % 2) {    // there is room for the row that makes a pair: backward_tile is even
-        zero_words(scratch.scores + rows * ld, round_up(k, kWidth));
-        zero_words(scratch.grad_scores + rows * ld, round_up(k, kWidth));
-        scratch.inverse_sum[rows] = 0.0f;
-      }
+    // There is room for the rows that fill a word: backward_tile is a multiple of 16.
+    for (int64_t i = rows; i % Math::kValues; ++i) {
+      zero_words(scratch.scores + i * ld, round_up(k, kWidth));
+      zero_words(scratch.grad_scores + i * ld, round_up(k, kWidth));
+      scratch.inverse_sum[i] = 0.0f;
     }
     const auto gradient = [&](int64_t i) {
       return RowGradient(scratch.scores + i * ld, scratch.grad_scores + i * ld, k, scratch.inverse_sum[i], scale,
                          keep_row(i));
     };
     for (int64_t i = 0; i < rows; i += Math::kValues) {
-      const RowGradient row = gradient(i);
       if constexpr (Math::kValues == 1) {
+        const RowGradient row = gradient(i);
         for (int64_t j = 0; j < k; j += kWidth) {
           const VecF p = row.dropped(j), ds = row.grad_score(j, grad_bias);
           store(scratch.scores + i * ld + j, p);
           store(scratch.grad_scores + i * ld + j, ds);
         }
       } else {
-        const RowGradient next = gradient(i + 1);
-        BFloat16* ds_row = reinterpret_cast<BFloat16*>(scratch.grad_scores_rows + i * scratch.ld_rows);
-        BFloat16* ds_next = reinterpret_cast<BFloat16*>(scratch.grad_scores_rows + (i + 1) * scratch.ld_rows);
+        RowGradient row[Math::kValues];
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < Math::kValues; ++r) row[r] = gradient(i + r);
         for (int64_t j = 0; j < k; j += kWidth) {
-          const VecF ds0 = row.grad_score(j, grad_bias), ds1 = next.grad_score(j, grad_bias);
-          store_raw(scratch.scores_columns + i / 2 * ld + j, Math::pair(row.dropped(j), next.dropped(j)));
-          store_raw(scratch.grad_scores_columns + i / 2 * ld + j, Math::pair(ds0, ds1));
-          store(ds_row + j, ds0);
-          store(ds_next + j, ds1);
+          VecF p[Math::kValues], ds[Math::kValues];
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < Math::kValues; ++r) {
+            p[r] = row[r].dropped(j);
+            ds[r] = row[r].grad_score(j, grad_bias);
+            store(reinterpret_cast<BFloat16*>(scratch.grad_scores_rows + (i + r) * scratch.ld_rows) + j, ds[r]);
+          }
+          Math::store_columns(scratch.scores_columns + i / Math::kValues * ld + j, p);
+          Math::store_columns(scratch.grad_scores_columns + i / Math::kValues * ld + j, ds);
         }
       }
     }
@@ -391,7 +396,7 @@ struct Tasks {
       if (grad_bias) zero_words(grad_bias, plan.padded_k);
       differentiate_rows(scratch, rows, p.proj_dim, p.scale, grad_bias, [&](int64_t i) -> const float* {
         if (p.dropout_p == 0) return nullptr;
-        float* factor = scratch.keep + i % 2 * plan.padded_k;
+        float* factor = scratch.keep + i % Math::kValues * plan.padded_k;
         dropout_factors(p, b, h, m0 + i, factor, 0, p.proj_dim, plan.padded_k);
         return factor;
       });
@@ -615,7 +620,8 @@ struct Tasks {
 
 // The rate of `steps` rounds of multiply-adds on enough independent sums to cover the latency of two multiply-add
 // units; the operands never change, so the values stay finite.
-double multiply_add_gflops(bool paired, int64_t steps) {
+template <class Math>
+double multiply_add_gflops(int64_t steps) {
   constexpr int kSums = kTileRows * kVectors;
   VecF sum[kSums];
   for (int i = 0; i < kSums; ++i) sum[i] = splat(static_cast<float>(i));
@@ -623,15 +629,16 @@ double multiply_add_gflops(bool paired, int64_t steps) {
   __asm__ volatile("" : "+m"(factor));    // not a constant for the compiler
   timespec begin, end;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &begin);
-  if (paired) {
-    for (int64_t s = 0; s < steps; ++s) {
+  for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
-      for (int i = 0; i < kSums; ++i) sum[i] = PairedBf16::multiply_add(sum[i], 0x3c003c00u, factor);
-    }
-  } else {
-    for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 32
-      for (int i = 0; i < kSums; ++i) sum[i] = sum[i] * factor + factor;
+    for (int i = 0; i < kSums; ++i) {
+      if constexpr (Math::kValues == 4) {
+        sum[i] = Math::multiply_add(sum[i], VecW{} + 0x3c003c003c003c00u, (VecW)factor);
+      } else if constexpr (Math::kValues == 2) {
+        sum[i] = Math::multiply_add(sum[i], 0x3c003c00u, factor);
+      } else {
+        sum[i] = sum[i] * factor + factor;
+      }
     }
   }
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
@@ -640,20 +647,21 @@ double multiply_add_gflops(bool paired, int64_t steps) {
   __asm__ volatile("" : "+m"(all));
   const double seconds =
       static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
-  return 2e-9 * kSums * kWidth * static_cast<double>(steps) * (paired ? 2 : 1) / seconds;
+  return 2e-9 * kSums * kWidth * static_cast<double>(steps * Math::kValues) / seconds;
 }
 
 double peak_gflops(DType type) {
   // Best of several short runs: a shared machine is seldom quiet for long.
   double best = 0;
   for (int run = 0; run < 25; ++run) {
-    const double rate = multiply_add_gflops(type == DType::kBFloat16 && LINFORMER_CPU_PAIRED, 200000);
+    const double rate = type == DType::kBFloat16 ? multiply_add_gflops<Choose<BFloat16>::Math>(200000)
+                                                 : multiply_add_gflops<Fp32>(200000);
     if (rate > best) best = rate;
   }
   return best;
 }
 
-double probe_gflops() { return multiply_add_gflops(false, 9000); }
+double probe_gflops() { return multiply_add_gflops<Fp32>(9000); }
 
 #define LINFORMER_TASKS(T)                                                                                       \
   {Tasks<T>::project,         Tasks<T>::finish_project,  Tasks<T>::attend,           Tasks<T>::prepare_backward, \
@@ -665,7 +673,7 @@ double probe_gflops() { return multiply_add_gflops(false, 9000); }
 extern const KernelTable LINFORMER_CPU_TABLE;
 const KernelTable LINFORMER_CPU_TABLE = {
     LINFORMER_CPU_NAME,
-    {kTileColumns, LINFORMER_CPU_PAIRED, false},
+    {kTileColumns, LINFORMER_CPU_BF16, false},
     {LINFORMER_TASKS(float), LINFORMER_TASKS(Half), LINFORMER_TASKS(BFloat16)},
     peak_gflops,
     probe_gflops,

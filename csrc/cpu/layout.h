@@ -1,5 +1,6 @@
 // Where a task's buffers lie. Each layout is one struct built from the plan over a base address: plan.cpp builds it
-// over nothing to learn its size, the kernels over their memory. Values are counted in fp32 or words, both 4 bytes.
+// over nothing to learn its size, the kernels over their memory. Values are counted in fp32 or words: 4 bytes, of four
+// bf16 8.
 #pragma once
 
 #include "plan.h"
@@ -136,7 +137,7 @@ struct AttendBackwardScratch {
   Word *query, *grad_out;    // by rows
   Word* panel;               // of query or grad_out, summed over the query rows
   float *scores, *grad_scores, *grad_query, *inverse_sum;
-  float* keep;                                                      // dropout factors of two rows
+  float* keep;                                                      // dropout factors of the rows of a word
   float *bias, *grad_bias;                                          // of the rows of K'; the tile's sum
   Word *scores_columns, *grad_scores_columns, *grad_scores_rows;    // P and dS as operands
   int64_t ld_query, ld_grad_out, ld_scores, ld_rows, bytes;
@@ -153,7 +154,7 @@ struct AttendBackwardScratch {
     scores = carver.take<float>(tile * ld_scores);
     grad_scores = carver.take<float>(tile * ld_scores);
     grad_query = carver.take<float>(tile * plan.padded_d);
-    keep = carver.take<float>(2 * plan.padded_k);
+    keep = carver.take<float>(plan.words_per_value * plan.padded_k);
     inverse_sum = carver.take<float>(tile);
     bias = carver.take<float>(plan.padded_k);
     grad_bias = carver.take<float>(plan.padded_k);

@@ -126,7 +126,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
   plan.shape = shape;
   plan.stages = stages;
   if (shape.tiles) plan.terms = p.dtype == DType::kFloat32 ? 3 : p.dtype == DType::kFloat16 ? 2 : 1;
-  plan.words_per_value = shape.paired_bf16 && p.dtype == DType::kBFloat16 ? 2 : 1;
+  plan.words_per_value = p.dtype == DType::kBFloat16 ? shape.bf16_values : 1;
   plan.padded_k = round_to(p.proj_dim, shape.tile_columns);
   plan.padded_d = round_to(p.head_dim, shape.tile_columns);
   plan.padded_dv = round_to(p.value_dim, shape.tile_columns);
@@ -195,9 +195,14 @@ Plan make_plan(const Problem& problem, unsigned stages, const KernelTable& table
   };
   if (shape.tiles) plan.not_finite = reserve(64);
   plan.partials = reserve(pairs * partials * Partial(plan, nullptr).bytes);
-  plan.panels_stride = shape.tiles ? TilePanels(plan, nullptr).bytes : Panels<float>(plan, nullptr).bytes;
+  const bool wide = plan.words_per_value == 4;    // words of 8 bytes
+  plan.panels_stride = shape.tiles ? TilePanels(plan, nullptr).bytes
+                       : wide      ? Panels<uint64_t>(plan, nullptr).bytes
+                                   : Panels<float>(plan, nullptr).bytes;
   plan.panels = reserve(pairs * plan.panels_stride);
-  plan.scratch_stride = shape.tiles ? tile_scratch_bytes(plan) : scratch_bytes<float>(plan);
+  plan.scratch_stride = shape.tiles ? tile_scratch_bytes(plan)
+                        : wide      ? scratch_bytes<uint64_t>(plan)
+                                    : scratch_bytes<float>(plan);
   plan.scratch = reserve(threads * plan.scratch_stride);
   return plan;
 }

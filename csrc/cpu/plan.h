@@ -12,11 +12,11 @@
 
 namespace linformer::cpu {
 
-// What a kernel build can do. A word is 32 bits of one operand of a matrix product: one fp32, or two 16-bit values that
-// are neighbours along the summed dimension.
+// What a kernel build can do. A word is what a matrix product takes of an operand at a time: one fp32, or two or four
+// bf16 that are neighbours along the summed dimension.
 struct Shape {
   int64_t tile_columns = 0;    // columns of the register tile, the width of a packed panel
-  bool paired_bf16 = false;    // bf16 problems keep bf16 operands, two to a word
+  int64_t bf16_values = 1;     // of bf16 problems in a word; 1: they are fp32 there
   bool tiles = false;          // products of AMX tiles: layouts and sizes of their own
 };
 

@@ -9,6 +9,8 @@
 #include <cstring>
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif LINFORMER_CPU_NEON
+#include <arm_neon.h>
 #endif
 
 #define LINFORMER_INLINE inline __attribute__((always_inline))
@@ -22,6 +24,7 @@ typedef float VecF __attribute__((vector_size(kWidth * 4)));
 typedef int32_t VecI __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kWidth * 2)));
+typedef uint64_t VecW __attribute__((vector_size(kWidth * 4)));
 
 struct Half {
   uint16_t bits;
@@ -58,6 +61,8 @@ LINFORMER_INLINE VecF half_to_float(VecH bits) {
   return (VecF)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__F16C__) && LINFORMER_CPU_WIDTH == 8
   return (VecF)_mm256_cvtph_ps((__m128i)bits);
+#elif LINFORMER_CPU_NEON
+  return (VecF)vcvt_f32_f16((float16x4_t)bits);
 #else
   const VecU wide = __builtin_convertvector(bits, VecU);
   const VecU magnitude = (wide & 0x7fffu) << 13;
@@ -74,6 +79,8 @@ LINFORMER_INLINE VecH float_to_half(VecF value) {
   return (VecH)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__) && LINFORMER_CPU_WIDTH == 8
   return (VecH)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#elif LINFORMER_CPU_NEON
+  return (VecH)vcvt_f16_f32((float32x4_t)value);
 #else
   const VecU bits = (VecU)value;
   const VecU magnitude = bits & 0x7fffffffu;
@@ -108,6 +115,8 @@ LINFORMER_INLINE void store(float* target, VecF value) { store_raw(target, value
 LINFORMER_INLINE void store(BFloat16* target, VecF value) {
 #if defined(__AVX512BF16__) && LINFORMER_CPU_WIDTH == 16
   store_raw(target, _mm512_cvtneps_pbh((__m512)value));
+#elif LINFORMER_CPU_NEON && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  store_raw(target, vcvt_bf16_f32((float32x4_t)value));
 #else
   store_raw(target, __builtin_convertvector(round_to_bfloat16(value) >> 16, VecH));
 #endif
@@ -174,6 +183,8 @@ LINFORMER_INLINE VecF lanes_max(VecF a, VecF b) {
 LINFORMER_INLINE float sum_of_lanes(VecF value) {
 #if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
   return _mm512_reduce_add_ps((__m512)value);
+#elif LINFORMER_CPU_NEON
+  return vaddvq_f32((float32x4_t)value);
 #else
   float lane[kWidth];
   store_raw(lane, value);
@@ -184,9 +195,12 @@ LINFORMER_INLINE float sum_of_lanes(VecF value) {
 #endif
 }
 
+// Of a NaN in a lane nothing is promised: the exponential of that lane is one.
 LINFORMER_INLINE float max_of_lanes(VecF value) {
 #if defined(__AVX512F__) && LINFORMER_CPU_WIDTH == 16
   return _mm512_reduce_max_ps((__m512)value);
+#elif LINFORMER_CPU_NEON
+  return vmaxnmvq_f32((float32x4_t)value);
 #else
   float lane[kWidth];
   store_raw(lane, value);
@@ -248,6 +262,15 @@ LINFORMER_INLINE void transpose(VecF (&row)[kWidth]) {
     row[c] = (VecF)_mm256_permute2f128_ps(quarter[c], quarter[4 + c], 0x20);
     row[4 + c] = (VecF)_mm256_permute2f128_ps(quarter[c], quarter[4 + c], 0x31);
   }
+#elif LINFORMER_CPU_NEON
+  const float64x2_t even0 = (float64x2_t)vtrn1q_f32((float32x4_t)row[0], (float32x4_t)row[1]);
+  const float64x2_t odd0 = (float64x2_t)vtrn2q_f32((float32x4_t)row[0], (float32x4_t)row[1]);
+  const float64x2_t even1 = (float64x2_t)vtrn1q_f32((float32x4_t)row[2], (float32x4_t)row[3]);
+  const float64x2_t odd1 = (float64x2_t)vtrn2q_f32((float32x4_t)row[2], (float32x4_t)row[3]);
+  row[0] = (VecF)vtrn1q_f64(even0, even1);
+  row[1] = (VecF)vtrn1q_f64(odd0, odd1);
+  row[2] = (VecF)vtrn2q_f64(even0, even1);
+  row[3] = (VecF)vtrn2q_f64(odd0, odd1);
 #else
   float columns[kWidth][kWidth];
   for (int i = 0; i < kWidth; ++i) {
