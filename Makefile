@@ -7,6 +7,7 @@ export TORCH_INDEX ?=
 PYTEST_ARGS ?=
 TRAIN_ARGS ?= --minutes 2
 MATRIX_ARGS ?=
+WHEELS ?= x86_64 aarch64 any
 # Where nvcc is, the CUDA kernels are built for these; all architectures of a release take minutes more.
 export LINFORMER_CUDA_ARCHS ?= 80;90
 
@@ -15,13 +16,14 @@ SOURCES := $(shell find csrc -type f) linformer_kernels/schemas.inc
 FORMATTED := $(filter %.h %.c %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator tests/stub tests/bare examples/cpp -type f))
 step = @printf '\n==> %s\n' $(1)
 
-.PHONY: help demo bench test lint matrix docs clean
+.PHONY: help demo bench test lint matrix wheels docs clean
 
 help:
 	@echo 'make demo    install into .venv, then a short benchmark and the training example'
 	@echo 'make test    install into .venv, then linters, types and tests: what CI runs'
 	@echo 'make bench   the benchmark over more shapes'
 	@echo 'make matrix  a part of the tests on other versions of torch and transformers: hours, gigabytes, one at a time'
+	@echo 'make wheels  wheels for x86-64, for aarch64 and without the native library in dist/, audited'
 	@echo 'make docs    a site of docs/ and of the docstrings in build/site; a link that leads nowhere is an error'
 	@echo 'make clean   remove .venv and everything that was built'
 
@@ -45,6 +47,15 @@ test: lint
 # Outside CI. Goes on where it was interrupted; MATRIX_ARGS are options of tests/matrix.py.
 matrix:
 	'$(PYTHON)' tests/matrix.py $(MATRIX_ARGS)
+
+# --no-build-isolation: as below.
+wheels: .venv/installed
+	rm -rf dist
+	for wheel in $(WHEELS); do \
+	    case $$wheel in any) set -- LINFORMER_NATIVE=OFF;; *) set -- LINFORMER_MACHINE=$$wheel;; esac; \
+	    env "$$@" PATH="$(CURDIR)/$(BIN):$$PATH" pip wheel --no-build-isolation --no-deps --wheel-dir dist . || exit 1; \
+	done
+	$(BIN)/python tests/wheels.py dist/*.whl
 
 docs: build/docs-venv/installed
 	build/docs-venv/bin/mkdocs build --strict

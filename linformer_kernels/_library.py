@@ -45,7 +45,10 @@ def _loaded() -> tuple[str, str | None]:
     """The namespace of the ops, and why the native library has not defined them there, else None; never raises."""
     usual = "linformer_kernels"
     if not _PATH.exists():
-        reason = f"the native library is missing ({_PATH.name} is not beside the package); reinstall linformer_kernels"
+        reason = (
+            f"the native library is missing ({_PATH.name} is not beside the package), as in a py3-none-any wheel; "
+            "reinstall linformer_kernels from a wheel for this platform, or from source, on Linux with a C++ compiler"
+        )
     else:
         try:
             torch.ops.load_library(str(_PATH))

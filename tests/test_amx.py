@@ -285,7 +285,8 @@ def projected(number, dtype, by=1.0):
 
 
 @pytest.mark.parametrize(
-    "level", ["generic", "avx2", "avx512", "avx512_bf16", "emulate_avx512_bf16", "amx", "emulate_amx"]
+    "level",
+    ["generic", "avx2", "avx512", "avx512_bf16", "emulate_avx512_bf16", "amx", "emulate_amx", "emulate_neon_bf16"],
 )
 def test_subnormals(level):
     """docs/backends.md: AMX, and the instruction for pairs of bfloat16, take subnormals for zero, and a term of a

@@ -198,7 +198,9 @@ def test_values_near_the_largest_number(case, backend, dtype, device):
     cases.compare({case: cases.run(x, backend)}, x)
 
 
-@pytest.mark.parametrize("build", ["generic", "avx2", "avx512", "avx512_bf16", "emulate_avx512_bf16", "emulate_amx"])
+@pytest.mark.parametrize(
+    "build", ["generic", "avx2", "avx512", "avx512_bf16", "emulate_avx512_bf16", "emulate_amx", "emulate_neon_bf16"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
 def test_a_row_far_below_the_others_has_no_part(dtype, build):
     """Without AVX-512 its exponential was 2^-126 of the largest, or more where there are many rows, and times a number

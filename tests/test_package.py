@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -243,6 +244,8 @@ def capability(**environment) -> str:
 
 
 LEVELS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+if platform.machine() == "aarch64":
+    LEVELS = ("generic", "neon", "neon_bf16")
 INSTRUCTION_SETS = """
 import sys, torch, cases, test_attention as t
 torch.use_deterministic_algorithms(True)
@@ -260,7 +263,7 @@ def test_the_default_instruction_set():
     assert capability() == best
 
 
-@pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16", "emulate_amx"])
+@pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16", "emulate_amx", "emulate_neon_bf16"])
 def test_instruction_set(level, seed):
     """Each path that this machine can run, every case in one type, with memory from malloc filled with rubbish (glibc's
     MALLOC_PERTURB_). A level beyond the machine gives what the machine has."""
