@@ -348,7 +348,9 @@ inline void pack_panels_transposed(uint64_t* target, const uint64_t* a, int64_t 
   for (int64_t i = 0; i < round_up(rows, kWidth); ++i) {
     const int64_t j = first + i;
     uint64_t* panel = target + j / kTileColumns * kTileColumns * steps + j % kTileColumns;
-    for (int64_t s = 0; s < steps; ++s) panel[s * kTileColumns] = i < rows ? a[i * lda + s] : 0;
+    for (int64_t s = 0; s < steps; ++s) {
+      store_raw(panel + s * kTileColumns, i < rows ? load_raw<uint64_t>(a + i * lda + s) : uint64_t{0});
+    }
   }
 }
 
