@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -314,3 +315,33 @@ def test_segments_are_chosen_to_the_last_bit(machine, dtype, tmp_path):
         bare.written.append(segments)
         bare.run(machine, tmp_path, "generic")
         assert torch.equal(segments, choose_segments(query, key, mask, None, None, 24, 9, 1, 2))
+
+
+def inner_loops(name: str, instruction: str, count: int) -> list[list[str]]:
+    """Of the functions of that name: the loops with so many of the instruction."""
+    program("aarch64")
+    objdump = shutil.which("aarch64-linux-gnu-objdump") or "objdump"
+    command = [objdump, "-dC", "--no-show-raw-insn", str(ROOT / "build" / "bare-aarch64" / "bare")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = []
+    for body in re.findall(rf"(?m)^\w+ <[^\n]*{name}<.*?>:\n((?:.+\n)+)", shown):
+        lines = [(int(at, 16), text) for at, text in re.findall(r"(?m)^ *(\w+):\t(.*)$", body)]
+        for at, text in lines:
+            back = re.match(r"b\.\w+\s+(\w+) <", text)
+            loop = [other for place, other in lines if back and int(back[1], 16) <= place <= at]
+            if sum(other.startswith(f"{instruction}\t") for other in loop) == count:
+                found.append(loop)
+    return found
+
+
+@pytest.mark.parametrize(("name", "instruction", "loads"), [
+    ("multiply_tile", "fmla", 8), ("multiply_tile_of_quads", "bfmmla", 14),
+])  # fmt: skip
+def test_inner_loops_stay_in_registers(name, instruction, loads):
+    """24 sums of 6 x 16 in registers, as docs/backends.md counts. g++ put three to five of them on the stack where it
+    scheduled before it allocated registers."""
+    loops = inner_loops(name, instruction, 24)
+    assert loops
+    for loop in loops:
+        assert not [text for text in loop if "[sp" in text]
+        assert sum(text.startswith("ld") for text in loop) <= loads, loop

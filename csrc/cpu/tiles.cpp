@@ -1091,7 +1091,7 @@ double probe_gflops() { return tile_gflops(LINFORMER_CPU_AMX ? 1500 : 1); }
 extern const KernelTable LINFORMER_CPU_TABLE;
 const KernelTable LINFORMER_CPU_TABLE = {
     LINFORMER_CPU_NAME,
-    {kPair, 1, true},
+    Shape{kPair, 1, true},
     {LINFORMER_TASKS(float), LINFORMER_TASKS(Half), LINFORMER_TASKS(BFloat16)},
     peak_gflops,
     probe_gflops,
