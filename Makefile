@@ -10,6 +10,9 @@ MATRIX_ARGS ?=
 # Where nvcc is, the CUDA kernels are built for these; all architectures of a release take minutes more.
 export LINFORMER_CUDA_ARCHS ?= 80;90
 
+# Its wheels are for old Pythons, and are unpacked for tests that run single files of them (tests/fairseqs.py).
+FAIRSEQ := 0.10.2 0.12.2
+
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) linformer_kernels/schemas.inc
 FORMATTED := $(filter %.h %.c %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator tests/stub examples/cpp -type f))
@@ -88,6 +91,10 @@ build:
 	$(call step,'Everything else that development needs')
 	$(BIN)/pip install -r $<
 	$(BIN)/pip install --no-deps -r requirements-models.txt
+	$(call step,'Files of fairseq that tests read')
+	for version in $(FAIRSEQ); do \
+	    $(BIN)/pip install --no-deps --only-binary :all: --python-version 3.8 --abi cp38 --platform manylinux1_x86_64 \
+	        --upgrade --target .venv/fairseq-$$version fairseq==$$version || exit; done
 	@touch $@
 
 clean:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
 
 from .transformers import NAME, linformerize
@@ -42,6 +42,7 @@ _LAYER = {
     "shared_compress_layer": None,
     "version": None,
 }
+_MOVED = "[.]self[.](key|value)[.]bias$"
 # Copies that layers of 0.12 keep for a fast path of exact attention: in_proj_weight, fc1_bias, ...
 _COPIES = re.compile(r"(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 
@@ -51,6 +52,11 @@ def roberta_from_fairseq(checkpoint: Mapping[str, Any], head: str | None = None)
 
     Layers share E and F as the weights do, whatever the checkpoint's options say: fairseq 0.10 gives each layer a
     matrix of its own even with --shared-layer-kv-compressed. With --freeze-compress they are of kind "fixed".
+
+    fairseq compresses before the linear layers of keys and values, and so E does not reach their biases: in
+    K' = E X W^T + 1 b^T that of keys adds the same to all scores of a query, which softmax does not see, and that of
+    values adds itself to each output. Here both are zero and frozen, and the output layer's bias has what the latter
+    adds.
 
     fairseq's attention knows no padding: E takes padded positions in, so that there a text has another output in a
     longer batch. The result ignores them and gives for each text what it gives alone, there and here.
@@ -71,10 +77,12 @@ def roberta_from_fairseq(checkpoint: Mapping[str, Any], head: str | None = None)
             raise NotImplementedError(
                 f'checkpoint has {name}="{came}"; wanted: "{wanted}", as RoBERTa of transformers has no other'
             )
-    keys, values, found = [], [], {}
+    weights = {re.sub("^decoder[.]", "encoder.", name): weight for name, weight in weights.items()}  # of old versions
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     heads = set()
+    found: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        name = re.sub("^decoder[.]", "encoder.", name)  # of the oldest versions
         if match := re.fullmatch(r"encoder[.]sentence_encoder[.]layers[.](\d+)[.](.*)", name):
             index, inner = match.groups()
             if inner == "self_attn.compress_k.weight":
@@ -100,29 +108,42 @@ def roberta_from_fairseq(checkpoint: Mapping[str, Any], head: str | None = None)
         )
     if head is not None and head not in heads:
         raise ValueError(f"head is {head!r} but checkpoint has {sorted(heads) or 'none'}; wanted: one that it has")
-    words, places = (found[f"roberta.embeddings.{name}_embeddings.weight"] for name in ("word", "position"))
-    tied = head is not None or bool((found["lm_head.decoder.weight"] == words).all())
+    embeddings = [f"roberta.embeddings.{name}_embeddings.weight" for name in ("word", "position")]
+    feed_forward = "roberta.encoder.layer.0.intermediate.dense.weight"
+    last = ["lm_head.decoder.weight", "lm_head.bias"] if head is None else ["classifier.out_proj.weight"] * 2
+    needed = [*embeddings, feed_forward, *last]
+    if lacking := sorted({name for name in needed if name not in found}):
+        raise ValueError(
+            f"checkpoint lacks what transformers calls {', '.join(lacking)}; wanted: all weights of a model"
+        )
+    words, places, inner, decoder, bias = (found[name] for name in needed)
     if head is None:
-        found["lm_head.decoder.bias"] = found["lm_head.bias"]
+        found["lm_head.decoder.bias"] = bias
     config = RobertaConfig(
         vocab_size=words.size(0),
         hidden_size=words.size(1),
         num_hidden_layers=len(keys),
         num_attention_heads=_option(options, "encoder_attention_heads", 12),
-        intermediate_size=found["roberta.encoder.layer.0.intermediate.dense.weight"].size(0),
+        intermediate_size=inner.size(0),
         max_position_embeddings=places.size(0),
         type_vocab_size=1,
         layer_norm_eps=1e-5,
         hidden_dropout_prob=_option(options, "dropout", 0.1),
         attention_probs_dropout_prob=_option(options, "attention_dropout", 0.1),
         classifier_dropout=_option(options, "pooler_dropout", 0.0),
-        tie_word_embeddings=tied,
-        **({} if head is None else {"num_labels": found["classifier.out_proj.bias"].size(0)}),
+        tie_word_embeddings=head is not None or decoder.equal(words),
     )
+    if head is not None:
+        config.num_labels = decoder.size(0)
+    _move_biases(found)
     found["roberta.embeddings.token_type_embeddings.weight"] = words.new_zeros(1, words.size(1))  # it has no types
     frozen = int(_option(options, "freeze_compress", 0)) == 1
     model = (RobertaForMaskedLM if head is None else RobertaForSequenceClassification)(config)
-    return _with_matrices(model, found, keys, values, projection="fixed" if frozen else "learned")
+    _with_matrices(model, found, keys, values, projection="fixed" if frozen else "learned")
+    for name, parameter in model.named_parameters():
+        if re.search(_MOVED, name):
+            parameter.requires_grad_(False)
+    return model
 
 
 def roberta_from_cald(
@@ -152,7 +173,8 @@ def roberta_from_cald(
         )
     anywhere = next(iter(matrices.values()))
     scale = anywhere.size(0) ** -0.5
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for index in range(config.num_hidden_layers):
         pair = [_ending(matrices, f"layer.{index}.attention.self.proj_{which}") for which in "kv"]
         for which, other, made in ((pair[0], pair[1], keys), (pair[1], pair[0], values)):
@@ -199,6 +221,17 @@ def _rename(
         found[f"{prefix}{names[known]}.{kind}"] = weight
 
 
+def _move_biases(found: dict[str, Tensor]) -> None:
+    """From keys, where they have no effect, and from values to the output layer."""
+    for name in [name for name in found if re.search(_MOVED, name)]:
+        bias, place = found[name], name.split(".self.")[0]
+        output = f"{place}.output.dense"
+        if name.endswith("value.bias") and f"{output}.bias" in found and f"{output}.weight" in found:
+            shift = found[f"{output}.weight"].double() @ bias.double()
+            found[f"{output}.bias"] = (found[f"{output}.bias"].double() + shift).to(bias.dtype)
+        found[name] = bias.new_zeros(bias.shape)
+
+
 def _ending(weights: Mapping[str, Tensor], end: str) -> Tensor | None:
     return next((weight for name, weight in weights.items() if name.endswith(f".{end}")), None)
 
@@ -225,7 +258,7 @@ def _with_matrices(
     else:
         sharing = "layerwise" if all(key.equal(keys[0]) for key in keys) else "key_value"
     proj_dim, seq_len = keys[0].shape
-    model.to(keys[0].dtype)
+    nn.Module.to(model, keys[0].dtype)
     linformerize(model, seq_len, proj_dim, sharing, **kind)
     for matrices, key, value in zip(getattr(model.base_model, NAME), keys, values, strict=False):
         matrices.load_state_dict({"proj_key": key} | ({"proj_value": value} if sharing == "headwise" else {}))
