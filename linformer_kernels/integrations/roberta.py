@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
 
-from .transformers import NAME, linformerize
+from .transformers import linformerize
+from .transformers.interface import NAME
 
 # fairseq's names to those of transformers, within the encoder and within its layers; None: not used there either.
 _ENCODER = {
