@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc -type f) linformer_kernels/schemas.inc
 FORMATTED := $(filter %.h %.c %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator tests/stub examples/cpp -type f))
 step = @printf '\n==> %s\n' $(1)
 
-.PHONY: help demo bench test lint matrix docs clean
+.PHONY: help demo bench test lint matrix docs hub clean
 
 help:
 	@echo 'make demo    install into .venv, then a short benchmark and the training example'
@@ -26,6 +26,7 @@ help:
 	@echo 'make bench   the benchmark over more shapes'
 	@echo 'make matrix  a part of the tests on other versions of torch and transformers: hours, gigabytes, one at a time'
 	@echo 'make docs    a site of docs/ and of the docstrings in build/site; a link that leads nowhere is an error'
+	@echo 'make hub     build/hub, from which kernel-builder of Hugging Face makes a kernel for the Hub'
 	@echo 'make clean   remove .venv and everything that was built'
 
 demo: .venv/installed | build
@@ -51,6 +52,16 @@ matrix:
 
 docs: build/docs-venv/installed
 	build/docs-venv/bin/mkdocs build --strict
+
+# The package within it, without what was built here.
+hub: | build
+	rm -rf build/hub
+	cp -r hub build/hub
+	mkdir build/hub/torch-ext/linformer_kernels/package
+	cd linformer_kernels && cp -r $$(ls | grep -v -e '^_native' -e '^triton_kernels$$') \
+	    ../build/hub/torch-ext/linformer_kernels/package
+	cp -r triton_kernels build/hub/torch-ext/linformer_kernels/package/triton_kernels
+	find build/hub -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Apart from .venv: the site is made of text, and needs neither PyTorch nor the library.
 build/docs-venv/installed: requirements-docs.txt | build
