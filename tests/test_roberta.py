@@ -29,6 +29,13 @@ SHARED = {
 }
 
 
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def version(request):
     return request.param
@@ -40,7 +47,6 @@ def module(version):
         yield module
 
 
-# fairseq computes softmax and gelu in float32, whatever came, so that float64 has nothing to compare with.
 def agree(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     if got.dtype == torch.float64:
         oracle.assert_close(got, want.detach().cpu().numpy(), None, what)
@@ -81,7 +87,10 @@ def gradients(peer):
 
 
 def compare(peer, args, ours, want_output, got_output, head=None):
+    """Gradients in float64 alone: some are sums of much that cancels."""
     agree(got_output, want_output, "logits")
+    if got_output.dtype != torch.float64:
+        return
     grad = torch.randn_like(got_output)
     want_output.backward(grad)
     got_output.backward(grad)
@@ -97,11 +106,11 @@ def compare(peer, args, ours, want_output, got_output, head=None):
 
 @pytest.mark.parametrize("length", [N, 31])
 @pytest.mark.parametrize("sharing", SHARED)
-def test_masked_language_model_of_fairseq(sharing, length, module, version, device):
+def test_masked_language_model_of_fairseq(sharing, length, module, version, dtype, device):
     """fairseq 0.10 shares nothing between layers, whatever it is told."""
     peer, args = theirs(module, device, **SHARED[sharing])
     ours = roberta_from_fairseq(checkpoint(peer, args)).to(device)
-    assert type(ours) is RobertaForMaskedLM and ours.dtype == torch.float32
+    assert type(ours) is RobertaForMaskedLM and ours.dtype == dtype
     made = ours.roberta.linformer
     shared = sharing.startswith("layerwise") and version == "0.12.2"
     assert len(made) == (1 if shared else LAYERS)
@@ -114,9 +123,9 @@ def test_masked_language_model_of_fairseq(sharing, length, module, version, devi
     compare(peer, args, ours, want, got)
 
 
-def test_untied_and_old_names_of_fairseq(module, device):
+def test_untied_and_old_names_of_fairseq(module, dtype, device):
     peer, args = theirs(module, device, untie_weights_roberta=True)
-    weights = {name.replace("encoder.", "decoder.", 1): weight for name, weight in peer.state_dict().items()}
+    weights = {name.replace("encoder.", "decoder.", 1): weight for name, weight in reversed(peer.state_dict().items())}
     ours = roberta_from_fairseq({"model": weights, "cfg": {"model": args}}).to(device)
     assert not ours.config.tie_word_embeddings
     tokens = torch.randint(4, TOKENS, (3, 31), device=device)
@@ -124,7 +133,7 @@ def test_untied_and_old_names_of_fairseq(module, device):
     compare(peer, args, ours, want, got)
 
 
-def test_classifier_of_fairseq(module, device):
+def test_classifier_of_fairseq(module, dtype, device):
     peer, args = theirs(module, device, shared_kv_compressed=1)
     for name, count in (("other", 2), ("mnli", 3)):
         peer.register_classification_head(name, count)
@@ -136,7 +145,7 @@ def test_classifier_of_fairseq(module, device):
     compare(peer, args, ours, want, got, "mnli")
 
 
-def test_a_padded_text_is_what_it_is_alone(module, device):
+def test_a_padded_text_is_what_it_is_alone(module, dtype, device):
     """In fairseq it is not: its E takes padded positions in."""
     peer, args = theirs(module, device)
     ours = roberta_from_fairseq(checkpoint(peer, args)).to(device)
@@ -164,13 +173,6 @@ def test_saved_and_loaded(sharing, module, device, tmp_path):
     again = load(RobertaForMaskedLM, tmp_path).eval()
     tokens = torch.randint(4, TOKENS, (2, 31))
     assert torch.equal(again(tokens).logits, ours(tokens).logits)
-
-
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def dtype(request):
-    torch.set_default_dtype(request.param)
-    yield request.param
-    torch.set_default_dtype(torch.float32)
 
 
 class Cald(nn.Module):
@@ -232,6 +234,8 @@ def test_cald(mode, padded, dtype, device):
         tokens[1, 20:], mask[1, 20:] = 1, 0
     want, got = (model(tokens, attention_mask=mask).logits for model in (peer, ours))
     agree(got, want, "logits")
+    if dtype != torch.float64:
+        return
     grad = torch.randn_like(got)
     want.backward(grad)
     got.backward(grad)

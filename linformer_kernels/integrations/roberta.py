@@ -78,37 +78,7 @@ def roberta_from_fairseq(checkpoint: Mapping[str, Any], head: str | None = None)
             raise NotImplementedError(
                 f'checkpoint has {name}="{came}"; wanted: "{wanted}", as RoBERTa of transformers has no other'
             )
-    weights = {re.sub("^decoder[.]", "encoder.", name): weight for name, weight in weights.items()}  # of old versions
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    heads = set()
-    found: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if match := re.fullmatch(r"encoder[.]sentence_encoder[.]layers[.](\d+)[.](.*)", name):
-            index, inner = match.groups()
-            if inner == "self_attn.compress_k.weight":
-                keys.append(weight)
-                values.append(weights.get(name.replace("compress_k", "compress_v"), weight))
-            elif not _COPIES.fullmatch(inner):
-                _rename(found, _LAYER, name, inner, f"roberta.encoder.layer.{index}.", weight)
-        elif match := re.fullmatch(r"encoder[.]sentence_encoder[.](.*)", name):
-            _rename(found, _ENCODER, name, match[1], "roberta.", weight)
-        elif match := re.fullmatch(r"encoder[.]lm_head[.](.*)", name):
-            if head is None:
-                found[f"lm_head.{'decoder.weight' if match[1] == 'weight' else match[1]}"] = weight
-        elif match := re.fullmatch(r"classification_heads[.]([^.]+)[.](.*)", name):
-            heads.add(match[1])
-            if match[1] == head:
-                found[f"classifier.{match[2]}"] = weight
-        elif name != "encoder.version":
-            raise ValueError(f'checkpoint holds {name!r}; wanted: a checkpoint of fairseq\'s "linformer_roberta"')
-    if not keys:
-        raise ValueError(
-            "checkpoint holds no encoder.sentence_encoder.layers.*.self_attn.compress_k.weight; wanted: one of "
-            'fairseq\'s "linformer_roberta"; for a RoBERTa: linformerize of the model that transformers makes of it'
-        )
-    if head is not None and head not in heads:
-        raise ValueError(f"head is {head!r} but checkpoint has {sorted(heads) or 'none'}; wanted: one that it has")
+    found, keys, values = _renamed(weights, head)
     embeddings = [f"roberta.embeddings.{name}_embeddings.weight" for name in ("word", "position")]
     feed_forward = "roberta.encoder.layer.0.intermediate.dense.weight"
     last = ["lm_head.decoder.weight", "lm_head.bias"] if head is None else ["classifier.out_proj.weight"] * 2
@@ -206,6 +176,41 @@ def _option(options: Any, name: str, default: Any) -> Any:
     return default if value is None else value
 
 
+def _renamed(weights: Mapping[str, Tensor], head: str | None) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+    """fairseq's weights as transformers calls them, and E and F of each layer."""
+    weights = {re.sub("^decoder[.]", "encoder.", name): weight for name, weight in weights.items()}  # of old versions
+    found: dict[str, Tensor] = {}
+    matrices: dict[int, tuple[Tensor, Tensor]] = {}
+    heads = set()
+    for name, weight in weights.items():
+        if match := re.fullmatch(r"encoder[.]sentence_encoder[.]layers[.](\d+)[.](.*)", name):
+            index, inner = match.groups()
+            if inner == "self_attn.compress_k.weight":
+                matrices[int(index)] = weight, weights.get(name.replace("compress_k", "compress_v"), weight)
+            elif not _COPIES.fullmatch(inner):
+                _rename(found, _LAYER, name, inner, f"roberta.encoder.layer.{index}.", weight)
+        elif match := re.fullmatch(r"encoder[.]sentence_encoder[.](.*)", name):
+            _rename(found, _ENCODER, name, match[1], "roberta.", weight)
+        elif match := re.fullmatch(r"encoder[.]lm_head[.](.*)", name):
+            if head is None:
+                found[f"lm_head.{'decoder.weight' if match[1] == 'weight' else match[1]}"] = weight
+        elif match := re.fullmatch(r"classification_heads[.]([^.]+)[.](.*)", name):
+            heads.add(match[1])
+            if match[1] == head:
+                found[f"classifier.{match[2]}"] = weight
+        elif name != "encoder.version":
+            raise ValueError(f'checkpoint holds {name!r}; wanted: a checkpoint of fairseq\'s "linformer_roberta"')
+    if not matrices:
+        raise ValueError(
+            "checkpoint holds no encoder.sentence_encoder.layers.*.self_attn.compress_k.weight; wanted: one of "
+            'fairseq\'s "linformer_roberta"; for a RoBERTa: linformerize of the model that transformers makes of it'
+        )
+    if head is not None and head not in heads:
+        raise ValueError(f"head is {head!r} but checkpoint has {sorted(heads) or 'none'}; wanted: one that it has")
+    keys, values = zip(*(matrices[index] for index in sorted(matrices)), strict=True)
+    return found, list(keys), list(values)
+
+
 def _rename(
     found: dict[str, Tensor], names: Mapping[str, str | None], name: str, inner: str, prefix: str, weight: Tensor
 ) -> None:
@@ -248,6 +253,7 @@ def _with_matrices(
             f"checkpoint has matrices E for {len(keys)} layers, of shapes {shapes}; wanted: one of the same shape for "
             f"each of {model.config.num_hidden_layers} layers"
         )
+    nn.Module.to(model, keys[0].dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise ValueError(
@@ -259,7 +265,6 @@ def _with_matrices(
     else:
         sharing = "layerwise" if all(key.equal(keys[0]) for key in keys) else "key_value"
     proj_dim, seq_len = keys[0].shape
-    nn.Module.to(model, keys[0].dtype)
     linformerize(model, seq_len, proj_dim, sharing, **kind)
     for matrices, key, value in zip(getattr(model.base_model, NAME), keys, values, strict=False):
         matrices.load_state_dict({"proj_key": key} | ({"proj_value": value} if sharing == "headwise" else {}))
