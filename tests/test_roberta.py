@@ -60,10 +60,11 @@ def theirs(module, device, **options):
     return fairseqs.drawn(model).to(device), args
 
 
-def checkpoint(model, args, **more):
-    """As fairseq saves and torch loads it, whose pickles hold a Namespace."""
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "args": args, **more}, file)
+def checkpoint(model, args):
+    """As fairseq saves and torch loads it, whose pickles hold a Namespace: 0.12 in a configuration."""
+    weights, file = model.state_dict(), io.BytesIO()
+    options = {"args": None, "cfg": {"_name": None, "model": args}} if "encoder.version" in weights else {"args": args}
+    torch.save({"model": weights, **options}, file)
     file.seek(0)
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(file, weights_only=True)
