@@ -1,5 +1,5 @@
 // The operators' schemas, entered in torch while the library loads, so that to load this one file is enough to call
-// them: dlopen in C++, torch.ops.load_library in Python. Part of ops.cpp.
+// them: dlopen in C++, torch.ops.load_library in Python.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -33,9 +33,9 @@ class Schemas {
  public:
   Schemas() {
     constexpr const char* kSchemas[] = {
-#include "../linformer_kernels/schemas.inc"
+#include "../../linformer_kernels/schemas.inc"
     };
-    bool fine = aoti_torch_library_init_def(LINFORMER_NAMESPACE_NAME, "csrc/schemas.h", __LINE__, &library_) == 0;
+    bool fine = aoti_torch_library_init_def(LINFORMER_NAMESPACE_NAME, "csrc/ops/schemas.h", __LINE__, &library_) == 0;
     if (!fine) library_ = nullptr;
     for (const char* schema : kSchemas) fine = fine && define(schema) == 0;
     if (fine) return;
