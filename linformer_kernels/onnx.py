@@ -28,7 +28,7 @@ def _opset() -> Any:
 
 
 def _has_attention() -> bool:
-    """Whether the opset that was asked for has `Attention`. Refuses one that is too old, which the exporter does not."""
+    """Whether the opset that was asked for has `Attention`. Refuses one too old, which the exporter does not."""
     version = _asked_opset()
     if version < OLDEST:
         raise NotImplementedError(

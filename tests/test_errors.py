@@ -362,5 +362,5 @@ def test_raw_ops_refuse_nonsense():
 def test_tune_without_triton_says_that_it_is_tune():
     """It said "argument backend", which nobody had given."""
     rows = torch.randn(1, 2, 8, 4)
-    with pytest.raises((RuntimeError, NotImplementedError), match='^tune: "triton" '):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r'^tune: "triton" '):
         lk.tune(rows, rows, rows, torch.randn(3, 8))
