@@ -1,5 +1,5 @@
 // The operators' schemas, entered in torch while the library loads, so that to load this one file is enough to call
-// them: dlopen in C++, torch.ops.load_library in Python.
+// them: dlopen in C++, torch.ops.load_library in Python. Part of ops.cpp.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,11 +9,11 @@
 #include <string>
 #include <utility>
 
+#include "tensors.h"
+
 // LINFORMER_NAMESPACE, that of the operators, is a parameter of the build.
 #define LINFORMER_NAMESPACE_NAME C10_STRINGIZE(LINFORMER_NAMESPACE)
 
-// What torch said when a call of the stable ABI failed; torch from 2.13 on has it.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 // Torch from 2.12 on has tags here. The older take these for granted, unless their user has chosen otherwise.
 extern "C" __attribute__((weak)) int32_t torch_library_def_with_tags(TorchLibraryHandle library, const char* schema,
                                                                      const int32_t* tags, int32_t count);
@@ -21,12 +21,6 @@ extern "C" __attribute__((weak)) int32_t torch_tag_pt2_compliant_tag();
 extern "C" __attribute__((weak)) int32_t torch_tag_needs_exact_strides();
 
 namespace linformer {
-
-inline std::string torch_said() {
-  const char* said =
-      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-  return said && *said ? "torch says: " + std::string(said) : std::string();
-}
 
 // Nothing may be thrown while a library loads, which would end the process: what went wrong is kept.
 class Schemas {

@@ -8,9 +8,15 @@
 #include <exception>
 #include <string>
 
-#include "schemas.h"
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace linformer {
+
+std::string torch_said() {
+  const char* said =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  return said && *said ? "torch says: " + std::string(said) : std::string();
+}
 
 DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -10,6 +10,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "../problem.h"
 
@@ -27,6 +28,9 @@ template <class... Parts>
   (text << ... << parts);
   throw std::runtime_error(text.str());
 }
+
+// What torch said when a call of the stable ABI failed; torch from 2.13 on tells.
+std::string torch_said();
 
 DType dtype_of(const Tensor& tensor);
 
