@@ -117,20 +117,21 @@ def _attention_operator(query: Any, key_proj: Any, value_proj: Any, key_bias: An
 
     if key_bias is None:
         return opset23.Attention(query, key_proj, value_proj, scale=scale)[0]
+    # The bias as one column more of K', for ones of the query: onnxruntime wants a mask of all N_q rows.
     op = _opset()
-    infinite = op.Constant(value_float=float("-inf"))
-    some = op.Greater(op.ReduceMax(key_bias, _ints(-1), keepdims=1), infinite)
-    bias, some = (_of_queries(x, query, key_bias) for x in (op.Where(some, key_bias, _zero(key_bias)), some))
-    out = opset23.Attention(query, key_proj, value_proj, op.CastLike(bias, query), scale=scale)[0]
-    return op.Where(some, out, _zero(out))
-
-
-def _of_queries(rows: Any, query: Any, key_bias: Any) -> Any:
-    """(B, H_kv, n) as (B, H, 1, n): each head of keys for the queries that read it."""
-    op = _opset()
+    some = op.Greater(op.ReduceMax(key_bias, _ints(-1), keepdims=1), op.Constant(value_float=float("-inf")))
+    bias = op.CastLike(op.Unsqueeze(op.Where(some, key_bias, _zero(key_bias)), _ints(3)), key_proj)
+    ones = op.Expand(
+        op.CastLike(op.Constant(value_float=1.0), query), op.Concat(op.Shape(query, end=3), _ints(1), axis=0)
+    )
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=scale), query))
+    rows = op.Concat(scaled, ones, axis=-1), op.Concat(key_proj, bias, axis=-1)
+    out = opset23.Attention(*rows, value_proj, scale=1.0)[0]
+    # Each head of keys for the queries that read it.
     heads = query.shape[1] // key_bias.shape[1]
-    wide = op.Concat(_size(rows, 0), _size(rows, 1), _ints(heads), _size(rows, 2), axis=0)
-    return _reshape(op.Expand(op.Unsqueeze(rows, _ints(2)), wide), _size(query, 0), _size(query, 1), 1, _size(rows, 2))
+    wide = op.Concat(_size(some, 0), _size(some, 1), _ints(heads), _ints(1), axis=0)
+    some = _reshape(op.Expand(op.Unsqueeze(some, _ints(2)), wide), _size(query, 0), _size(query, 1), 1, 1)
+    return op.Where(some, out, _zero(out))
 
 
 def attention(
