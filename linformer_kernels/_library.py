@@ -43,7 +43,7 @@ def _ours(namespace: str) -> bool:
 @functools.cache
 def _loaded() -> tuple[str, str | None]:
     """The namespace of the ops, and why the native library has not defined them there, else None; never raises."""
-    usual = "linformer_kernels"
+    usual = __name__.partition(".")[0]  # within a kernel of the Hugging Face Hub: its id, another for each version
     if not _PATH.exists():
         reason = (
             f"the native library is missing ({_PATH.name} is not beside the package), as in a py3-none-any wheel; "

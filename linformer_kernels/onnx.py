@@ -2,11 +2,13 @@
 
 Without the table the exporter gets the formula in plain PyTorch, which has no form for kind "adaptive"; and a program
 that torch.export made before holds the ops. Here they are of ONNX's own operators, opset 18, for padded sequences
-without dropout. onnxscript, which the exporter needs anyway, is imported when one is translated.
+without dropout; with opset_version=23 or newer the second half is its `Attention`. onnxscript, which the exporter needs
+anyway, is imported when one is translated.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +18,34 @@ from .segments import SAMPLES
 _FLOAT, _INT32, _INT64, _BOOL = 1, 6, 7, 9  # onnx.TensorProto
 
 
+OLDEST, WITH_ATTENTION = 18, 23
+
+
 def _opset() -> Any:
     from onnxscript import opset18
 
     return opset18
+
+
+def _has_attention() -> bool:
+    """Whether the opset that was asked for has `Attention`. Refuses one too old, which the exporter does not."""
+    version = _asked_opset()
+    if version < OLDEST:
+        raise NotImplementedError(
+            f"opset_version is {version}; wanted: {OLDEST} or newer, whose operators linformer_kernels.onnx.TABLE "
+            "translates to. To fix it: torch.onnx.export(..., opset_version=18), or leave it out"
+        )
+    return version >= WITH_ATTENTION
+
+
+def _asked_opset() -> int:
+    # The exporter traces as 18 what was asked for as older, and does not hand on what that was.
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "export_compat" and frame.f_locals.get("opset_version") is not None:
+            return int(frame.f_locals["opset_version"])
+    return OLDEST
 
 
 def _refuse(**given: Any) -> None:
@@ -51,6 +77,7 @@ def _zero(like: Any) -> Any:
 
 def project(key, value, proj_key, proj_value=None, key_padding_mask=None, cu_seqlens_k=None, allow_tf32: bool = False):
     _refuse(cu_seqlens_k=cu_seqlens_k)
+    _has_attention()
     op = _opset()
 
     def compress(matrix: Any, rows: Any) -> Any:
@@ -67,6 +94,8 @@ def projected_attention(
 ):  # fmt: skip
     _refuse(cu_seqlens_q=cu_seqlens_q, rng_state=rng_state)
     op = _opset()
+    if _has_attention():
+        return _attention_operator(query, key_proj, value_proj, key_bias, float(scale))
     batch, heads, rows, key_heads = (_size(*which) for which in ((query, 0), (query, 1), (query, 2), (key_proj, 1)))
     # The queries that read a head are its rows.
     grouped = _reshape(query, batch, key_heads, -1, _size(query, 3))
@@ -83,6 +112,28 @@ def projected_attention(
     return _reshape(op.MatMul(weights, value_proj), batch, heads, rows, _size(value_proj, 3))
 
 
+def _attention_operator(query: Any, key_proj: Any, value_proj: Any, key_bias: Any, scale: float) -> Any:
+    from onnxscript import opset23
+
+    if key_bias is None:
+        return opset23.Attention(query, key_proj, value_proj, scale=scale)[0]
+    # The bias as one column more of K', for ones of the query: onnxruntime wants a mask of all N_q rows.
+    op = _opset()
+    some = op.Greater(op.ReduceMax(key_bias, _ints(-1), keepdims=1), op.Constant(value_float=float("-inf")))
+    bias = op.CastLike(op.Unsqueeze(op.Where(some, key_bias, _zero(key_bias)), _ints(3)), key_proj)
+    ones = op.Expand(
+        op.CastLike(op.Constant(value_float=1.0), query), op.Concat(op.Shape(query, end=3), _ints(1), axis=0)
+    )
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=scale), query))
+    rows = op.Concat(scaled, ones, axis=-1), op.Concat(key_proj, bias, axis=-1)
+    out = opset23.Attention(*rows, value_proj, scale=1.0)[0]
+    # Each head of keys for the queries that read it.
+    heads = query.shape[1] // key_bias.shape[1]
+    wide = op.Concat(_size(some, 0), _size(some, 1), _ints(heads), _ints(1), axis=0)
+    some = _reshape(op.Expand(op.Unsqueeze(some, _ints(2)), wide), _size(query, 0), _size(query, 1), 1, 1)
+    return op.Where(some, out, _zero(out))
+
+
 def attention(
     query, key, value, proj_key, proj_value=None, key_bias=None, key_padding_mask=None, cu_seqlens_q=None,
     cu_seqlens_k=None, rng_state=None, dropout_p: float = 0.0, scale: float = 1.0, allow_tf32: bool = False,
@@ -94,6 +145,7 @@ def attention(
 
 def pool(key, value, segments, cu_seqlens_k=None, num_segments: int = 1):
     _refuse(cu_seqlens_k=cu_seqlens_k)
+    _has_attention()
     op = _opset()
     segments = op.Cast(segments, to=_INT64)
     inside = op.And(op.GreaterOrEqual(segments, _ints(0)), op.Less(segments, _ints(num_segments)))

@@ -47,7 +47,7 @@ def tune(
         ValueError, TypeError: as `linformer_attention` with backend="triton".
     """
     call = check_attention(query, key, value, proj_key, proj_value, None, None, None, None, 0.0, None, False, False)
-    choose(call, "triton")
+    choose(call, "triton", "tune")
     from .triton_kernels import tune as tuner
 
     say = partial(print, flush=True) if verbose else lambda text: None

@@ -121,12 +121,13 @@ def test_a_library_older_than_the_package(older, tmp_path):
 
 def test_the_namespace_is_a_parameter_of_the_build(tmp_path):
     source = tmp_path / "mine.cpp"
-    source.write_text('#include "schemas.h"\nstatic const std::string& problem = linformer::schemas().problem();\n')
+    source.write_text('#include "ops/schemas.h"\nstatic const std::string& problem = linformer::schemas().problem();\n')
     torch_dir = Path(torch.__file__).parent
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     flags = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += ["-DLINFORMER_NAMESPACE=mine", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_dir / "include")]
-    command = [compiler, *flags, source, "-o", tmp_path / "mine.so", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
+    sources = [source, ROOT / "csrc/ops/tensors.cpp"]
+    command = [compiler, *flags, *sources, "-o", tmp_path / "mine.so", f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = ctypes.CDLL(str(tmp_path / "mine.so"))

@@ -357,3 +357,10 @@ def test_raw_ops_refuse_nonsense():
     environment = os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", RAW], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+
+
+def test_tune_without_triton_says_that_it_is_tune():
+    """It said "argument backend", which nobody had given."""
+    rows = torch.randn(1, 2, 8, 4)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r'^tune: "triton" '):
+        lk.tune(rows, rows, rows, torch.randn(3, 8))

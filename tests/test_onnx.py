@@ -18,12 +18,14 @@ import onnxruntime  # noqa: E402
 from linformer_kernels.onnx import TABLE  # noqa: E402
 
 
-def session(model, given, tmp_path, shapes=None, table=TABLE):
+def session(model, given, tmp_path, shapes=None, table=TABLE, **options):
     """A function of tensors that runs the exported model."""
-    options = {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, "custom_translation_table": table}
+    options |= {"dynamo": True, "verbose": False, "dynamic_shapes": shapes, "custom_translation_table": table}
     model = model.eval() if isinstance(model, torch.nn.Module) else model
     program = torch.onnx.export(model, tuple(given), **options)
     assert not any(node.domain.startswith("linformer") for node in program.model.graph)
+    call_attention = [node for node in program.model.graph if node.op_type == "Attention"]
+    assert bool(call_attention) == (options.get("opset_version", 18) >= 23), call_attention
     program.save(tmp_path / "model.onnx")
     runs = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
 
@@ -55,9 +57,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("way", ["model", "program"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_operators(case, way, tmp_path):
+def test_operators(case, way, opset, tmp_path):
     """By the rule of tolerance; "program": one that torch.export has made before, which holds the operators."""
     x = Inputs(case, "cpu")
     given = [*x.positional(), x.key_bias, x.mask, x.segments]
@@ -66,7 +69,7 @@ def test_operators(case, way, tmp_path):
     if way == "program":
         model = torch.export.export(model, tuple(given), strict=False)
         assert any("linformer_kernels" in str(node.target) for node in model.graph.nodes)
-    (got,) = session(model, given, tmp_path)(*given)
+    (got,) = session(model, given, tmp_path, opset_version=opset)(*given)
     assert_close(got, cases.exact(x)["out"], cases.plain(x)["out"], f"out [{case}]")
 
 
@@ -135,6 +138,14 @@ def test_without_the_table_adaptive_says_that_there_is_one(tmp_path):
     given = [torch.randn(2, 4, 40, 8) for _ in range(3)]
     with pytest.raises(Exception, match=r"custom_translation_table=linformer_kernels\.onnx\.TABLE"):
         session(Project(), [*given, None], tmp_path, table=None)
+
+
+def test_an_old_opset_is_refused(tmp_path):
+    """The exporter traces it as 18, fails to convert, warns, and leaves 18."""
+    given = [t if t is None else t.detach() for t in Inputs(CASES[1], "cpu").positional()]
+    program = torch.export.export(Attend(CASES[1]), (*given, None, None, None), strict=False)
+    with pytest.raises(Exception, match=r"opset_version is 17; wanted: 18 or newer"):
+        session(program, [*given, None, None, None], tmp_path, opset_version=17)
 
 
 def test_dropout_and_packed_sequences_are_refused():

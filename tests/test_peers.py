@@ -1,7 +1,10 @@
-"""The importers of integrations/peers.py against the packages that they import from: outputs and all gradients."""
+"""The importers of integrations/peers against the packages that they import from: outputs and all gradients."""
 
 import copy
 import io
+import sys
+import types
+import warnings
 
 import linformer
 import linformer_pytorch
@@ -15,9 +18,12 @@ from linformer_kernels.integrations.peers import (
     BiasedProjection,
     attention_from_linformer,
     attention_from_linformer_pytorch,
+    attention_from_xformers,
     encoder_from_linformer,
     encoder_from_linformer_pytorch,
+    encoder_from_vision_xformer,
     projection_from_linformer_pytorch,
+    projection_from_xformers,
 )
 
 PROMISE = 1e-5  # of docs/peers.md, in float32, relative to the largest element
@@ -83,7 +89,7 @@ def check(peer, convert, inputs, call_peer=None, call_ours=None) -> nn.Module:
     for name, parameter in trained.items():
         agree(parameter.grad, want[name], f"gradient of {name}")
     for name in want.keys() - trained.keys():
-        assert name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) and not want[name].any()
+        assert name.endswith("_proj.bias") and not want[name].any()
     return ours
 
 
@@ -192,6 +198,107 @@ def test_language_models_with_layers_of_ours(dtype, device):
     want = peer(tokens)
     peer.linformer = encoder_from_linformer_pytorch(peer.linformer)
     agree(peer(tokens), want, "LinformerLM of linformer_pytorch")
+
+
+@pytest.fixture(scope="module")
+def vision_xformer():
+    """The module with ViL. The package imports all of its models, and one of them another package's Performer."""
+    pytest.importorskip("einops")
+    with pytest.MonkeyPatch.context() as patch:
+        performer = types.ModuleType("vision_xformer.vision_performer")
+        performer.ViP = None
+        patch.setitem(sys.modules, performer.__name__, performer)
+        yield pytest.importorskip("vision_xformer.vision_linformer")
+
+
+@pytest.mark.parametrize("options", SHARED, ids=str)
+def test_encoder_of_vision_xformer(options, vision_xformer, dtype, device):
+    options = {"dim_head": 8} | {name: value for name, value in options.items() if value is not None}
+    peer = ready(vision_xformer.Transformer(WIDTH, 2, 4, mlp_dim=40, seq_len=N, k=K, **options), device)
+    inputs = [torch.randn(3, N, WIDTH, device=device)]
+    layers = check(peer, encoder_from_vision_xformer, inputs)
+    assert len(layers) == 2 and all(type(layer) is LinformerEncoderLayer for layer in layers)
+    check(peer.layers[0][0].fn, attention_from_linformer, inputs)
+    peer = vision_xformer.Transformer(WIDTH, 1, 4, mlp_dim=40, seq_len=N, k=K, dropout=0.3, **options)
+    layer = encoder_from_vision_xformer(peer)[0]
+    assert (layer.self_attn.dropout, layer.dropout1.p, layer.dropout.p, layer.dropout2.p) == (0.3, 0, 0.3, 0.3)
+
+
+def test_of_a_vision_xformer_its_transformer_is_wanted(vision_xformer):
+    peer = vision_xformer.ViL(image_size=8, patch_size=4, num_classes=2, dim=8, depth=1, heads=2, mlp_dim=8, k=3)
+    with pytest.raises(TypeError, match=r"of a ViL: its \.transformer"):
+        encoder_from_vision_xformer(peer)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_images_with_layers_of_ours(pool, vision_xformer, dtype, device):
+    sizes = dict(image_size=(12, 20), patch_size=4, num_classes=7, dim=WIDTH, depth=2, heads=4, mlp_dim=40, k=5)
+    peer = ready(vision_xformer.ViL(**sizes, pool=pool), device)
+    images = torch.randn(3, 3, 12, 20, device=device)
+    want = peer(images)
+    peer.transformer = encoder_from_vision_xformer(peer.transformer)
+    agree(peer(images), want, "ViL")
+
+
+@pytest.fixture(scope="module")
+def xformers():
+    with warnings.catch_warnings(action="ignore"):  # that its kernels are of another torch, and that this is old
+        yield pytest.importorskip("xformers.components")
+
+
+def dispatch(xformers, device, seq_len=N, dropout=0.0, **options):
+    from xformers.components.attention.linformer import LinformerAttention as Theirs
+
+    return ready(xformers.MultiHeadDispatch(WIDTH, 4, Theirs(dropout, seq_len, K), **options), device)
+
+
+@pytest.mark.parametrize("length", [N, 31])
+@pytest.mark.parametrize("options", [
+    {}, {"bias": (False, True, False, True)}, {"bias": (False,) * 4}, {"use_separate_proj_weight": False},
+], ids=str)  # fmt: skip
+def test_attention_of_xformers(options, length, xformers, dtype, device):
+    peer = dispatch(xformers, device, **options)
+    ours = check(peer, attention_from_xformers, [torch.randn(3, length, WIDTH, device=device)], None, alone)
+    assert (ours.q_proj.weight is ours.v_proj.weight) == (not options.get("use_separate_proj_weight", True))
+    inputs = [torch.randn(3, length, WIDTH, device=device) for _ in range(3)]
+    check(peer, attention_from_xformers, inputs)
+
+
+def alone(attention, x):
+    return attention(x, x, x)
+
+
+@pytest.mark.parametrize("length", [N, 31])
+def test_projection_of_xformers(length, xformers, dtype, device):
+    peer = dispatch(xformers, device).attention
+    query, key, value = (torch.randn(2, 4, length, 9, device=device) for _ in range(3))
+    out = projection_from_xformers(peer)(key, value, query=query)
+    agree(out.flatten(0, 1), peer(*(x.flatten(0, 1) for x in (query, key, value))), "heads")
+
+
+def test_dropout_of_xformers_comes_along(xformers, device):
+    """Of the weights, of what they make of values, and of the output."""
+    peer = dispatch(xformers, device, dropout=0.3, residual_dropout=0.4)
+    ours = attention_from_xformers(peer.train())
+    assert (ours.dropout, ours.out_proj.before.p, ours.out_proj.dropout.p) == (0.3, 0.3, 0.4)
+    x = torch.randn(8, N, WIDTH, device=device)
+    assert (ours(x)[0] == 0).float().mean().item() == pytest.approx(0.4, abs=0.05)
+    agree(ours.eval()(x)[0], peer.eval()(x), "evaluation")
+
+
+def test_what_xformers_has_beyond_is_refused(xformers):
+    for change, message in (
+        ({"use_rotary_embeddings": True}, "use_rotary_embeddings=True"),
+        ({"dim_key": 2 * WIDTH}, "16 wide for keys and 8 for values"),
+        ({"out_proj": nn.Identity()}, "out_proj of peer is a Identity"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            attention_from_xformers(dispatch(xformers, "cpu", **change))
+    peer = dispatch(xformers, "cpu")
+    with pytest.raises(TypeError, match="for a MultiHeadDispatch: attention_from_xformers"):
+        projection_from_xformers(peer)
+    with pytest.raises(TypeError, match="projection_from_xformers"):
+        attention_from_xformers(peer.attention)
 
 
 class First(nn.Module):

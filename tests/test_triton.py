@@ -567,7 +567,7 @@ def test_tune_times_on_the_gpu_of_the_tensors(tuned_file, monkeypatch):
     seen = []
     tuner = importlib.import_module("linformer_kernels.triton_kernels.tune")
     monkeypatch.setattr(tuning, "check_attention", lambda *arguments: call)
-    monkeypatch.setattr(tuning, "choose", lambda call, backend: None)
+    monkeypatch.setattr(tuning, "choose", lambda call, backend, source: None)
     monkeypatch.setattr(tuning, "contenders", lambda call: ["composed"])
     monkeypatch.setattr(tuner, "tune", lambda *arguments: seen.append(list(current)) or {})
     monkeypatch.setattr(tuner, "seconds", lambda run: seen.append(list(current)) or 1.0)

@@ -9,11 +9,11 @@
 #include <string>
 #include <utility>
 
+#include "tensors.h"
+
 // LINFORMER_NAMESPACE, that of the operators, is a parameter of the build.
 #define LINFORMER_NAMESPACE_NAME C10_STRINGIZE(LINFORMER_NAMESPACE)
 
-// What torch said when a call of the stable ABI failed; torch from 2.13 on has it.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 // Torch from 2.12 on has tags here. The older take these for granted, unless their user has chosen otherwise.
 extern "C" __attribute__((weak)) int32_t torch_library_def_with_tags(TorchLibraryHandle library, const char* schema,
                                                                      const int32_t* tags, int32_t count);
@@ -22,20 +22,14 @@ extern "C" __attribute__((weak)) int32_t torch_tag_needs_exact_strides();
 
 namespace linformer {
 
-inline std::string torch_said() {
-  const char* said =
-      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
-  return said && *said ? "torch says: " + std::string(said) : std::string();
-}
-
 // Nothing may be thrown while a library loads, which would end the process: what went wrong is kept.
 class Schemas {
  public:
   Schemas() {
     constexpr const char* kSchemas[] = {
-#include "../linformer_kernels/schemas.inc"
+#include "../../linformer_kernels/schemas.inc"
     };
-    bool fine = aoti_torch_library_init_def(LINFORMER_NAMESPACE_NAME, "csrc/schemas.h", __LINE__, &library_) == 0;
+    bool fine = aoti_torch_library_init_def(LINFORMER_NAMESPACE_NAME, "csrc/ops/schemas.h", __LINE__, &library_) == 0;
     if (!fine) library_ = nullptr;
     for (const char* schema : kSchemas) fine = fine && define(schema) == 0;
     if (fine) return;

@@ -1,28 +1,20 @@
-"""Modules of the packages `linformer` and `linformer-pytorch` as modules of this one, with their weights and output.
+"""Modules of the package `linformer-pytorch` (0.19.3).
 
-The results keep the contract of torch.nn, as all modules here: an attention returns a pair, and its masks are True
-where a position is IGNORED, where the peers' are True where it takes part. Inputs are (B, N, width), as the peers'.
-
-Theirs are known by their attributes; neither package is imported. The result is a copy: device, dtype, training mode
-and probabilities of dropout are those of the original, and all weights are trained. The peers have no bias in query,
-key and value; those of `q_proj`, `k_proj` and `v_proj` are zero and frozen, so that the state_dict is the usual one.
-
-linformer-pytorch adds a bias to each row of K' and V'. Our E has none: a `BiasedProjection` adds it, between the two
-halves of the operation.
+It adds a bias to each row of K' and V'. Our E has none: a `BiasedProjection` adds it, between the two halves of the
+operation.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..encoders import LinformerEncoderLayer
-from ..functional import project_kv
-from ..modules import LinformerAttention
-from ..projections import LinformerProjection
+from ...functional import project_kv
+from ...modules import LinformerAttention
+from ...projections import LinformerProjection
+from ._common import LinearWithDropout, checked, made_like, make_attention, make_layer
 
 
 class BiasedProjection(LinformerProjection):
@@ -74,60 +66,6 @@ class BiasedProjection(LinformerProjection):
         return keys + self.bias_key[..., None], values + bias_value[..., None]
 
 
-def attention_from_linformer(peer: nn.Module) -> LinformerAttention:
-    """`linformer.LinformerSelfAttention` as LinformerAttention.
-
-    Args:
-        peer: with any of its options. With share_kv, k_proj and v_proj of the result are one module.
-
-    Returns:
-        A module whose `new(x)[0]` is `peer(x)`, and `new(x, context)[0]` is `peer(x, context=context)`.
-
-    Raises:
-        TypeError: peer is something else.
-    """
-    wanted = "a LinformerSelfAttention of linformer; for a Linformer: encoder_from_linformer"
-    theirs = _checked(peer, wanted, "to_q", "to_k", "to_out", "proj_k", "share_kv", "heads")
-    seq_len, proj_dim = theirs.proj_k.shape
-    projection = LinformerProjection(seq_len, proj_dim, share_kv=theirs.share_kv, **_factory(theirs.proj_k))
-    matrices = {"proj_key": theirs.proj_k.T} | ({} if theirs.share_kv else {"proj_value": theirs.proj_v.T})
-    projection.load_state_dict(matrices)
-    to_v = theirs.to_k if theirs.share_kv else theirs.to_v
-    weights = theirs.to_q.weight, theirs.to_k.weight, to_v.weight
-    attention = _attention(theirs.heads, projection, *weights, theirs.to_out, theirs.dropout.p)
-    if theirs.share_kv:
-        attention.v_proj = attention.k_proj
-    return attention.train(peer.training)
-
-
-def encoder_from_linformer(peer: nn.Module) -> nn.Sequential:
-    """`linformer.Linformer` as a sequence of LinformerEncoderLayer.
-
-    Args:
-        peer: with any of its options but reversible.
-
-    Raises:
-        TypeError: peer is something else.
-        NotImplementedError: reversible=True.
-    """
-    theirs = _checked(peer, "a Linformer of linformer; of a LinformerLM: its .linformer", "net")
-    if not hasattr(theirs.net, "layers"):
-        raise NotImplementedError(
-            "peer has reversible=True, whose layers compute with two streams; wanted: reversible=False, or "
-            "attention_from_linformer for each block.f.net.fn of peer.net.blocks"
-        )
-    layers = []
-    for attend, feed_forward in theirs.net.layers:
-        ff = feed_forward.fn
-        if ff.glu:
-            raise NotImplementedError("peer has a feed-forward network with glu=True; wanted: glu=False")
-        parts = ff.w1, ff.w2, attend.norm, feed_forward.norm
-        layer = _encoder_layer(attention_from_linformer(attend.fn), *parts, activation=ff.act, norm_first=True)
-        layer.dropout.p = ff.dropout.p
-        layers.append(layer)
-    return nn.Sequential(*layers).train(peer.training)
-
-
 def projection_from_linformer_pytorch(peer: nn.Module) -> LinformerProjection:
     """E and F of a `linformer_pytorch.LinearAttentionHead`: all the weights it has.
 
@@ -164,7 +102,7 @@ def attention_from_linformer_pytorch(peer: nn.Module) -> LinformerAttention:
     attention = _attention_from_linformer_pytorch(peer, {})
     dropout: Any = peer.mh_dropout
     if dropout.p > 0:
-        attention.out_proj = _LinearWithDropout(attention.out_proj, dropout.p)
+        attention.out_proj = LinearWithDropout(attention.out_proj, dropout.p)
     return attention.train(peer.training)
 
 
@@ -179,7 +117,7 @@ def encoder_from_linformer_pytorch(peer: nn.Module) -> nn.Sequential:
         NotImplementedError: decoder_mode, include_ff=False, ff_intermediate, and what attention_from_linformer_pytorch
             refuses.
     """
-    theirs = _checked(peer, "a Linformer of linformer_pytorch; of a LinformerLM: its .linformer", "seq", "decoder_mode")
+    theirs = checked(peer, "a Linformer of linformer_pytorch; of a LinformerLM: its .linformer", "seq", "decoder_mode")
     blocks = list(theirs.seq)
     for option, used in (
         ("decoder_mode=True", theirs.decoder_mode),
@@ -197,28 +135,16 @@ def encoder_from_linformer_pytorch(peer: nn.Module) -> nn.Sequential:
         ff = feed_forward.fn
         parts = ff.w_1, ff.w_2, attend.norm, feed_forward.norm
         attention = _attention_from_linformer_pytorch(attend.fn, made)
-        layer = _encoder_layer(attention, *parts, activation=ff.activation, norm_first=False)
+        layer = make_layer(attention, *parts, activation=ff.activation, norm_first=False)
         layer.dropout1.p, layer.dropout.p, layer.dropout2.p = attend.fn.mh_dropout.p, ff.dropout.p, ff.dropout2.p
         layers.append(layer)
     return nn.Sequential(*layers).train(peer.training)
 
 
-class _LinearWithDropout(nn.Linear):
-    """A linear layer and dropout after it. Its state_dict is that of the linear layer."""
-
-    def __init__(self, linear: nn.Linear, p: float) -> None:
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        self.dropout = nn.Dropout(p)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.dropout(super().forward(rows))
-
-
 def _attention_from_linformer_pytorch(peer: nn.Module, made: dict[Any, LinformerProjection]) -> LinformerAttention:
     """Without the dropout of the output. `made` holds the projections of the layers before, by the identity of E, F."""
     wanted = "an MHAttention of linformer_pytorch; for a Linformer: encoder_from_linformer_pytorch"
-    theirs = _checked(peer, wanted, "heads", "to_q", "to_k", "to_v", "mh_dropout", "w_o_intermediate_dim")
+    theirs = checked(peer, wanted, "heads", "to_q", "to_k", "to_v", "mh_dropout", "w_o_intermediate_dim")
     if theirs.w_o_intermediate_dim is not None:
         raise NotImplementedError(
             f"peer has w_o_intermediate_dim={theirs.w_o_intermediate_dim}, two linear layers for out_proj; wanted: "
@@ -227,12 +153,12 @@ def _attention_from_linformer_pytorch(peer: nn.Module, made: dict[Any, Linformer
     heads = [_checked_head(head) for head in theirs.heads]
     projection = _projection(heads, made, theirs.to_q[0].weight)
     q, k, v = (torch.cat([linear.weight for linear in part]) for part in (theirs.to_q, theirs.to_k, theirs.to_v))
-    return _attention(len(heads), projection, q, k, v, theirs.w_o, heads[0].dropout.p)
+    return make_attention(len(heads), projection, q, k, v, theirs.w_o, heads[0].dropout.p)
 
 
 def _checked_head(peer: nn.Module) -> Any:
     wanted = "a LinearAttentionHead of linformer_pytorch"
-    head = _checked(peer, wanted, "E", "F", "dim", "causal_mask", "full_attention")
+    head = checked(peer, wanted, "E", "F", "dim", "causal_mask", "full_attention")
     if head.causal_mask is not None:
         raise NotImplementedError(
             "peer has causal=True; wanted: causal=False. Each row of K' mixes all positions, so its mask on the (N, K) "
@@ -273,7 +199,7 @@ def _projection(
     matrices = {"key": keys} if share_kv else {"key": keys, "value": values}
     state = {f"proj_{name}": stacked([_matrix(e) for e in given]) for name, given in matrices.items()}
     proj_dim, seq_len = state["proj_key"].shape[-2:]
-    options = {"num_heads": num_heads, "share_kv": share_kv, **_factory(state["proj_key"] if like is None else like)}
+    options = {"num_heads": num_heads, "share_kv": share_kv, **made_like(state["proj_key"] if like is None else like)}
     if any(getattr(e, "bias", None) is not None for e in keys + values):
         state |= {f"bias_{name}": stacked([e.bias for e in given]) for name, given in matrices.items()}
         projection: LinformerProjection = BiasedProjection(seq_len, proj_dim, **options)
@@ -288,76 +214,3 @@ def _projection(
 def _matrix(e: nn.Linear | Tensor) -> Tensor:
     """(K, seq_len)."""
     return e.T if isinstance(e, Tensor) else e.weight
-
-
-def _attention(
-    num_heads: int,
-    projection: LinformerProjection,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: nn.Linear,
-    dropout: float,
-) -> LinformerAttention:
-    """Of weights q (H * D, width), k and v (H_kv * D, width)."""
-    head_dim = q.size(0) // num_heads
-    attention = LinformerAttention(
-        q.size(1),
-        num_heads,
-        projection=projection,
-        dropout=dropout,
-        batch_first=True,
-        num_kv_heads=k.size(0) // head_dim,
-        head_dim=head_dim,
-        **_factory(q),
-    )
-    for linear, weight in ((attention.q_proj, q), (attention.k_proj, k), (attention.v_proj, v)):
-        linear.load_state_dict({"weight": weight, "bias": torch.zeros_like(linear.bias)})
-        linear.bias.requires_grad_(False)
-    attention.out_proj.load_state_dict(out.state_dict())
-    return attention
-
-
-def _encoder_layer(
-    attention: LinformerAttention,
-    linear1: nn.Linear,
-    linear2: nn.Linear,
-    norm1: nn.LayerNorm,
-    norm2: nn.LayerNorm,
-    *,
-    activation: Any,
-    norm_first: bool,
-) -> LinformerEncoderLayer:
-    """Without dropout but that of the attention weights."""
-    layer = LinformerEncoderLayer(
-        attention.embed_dim,
-        1,
-        linear1.out_features,
-        0.0,
-        copy.deepcopy(activation),
-        norm1.eps,
-        batch_first=True,
-        norm_first=norm_first,
-        sharing="layerwise",
-        **_factory(linear1.weight),
-    )
-    layer.self_attn = attention
-    for ours, theirs in (
-        (layer.linear1, linear1),
-        (layer.linear2, linear2),
-        (layer.norm1, norm1),
-        (layer.norm2, norm2),
-    ):
-        ours.load_state_dict(theirs.state_dict())
-    return layer
-
-
-def _factory(like: Tensor) -> dict[str, Any]:
-    return {"device": like.device, "dtype": like.dtype}
-
-
-def _checked(peer: nn.Module, wanted: str, *names: str) -> Any:
-    missing = [name for name in names if not hasattr(peer, name)]
-    if missing:
-        raise TypeError(f"peer is a {type(peer).__name__}, without {', '.join(missing)}; wanted: {wanted}")
-    return peer
