@@ -257,10 +257,13 @@ for i, case in enumerate(t.CHOSEN):
 
 
 def test_the_default_instruction_set():
-    """The most that the machine runs; but on a processor whose AMX is refused not pairs of bfloat16, slow there."""
+    """The most that the machine runs; but no pairs of bfloat16 on Intel's, where they are slow: they were taken wherever
+    a virtual machine hides AMX."""
     runs = [level for level in LEVELS if capability(LINFORMER_CPU_CAPABILITY=level) == level]
-    best = "avx512" if torch.ops.linformer_kernels.cpu_amx_refusal() else runs[-1]
-    assert capability() == best
+    processor = Path("/proc/cpuinfo")
+    intel = processor.exists() and "GenuineIntel" in processor.read_text()
+    slow = torch.ops.linformer_kernels.cpu_amx_refusal() or (intel and runs[-1] == "avx512_bf16")
+    assert capability() == ("avx512" if slow else runs[-1])
 
 
 @pytest.mark.parametrize("level", [*LEVELS, "emulate_avx512_bf16", "emulate_amx", "emulate_neon_bf16"])

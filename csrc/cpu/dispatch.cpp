@@ -125,13 +125,15 @@ Choice choose(const char* wanted) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  // The one processor with AMX that was measured, a Xeon, has half the multiply-adds a second on pairs of bf16 that it
-  // has on fp32: forward at N = 4096, K = 128 in bf16 27.4 ms by pairs, 16.0 ms in fp32 (one thread, medians of 5).
+  // Intel's have half the multiply-adds a second on pairs of bf16 that they have on fp32, with AMX and where a virtual
+  // machine hides it: forward at N = 4096, K = 128 in bf16 28.1 ms by pairs, 15.8 ms in fp32 (one thread of a Xeon of the
+  // fifth generation, the least of 10; findings/pairs-of-bf16-are-slower-than-floats.sh). AMD's have twice as many.
   const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16"), amx = pairs && has_amx();
+  const bool fast_pairs = pairs && !amx && !__builtin_cpu_is("intel");
   if (amx) found[count++] = &kAmx;
-  if (pairs && !amx) found[count++] = &kAvx512Bf16;
+  if (fast_pairs) found[count++] = &kAvx512Bf16;
   if (avx512) found[count++] = &kAvx512;
-  if (amx) found[count++] = &kAvx512Bf16;
+  if (pairs && !fast_pairs) found[count++] = &kAvx512Bf16;
   if (avx2) found[count++] = &kAvx2;
 #endif
 #ifdef LINFORMER_CPU_AARCH64
