@@ -257,7 +257,7 @@ for i, case in enumerate(t.CHOSEN):
 
 
 def test_the_default_instruction_set():
-    """The most that the machine runs; but no pairs of bfloat16 on Intel's, where they are slow: they were taken wherever
+    """The most that the machine runs; but no pairs of bfloat16 on Intel's, where they are slow: they were taken where
     a virtual machine hides AMX."""
     runs = [level for level in LEVELS if capability(LINFORMER_CPU_CAPABILITY=level) == level]
     processor = Path("/proc/cpuinfo")

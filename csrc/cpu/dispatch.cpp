@@ -126,8 +126,8 @@ Choice choose(const char* wanted) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   // Intel's have half the multiply-adds a second on pairs of bf16 that they have on fp32, with AMX and where a virtual
-  // machine hides it: forward at N = 4096, K = 128 in bf16 28.1 ms by pairs, 15.8 ms in fp32 (one thread of a Xeon of the
-  // fifth generation, the least of 10; findings/pairs-of-bf16-are-slower-than-floats.sh). AMD's have twice as many.
+  // machine hides it: forward at N = 4096, K = 128 in bf16 28.1 ms by pairs, 15.8 ms in fp32 (one thread of a Xeon of
+  // the fifth generation, the least of 10; findings/pairs-of-bf16-are-slower-than-floats.sh). AMD's have twice as many.
   const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16"), amx = pairs && has_amx();
   const bool fast_pairs = pairs && !amx && !__builtin_cpu_is("intel");
   if (amx) found[count++] = &kAmx;
