@@ -123,8 +123,7 @@ template <DType kType, int kStaged, int kTiles>
 LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* staged, int pitch, Element<kType>* to,
                                    int64_t stride, int rows, int columns, bool aligned) {
   const int lane = again(lane_id()), g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int i = 0; i < kTiles * 8 / kStaged; ++i) {
+  repeat<kTiles * 8 / kStaged>([&](auto i) {
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < kStaged / 8; ++n) {
@@ -134,7 +133,7 @@ LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* 
     }
     __syncwarp();
     store_rows<kType, kStaged>(to + i * kStaged, stride, rows, columns - i * kStaged, aligned, staged, pitch);
-  }
+  });
   __syncwarp();
 }
 
@@ -204,11 +203,11 @@ struct Softmax {
   template <int kTiles>
   LINFORMER_DEVICE static void cut(float (&s)[kTiles][4], int columns) {
     if (columns >= 8 * kTiles) return;
-    const int at = lane_id() % 4 * 2;
+    const int left = columns - lane_id() % 4 * 2;    // compared with constants: nothing to hold through the loop around
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = 8 * n + at + e % 2 < columns ? s[n][e] : -INFINITY;
+      for (int e = 0; e < 4; ++e) s[n][e] = 8 * n + e % 2 < left ? s[n][e] : -INFINITY;
     }
   }
 

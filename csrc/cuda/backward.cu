@@ -27,19 +27,21 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   constexpr DType kType = Traits::kType;
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
   const Problem& p = a.p;
-  const int head = static_cast<int>(ticket % p.heads);
-  const auto head_kv = [&] { return again(head) / static_cast<int>(p.heads / p.heads_kv); };
+  const int heads = static_cast<int>(p.heads), head = ticket % heads;
+  const auto head_kv = [&] { return again(head) / (static_cast<int>(p.heads) / static_cast<int>(p.heads_kv)); };
   int b = 0;
   int first_row = 0;
-  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows,
-                 static_cast<int>(ticket / p.heads), &b, &first_row)) {
+  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows, ticket / heads, &b,
+                 &first_row)) {
     return;
   }
   const Sequence sequence = query_sequence(p, b);
   const int proj_dim = static_cast<int>(p.proj_dim);
-  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv(), p.head_dim, kAlignedKeyProj); };
+  const auto keys = [&] {
+    return projected_source<kType>(a, p.key_proj, again(b), head_kv(), p.head_dim, kAlignedKeyProj);
+  };
   const auto values = [&] {
-    return projected_source<kType>(a, p.value_proj, b, head_kv(), p.value_dim, kAlignedValueProj);
+    return projected_source<kType>(a, p.value_proj, again(b), head_kv(), p.value_dim, kAlignedValueProj);
   };
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   Element<kType>* staged = shared + warp_id() * 2 * Traits::kRows * Traits::kStagePitch;
@@ -56,9 +58,11 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
     const int row = first + warp_id() * Traits::kRows;
     const int rows = min(max(sequence.length - row, 0), Traits::kRows);
     const int64_t at = sequence.start + row;
-    const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
+    const auto queries = [&] {
+      return query_source<kType>(a, p.query, again(b), head, at, rows, p.head_dim, kAlignedQuery);
+    };
     const auto grads = [&] {
-      return query_source<kType>(a, p.grad_out, b, head, at, rows, p.value_dim, kAlignedGradOut);
+      return query_source<kType>(a, p.grad_out, again(b), head, at, rows, p.value_dim, kAlignedGradOut);
     };
 
     float scores[kKeys / 8][4], grad[kKeys / 8][4];    // S, then P, then dS; dP
@@ -151,9 +155,9 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[n][e] *= p.scale;
       }
-      store_staged<kType, Traits::kStaged>(out, staged, Traits::kStagePitch, rows_at<kType>(p.grad_query, b, head, at),
-                                           p.grad_query.row_stride, rows, head_dim,
-                                           (a.aligned & kAlignedGradQuery) != 0);
+      store_staged<kType, Traits::kStaged>(out, staged, Traits::kStagePitch,
+                                           rows_at<kType>(p.grad_query, again(b), head, at), p.grad_query.row_stride,
+                                           rows, head_dim, (a.aligned & kAlignedGradQuery) != 0);
     }
   }
   signal(a.ready + b * p.heads_kv + head_kv());
@@ -167,9 +171,9 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   const Problem& p = a.p;
   const int split = ticket % a.column_splits, tile_id = ticket / a.column_splits;
   const int part = tile_id % Traits::kParts, block = tile_id / Traits::kParts % a.column_blocks;
-  const int head_kv = static_cast<int>(tile_id / Traits::kParts / a.column_blocks % p.heads_kv);
-  const int b = static_cast<int>(tile_id / Traits::kParts / a.column_blocks / p.heads_kv);
-  const int group = static_cast<int>(p.heads / p.heads_kv);
+  const int heads_kv = static_cast<int>(p.heads_kv), group = static_cast<int>(p.heads) / heads_kv;
+  const int head_kv = tile_id / Traits::kParts / a.column_blocks % heads_kv;
+  const int b = tile_id / Traits::kParts / a.column_blocks / heads_kv;
   const Sequence sequence = query_sequence(p, b);
   const int item_rows = a.query_tiles * Traits::kQueryRows;
   wait_for(a.ready + b * p.heads_kv + head_kv,
@@ -309,6 +313,8 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     __stcg(partial_bias + split * 4 * kRows + 32, bias_sums[own_sum + 32]);
   }
   if (!add_splits(sums, partial, a.arrived + tile_id, split, a.column_splits, shared_word) || !active) return;
+  // Anew: how much of each pair of columns exists would be held in registers from tile to tile.
+  const int own_lane = again(lane_id()), own_g = own_lane / 4, own_t = own_lane % 4;
   if (want_bias) {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -318,19 +324,19 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
         sum += __ldcg(partial_bias + s * 4 * kRows + 32 * half);
       }
       sum = quad_sum(sum);
-      const int k = first_k + warp_row + g + 8 * half;
-      if (t == 0 && k < proj_dim) {
+      const int k = first_k + warp_row + own_g + 8 * half;
+      if (own_t == 0 && k < proj_dim) {
         p.grad_key_bias[(static_cast<int64_t>(b) * p.heads_kv + head_kv) * p.proj_dim + k] = sum;
       }
     }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int k = first_k + warp_row + g + 8 * half;
+    const int k = first_k + warp_row + own_g + 8 * half;
     if (k >= proj_dim) continue;
 #pragma unroll
     for (int n = 0; n < kOut / 8; ++n) {
-      const int d = part * kOut + 8 * n + 2 * t;
+      const int d = part * kOut + 8 * n + 2 * own_t;
       if (a.want_key_proj) {
         store_pair<kType>(rows_at<kType>(p.grad_key_proj, b, head_kv, k) + d, p.scale * grad_key[n][2 * half],
                           p.scale * grad_key[n][2 * half + 1], head_dim - d, (a.aligned & kAlignedGradKeyProj) != 0);

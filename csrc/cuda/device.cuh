@@ -46,6 +46,12 @@ LINFORMER_DEVICE int again(int x) {
   return x;
 }
 
+template <class T>
+LINFORMER_DEVICE T* again(T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 LINFORMER_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
