@@ -66,14 +66,16 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
     };
 
     float scores[kKeys / 8][4], grad[kKeys / 8][4];    // S, then P, then dS; dP
-    const auto compute = [&](int k, bool load_block, bool load_rows) {
+    // Else nvcc finds it too long to inline for fp32 and width 256, and what it refers to would lie in local memory.
+    const auto compute = [&](int k, bool load_block, bool load_rows) __attribute__((always_inline)) {
       const int slot = resident ? k * Traits::kPitch : 0;
       const Element<kType>*key_tile = key_tiles + slot, *value_tile = value_tiles + slot;
       if (load_block) {
         __syncthreads();    // nobody reads what stands there any more
         load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kPitch>(key_tiles + slot, keys(), k, 0, threadIdx.x);
         load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kPitch>(value_tiles + slot, values(), k, 0, threadIdx.x);
-        if (kBiased) load_bias(bias_tiles + (resident ? k : 0), bias_of(p, b, head_kv()) + k, proj_dim - k, kKeys);
+        if (kBiased)
+          load_bias(shared_address(bias_tiles + (resident ? k : 0)), bias_of(p, b, head_kv()) + k, proj_dim - k, kKeys);
         commit_copies();
         wait_copies<0>();
         __syncthreads();
@@ -203,10 +205,11 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   const int tiles = (sequence.length + kQueries - 1) / kQueries;    // of one head
   const int from = static_cast<int>(static_cast<int64_t>(tiles) * group * split / a.column_splits);
   const int to = static_cast<int>(static_cast<int64_t>(tiles) * group * (split + 1) / a.column_splits);
+  const Softmax softmax(a);
   const auto load = [&](int step) {
     auto* q_tile = reinterpret_cast<Element<kType>*>(stages + (step - from) % Traits::kStages * Traits::kQueryBytes);
     auto* grad_tile = q_tile + kQueries * Traits::kPitch;
-    auto* statistics = reinterpret_cast<float4*>(grad_tile + kQueries * Traits::kPitch);
+    auto* statistics = reinterpret_cast<float*>(grad_tile + kQueries * Traits::kPitch);
     const int head = head_kv * group + step / tiles, row = step % tiles * kQueries;
     load_tile_apart<kType, kQueries, kDim, kThreads, Traits::kPitch>(
         q_tile, query_source<kType>(a, p.query, b, head, sequence.start, sequence.length, p.head_dim, kAlignedQuery),
@@ -218,12 +221,15 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     if (threadIdx.x < kQueries) {
       const int r = row + threadIdx.x;
       const int64_t index = statistics_row(p, b, head, sequence.start + r);
-      statistics[threadIdx.x] = r < sequence.length ? __ldcg(reinterpret_cast<const float4*>(a.statistics) + index)
-                                                    : make_float4(kLargestFloat, 0.0f, 0.0f, 0.0f);    // P = 0
+      const float4 own = r < sequence.length ? __ldcg(reinterpret_cast<const float4*>(a.statistics) + index)
+                                             : make_float4(kLargestFloat, 0.0f, 0.0f, 0.0f);    // P = 0
+      float* to = statistics + threadIdx.x;
+      to[0] = softmax.shift(own.x);
+      to[kQueries] = own.y;
+      to[2 * kQueries] = own.z;
     }
   };
 
-  const Softmax softmax(a);
   const int g = lane_id() / 4, t = lane_id() % 4;
   const int warp_row = warp_id() * Traits::kRows;
   const bool active = warp_row < kRows && first_k + warp_row < proj_dim;
@@ -236,6 +242,18 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   float (&grad_value)[kOut / 8][4] = *reinterpret_cast<float (*)[kOut / 8][4]>(&sums[kOut / 8]);
   if (Traits::kStages == 2 && from < to) load(from);
   if (Traits::kStages == 2) commit_copies();
+  // A third of what a step would load from shared memory, which is what limits these tiles (python -m bench.counts).
+  constexpr int kSteps = Traits::kHeld ? kDim / 16 : 1;
+  FragmentA<kType> key_rows[kSteps], value_rows[kSteps];
+  if constexpr (Traits::kHeld) {
+    wait_copies<0>();
+    __syncthreads();
+    repeat<kSteps>([&](auto s) {
+      using Operand = OperandA<kType, false, Traits::kPitch>;
+      Operand(key_tile + warp_row * Traits::kPitch).template load<0, 16 * s>(key_rows[s]);
+      Operand(value_tile + warp_row * Traits::kPitch).template load<0, 16 * s>(value_rows[s]);
+    });
+  }
   for (int step = from; step < to; ++step) {
     if (Traits::kStages == 1) {
       __syncthreads();
@@ -252,35 +270,45 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     const auto* q_tile =
         reinterpret_cast<const Element<kType>*>(stages + (step - from) % Traits::kStages * Traits::kQueryBytes);
     const auto* grad_tile = q_tile + kQueries * Traits::kPitch;
-    const auto* statistics = reinterpret_cast<const float4*>(grad_tile + kQueries * Traits::kPitch);
+    const auto* statistics = reinterpret_cast<const float*>(grad_tile + kQueries * Traits::kPitch) + 2 * t;
     const int head = head_kv * group + step / tiles, row = step % tiles * kQueries;
     const Dropout dropout(a, b, head);
 
     float scores[kQueries / 8][4], grad[kQueries / 8][4];    // S^T, then P^T; dP^T, then dS^T
     // Turned: the very scores that the statistics are of. A last bit of a large one would make P of what is surely
     // chosen another number than 1.
-    multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
-        scores, key_tile + warp_row * Traits::kPitch, q_tile, kQueries, p.allow_tf32);
-    if (a.want_key_proj || (kBiased && p.grad_key_bias)) {
-      multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
-          grad, value_tile + warp_row * Traits::kPitch, grad_tile, kQueries, p.allow_tf32);
+    const bool want_grad = a.want_key_proj || (kBiased && p.grad_key_bias);
+    if constexpr (Traits::kHeld) {
+      multiply_held<kType, kDim, kQueries, Traits::kPitch, true>(scores, key_rows, q_tile);
+      if (want_grad) multiply_held<kType, kDim, kQueries, Traits::kPitch, true>(grad, value_rows, grad_tile);
     } else {
-      clear(grad);
+      multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+          scores, key_tile + warp_row * Traits::kPitch, q_tile, kQueries, p.allow_tf32);
+      if (want_grad) {
+        multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+            grad, value_tile + warp_row * Traits::kPitch, grad_tile, kQueries, p.allow_tf32);
+      }
     }
+    if (!want_grad) clear(grad);
     softmax.orient(scores);
     if (kBiased) softmax.add_bias_of_rows(scores, a, bias_tile + warp_row);
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n) {
+      const auto of_queries = [&](int which) {
+        return *reinterpret_cast<const float2*>(statistics + which * kQueries + 8 * n);
+      };
+      const float2 shifts = of_queries(0), inverses = of_queries(1), deltas = of_queries(2);
+      const float shift[2] = {shifts.x, shifts.y}, inverse[2] = {inverses.x, inverses.y},
+                  delta[2] = {deltas.x, deltas.y};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float4 statistic = statistics[8 * n + 2 * t + e % 2];
-        const float probability = softmax.power(scores[n][e], softmax.shift(statistic.x)) * statistic.y;
+        const float probability = softmax.power(scores[n][e], shift[e % 2]) * inverse[e % 2];
         float multiplier = 1.0f;
         if (dropout.on) {
           const bool kept = dropout.kept(row + 8 * n + 2 * t + e % 2, first_k + warp_row + g + e / 2 * 8);
           multiplier = kept ? dropout.multiplier : 0.0f;
         }
-        grad[n][e] = probability * (multiplier * grad[n][e] - statistic.z);
+        grad[n][e] = probability * (multiplier * grad[n][e] - delta[e % 2]);
         scores[n][e] = multiplier * probability;
       }
     }

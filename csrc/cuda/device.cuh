@@ -233,7 +233,8 @@ struct OperandB {
   const Element<kType>* at;
 
   LINFORMER_DEVICE explicit OperandB(const Element<kType>* tile) {
-    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    // Wide heads leave no registers to hold what depends on the lane.
+    const int lane = kPitch > 256 ? again(lane_id()) : lane_id(), g = lane / 4, t = lane % 4;
     if constexpr (kWide<kType>) {
       at = tile + (kAcross ? 2 * t * kPitch + g : g * kPitch + 2 * t);
     } else {

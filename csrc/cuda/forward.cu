@@ -92,7 +92,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
                  &first_row)) {
     return;
   }
-  const int head_kv = head / (heads / static_cast<int>(p.heads_kv));
+  const int head_kv = head / (again(heads) / static_cast<int>(p.heads_kv));
   if (a.project_tiles) {
     wait_for(a.ready + b * a.units + head_kv / a.unit_heads, static_cast<uint32_t>(a.unit_tiles * a.row_blocks));
   }
@@ -160,7 +160,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
                                                                              values(), k + next, 0, threadIdx.x);
         }
         commit_copies();
-        if (p.key_bias) load_bias(bias_tiles, bias_of(p, b, head_kv) + k, proj_dim - k, a.keys);
+        if (p.key_bias) load_bias(shared_address(bias_tiles), bias_of(p, b, head_kv) + k, proj_dim - k, a.keys);
       }
       const Element<kType>* key_tile = key_tiles + slot * Traits::kKeyPitch;
       const int left = proj_dim - k;
@@ -234,9 +234,9 @@ LINFORMER_DEVICE void forward(const Arguments& a) {
 
 }    // namespace
 
-#define LINFORMER_KERNEL(name, type, dim, rows)                                                         \
+#define LINFORMER_KERNEL(name, type, dim, rows, warp_rows)                                              \
   extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ Arguments a) { \
-    forward<Forward<DType::type, dim, rows>>(a);                                                        \
+    forward<Forward<DType::type, dim, rows, warp_rows>>(a);                                             \
   }
 LINFORMER_KERNELS_OF_TYPE(LINFORMER_FORWARD_, LINFORMER_KERNEL)
 

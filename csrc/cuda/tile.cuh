@@ -149,10 +149,11 @@ struct Loader {
     columns -= kColumns;
   }
 
-  LINFORMER_DEVICE void load(Element<kType>* shared, uint32_t lane) const {
+  LINFORMER_DEVICE void load(Element<kType>* shared, uint32_t lane) const { load(shared_address(shared), lane); }
+  LINFORMER_DEVICE void load(uint32_t shared, uint32_t lane) const {
     const int first = first_row(lane);
     if (Of::kBy * Of::kChunks < kLanes && first >= Of::kBy) return;
-    const uint32_t to = shared_address(shared + first * kPitch + first_column(lane));
+    const uint32_t to = shared + (first * kPitch + first_column(lane)) * kBytes<kType>;
     const bool whole = !mask && rows >= kRows && columns >= Of::kChunk;
     if (whole && aligned) {
       repeat<Of::kCount>([&](auto i) {
@@ -173,8 +174,8 @@ struct Loader {
 // loaded in an inner loop: inlined, its addresses are computed ahead of the loops around it and take the registers of
 // the sums.
 template <DType kType, int kRows, int kColumns, int kLanes, int kPitch>
-__device__ __noinline__ void load_tile_apart(Element<kType>* shared, const Element<kType>* data, int64_t stride,
-                                             int rows, int columns, bool aligned, int row, int column, uint32_t lane) {
+__device__ __noinline__ void load_tile_apart(uint32_t shared, const Element<kType>* data, int64_t stride, int rows,
+                                             int columns, bool aligned, int row, int column, uint32_t lane) {
   using Tiles = Loader<kType, kRows, kColumns, kLanes, kPitch>;
   Source<kType> source;
   source.data = data;
@@ -187,8 +188,9 @@ __device__ __noinline__ void load_tile_apart(Element<kType>* shared, const Eleme
 template <DType kType, int kRows, int kColumns, int kLanes, int kPitch>
 LINFORMER_DEVICE void load_tile_apart(Element<kType>* shared, const Source<kType>& source, int row, int column,
                                       uint32_t lane) {
-  load_tile_apart<kType, kRows, kColumns, kLanes, kPitch>(shared, source.data, source.stride, source.rows,
-                                                          source.columns, source.aligned, row, column, lane);
+  load_tile_apart<kType, kRows, kColumns, kLanes, kPitch>(shared_address(shared), source.data, source.stride,
+                                                          source.rows, source.columns, source.aligned, row, column,
+                                                          lane);
 }
 
 // Two neighbours of a row. `columns` counts those that exist from the first of the two on.
