@@ -379,7 +379,7 @@ Plan make_plan(const Problem& problem, unsigned stages, const Device& device, st
     plan.refusal = "heads are wider than 256";
     return plan;
   }
-  if (std::max({p.batch, p.len_q, p.len_k, p.total_q, p.total_k, p.seq_len_max, p.proj_dim}) > INT_MAX - 65536) {
+  if (std::max({p.batch, p.heads, p.len_q, p.len_k, p.total_q, p.total_k, p.seq_len_max, p.proj_dim}) > INT_MAX - 65536) {
     plan.refusal = "a size is larger than 2^31 - 2^16";
     return plan;
   }
