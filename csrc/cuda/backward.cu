@@ -173,7 +173,8 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   const Problem& p = a.p;
   const int split = ticket % a.column_splits, tile_id = ticket / a.column_splits;
   const int part = tile_id % Traits::kParts, block = tile_id / Traits::kParts % a.column_blocks;
-  const int heads_kv = static_cast<int>(p.heads_kv), group = static_cast<int>(p.heads) / heads_kv;
+  // Anew for each tile, as what is the same for all would be held, or spilled, through their loops.
+  const int heads_kv = again(static_cast<int>(p.heads_kv)), group = static_cast<int>(p.heads) / heads_kv;
   const int head_kv = tile_id / Traits::kParts / a.column_blocks % heads_kv;
   const int b = tile_id / Traits::kParts / a.column_blocks / heads_kv;
   const Sequence sequence = query_sequence(p, b);
