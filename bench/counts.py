@@ -13,8 +13,6 @@ import csv
 import functools
 import importlib.util
 import os
-import re
-import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +30,6 @@ from emulator.stats import classify
 from bench import cost, options, plot
 from bench.candidates import Inputs, make_inputs
 from linformer_kernels import _backends, linformer_attention, pooled_attention
-from linformer_kernels._library import path
 
 NOTES = """\
 needed FLOP and floor bytes: python -m bench explains them; those of exact attention are its own. unique: device bytes
@@ -143,7 +140,7 @@ def _count_cuda(cell: options.Cell, gpu: Gpu) -> tuple[list[Launch], int]:
     inputs = make_inputs(cell, "cpu")
     with emulated.emulated(gpu.arch, gpu.multiprocessors, races=False) as run:
         forward = _call(cell, inputs, "cpu", run)
-    compiled = resources(gpu.arch)
+    compiled = {name: of for (arch, name), of in emulated.resources().items() if arch.rstrip("a") == str(gpu.arch)}
     launches = []
     for name, stats, shared in zip(run.kernels, run.stats, run.shared, strict=True):
         of = compiled[name]
@@ -208,22 +205,6 @@ def refuses(backend: str, cell: options.Cell) -> str | None:
     from bench.exact_triton import why_not
 
     return "it has a forward only" if cell.op == "full" else why_not(cell.head_dim, cell.torch_dtype.itemsize)
-
-
-@functools.cache
-def resources(arch: int) -> dict[str, dict[str, int]]:
-    """Registers, stack and static shared memory of each kernel, as compiled for the architecture."""
-    text = subprocess.run([emulated.cuobjdump(), "-res-usage", str(path())], capture_output=True, text=True).stdout
-    found: dict[str, dict[str, int]] = {}
-    current = None
-    for line in text.splitlines():
-        if match := re.search(r"arch = sm_(\d+)", line):
-            current = int(match.group(1))
-        if match := re.search(r"Function (\w+):", line):
-            name = match.group(1)
-        if current == arch and "REG:" in line:
-            found[name] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-    return found
 
 
 def rows_of(backend: str, cell: options.Cell, gpu: Gpu) -> list[dict[str, Any]]:

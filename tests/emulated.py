@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -79,6 +80,21 @@ def modules(arch: int) -> dict[str, emulator.Module]:
         part.rename(folder)
     found = [emulator.Module(path.read_text()) for path in sorted(folder.glob(f"*sm_{arch}*.ptx"))]
     return {name: module for module in found for name in module.kernels}
+
+
+@cache
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) to its registers, stack and static shared memory, out of the library as it was built."""
+    text = subprocess.run([cuobjdump(), "-res-usage", str(_library.path())], capture_output=True, text=True).stdout
+    found, arch, name = {}, "", ""
+    for line in text.splitlines():
+        if match := re.search(r"arch = sm_(\w+)", line):
+            arch = match.group(1)
+        if match := re.search(r"Function (\w+):", line):
+            name = match.group(1)
+        if "REG:" in line:
+            found[arch, name] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+    return found
 
 
 @contextmanager

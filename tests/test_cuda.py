@@ -236,6 +236,30 @@ def test_parts_fill_the_last_wave():
     assert sum(line["warps"] for line in atomics) - grid == rows + 2 * columns  # each CTA draws one more, which is none
 
 
+@pytest.mark.parametrize("bias", [None, "normal"])
+@pytest.mark.parametrize("k, rows", [(128, 32), (192, 32), (200, 16), (256, 16), (257, 32)])
+def test_fewer_query_rows_where_that_keeps_k_and_v_in_shared_memory(k, rows, bias):
+    """In 99 KB, with heads of 64. Then they are read once for several tiles of queries, else once for each."""
+    case = Case(batch=1, heads=1, kv_heads=1, n=40, n_q=600, k=k, d=64, bias=bias, dtype=BF16)
+    name = check(case, shared_bytes=emulated.SHARED_BYTES[86], multiprocessors=1).kernels[0]
+    assert name == "linformer_forward_bf16_d64_r128" + ("_w16" if rows == 16 else "")
+
+
+# (architecture, kernel): bytes, where none has been avoided yet, with the reason.
+KNOWN_STACKS: dict[tuple[str, str], int] = {}
+
+
+def test_no_kernel_has_a_stack():
+    """That is where registers spill to, and arrays that are not in registers. In the library as it was built, for every
+    architecture in it."""
+    found = emulated.resources()
+    assert {arch for arch, _ in found} == {
+        arch.split("+")[0] for arch in emulated._library.cuda_architectures().split(",")
+    }
+    stacks = {key: of["STACK"] for key, of in found.items() if of["STACK"]}
+    assert stacks == {key: size for key, size in KNOWN_STACKS.items() if key in found}
+
+
 def test_launches():
     """One launch forward, two backward; none for what nobody wants."""
     x = cases.Inputs(Case(dtype=BF16, d=64, k=40), "cpu")

@@ -67,6 +67,21 @@ LINFORMER_DEVICE void multiply_rows(float (&c)[kRowTiles * kColumns / 8][4], con
   });
 }
 
+// c (16 x kColumns) = rows (16 x kSummed, in registers, as a step loads them) times `tile`, as multiply_rows.
+template <DType kType, int kSummed, int kColumns, int kPitch, bool kTurned>
+LINFORMER_DEVICE void multiply_held(float (&c)[kColumns / 8][4], const FragmentA<kType> (&rows)[kSummed / 16],
+                                    const Element<kType>* tile) {
+  const OperandB<kType, false, kPitch> b_columns(tile);
+  repeat<kSummed / 16>([&](auto s) {
+    repeat<kColumns / 16>([&](auto i) {
+      FragmentB<kType> b;
+      b_columns.template load<16 * i, 16 * s>(b);
+      multiply<kType, kTurned, s == 0>(c[2 * i], rows[s], b, 0);
+      multiply<kType, kTurned, s == 0>(c[2 * i + 1], rows[s], b, 1);
+    });
+  });
+}
+
 // c (16 kRowTiles x kColumns) += scores (16 kRowTiles x kSummed, in registers, rounded to the type) times `tile`,
 // stored across. Scores from `summed` on are zero.
 template <DType kType, int kRowTiles, int kSummed, int kColumns, int kPitch>
@@ -123,8 +138,7 @@ template <DType kType, int kStaged, int kTiles>
 LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* staged, int pitch, Element<kType>* to,
                                    int64_t stride, int rows, int columns, bool aligned) {
   const int lane = again(lane_id()), g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int i = 0; i < kTiles * 8 / kStaged; ++i) {
+  repeat<kTiles * 8 / kStaged>([&](auto i) {
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < kStaged / 8; ++n) {
@@ -134,7 +148,7 @@ LINFORMER_DEVICE void store_staged(const float (&c)[kTiles][4], Element<kType>* 
     }
     __syncwarp();
     store_rows<kType, kStaged>(to + i * kStaged, stride, rows, columns - i * kStaged, aligned, staged, pitch);
-  }
+  });
   __syncwarp();
 }
 
@@ -204,11 +218,11 @@ struct Softmax {
   template <int kTiles>
   LINFORMER_DEVICE static void cut(float (&s)[kTiles][4], int columns) {
     if (columns >= 8 * kTiles) return;
-    const int at = lane_id() % 4 * 2;
+    const int left = columns - lane_id() % 4 * 2;    // compared with constants: nothing to hold through the loop around
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = 8 * n + at + e % 2 < columns ? s[n][e] : -INFINITY;
+      for (int e = 0; e < 4; ++e) s[n][e] = 8 * n + e % 2 < left ? s[n][e] : -INFINITY;
     }
   }
 
@@ -254,8 +268,10 @@ LINFORMER_DEVICE float bias_in_bits(float bias) {
 
 // `count` numbers of a bias to shared memory, in bits; 0 from `existing` on. A function of its own for the sake of
 // registers, as load_tile_apart.
-inline __device__ __noinline__ void load_bias(float* shared, const float* bias, int existing, int count) {
-  for (int i = threadIdx.x; i < count; i += kThreads) shared[i] = i < existing ? bias_in_bits(bias[i]) : 0.0f;
+inline __device__ __noinline__ void load_bias(uint32_t shared, const float* bias, int existing, int count) {
+  auto* to = static_cast<float*>(__cvta_shared_to_generic(shared));
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) to[i] = i < existing ? bias_in_bits(bias[i]) : 0.0f;
 }
 
 // Which elements of P are dropped; the kept ones count `multiplier` times.

@@ -27,19 +27,21 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
   constexpr DType kType = Traits::kType;
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
   const Problem& p = a.p;
-  const int head = static_cast<int>(ticket % p.heads);
-  const auto head_kv = [&] { return again(head) / static_cast<int>(p.heads / p.heads_kv); };
+  const int heads = static_cast<int>(p.heads), head = ticket % heads;
+  const auto head_kv = [&] { return again(head) / (static_cast<int>(p.heads) / static_cast<int>(p.heads_kv)); };
   int b = 0;
   int first_row = 0;
-  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows,
-                 static_cast<int>(ticket / p.heads), &b, &first_row)) {
+  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows, ticket / heads, &b,
+                 &first_row)) {
     return;
   }
   const Sequence sequence = query_sequence(p, b);
   const int proj_dim = static_cast<int>(p.proj_dim);
-  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv(), p.head_dim, kAlignedKeyProj); };
+  const auto keys = [&] {
+    return projected_source<kType>(a, p.key_proj, again(b), head_kv(), p.head_dim, kAlignedKeyProj);
+  };
   const auto values = [&] {
-    return projected_source<kType>(a, p.value_proj, b, head_kv(), p.value_dim, kAlignedValueProj);
+    return projected_source<kType>(a, p.value_proj, again(b), head_kv(), p.value_dim, kAlignedValueProj);
   };
   const int head_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
   Element<kType>* staged = shared + warp_id() * 2 * Traits::kRows * Traits::kStagePitch;
@@ -56,20 +58,24 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
     const int row = first + warp_id() * Traits::kRows;
     const int rows = min(max(sequence.length - row, 0), Traits::kRows);
     const int64_t at = sequence.start + row;
-    const auto queries = [&] { return query_source<kType>(a, p.query, b, head, at, rows, p.head_dim, kAlignedQuery); };
+    const auto queries = [&] {
+      return query_source<kType>(a, p.query, again(b), head, at, rows, p.head_dim, kAlignedQuery);
+    };
     const auto grads = [&] {
-      return query_source<kType>(a, p.grad_out, b, head, at, rows, p.value_dim, kAlignedGradOut);
+      return query_source<kType>(a, p.grad_out, again(b), head, at, rows, p.value_dim, kAlignedGradOut);
     };
 
     float scores[kKeys / 8][4], grad[kKeys / 8][4];    // S, then P, then dS; dP
-    const auto compute = [&](int k, bool load_block, bool load_rows) {
+    // Else nvcc finds it too long to inline for fp32 and width 256, and what it refers to would lie in local memory.
+    const auto compute = [&](int k, bool load_block, bool load_rows) __attribute__((always_inline)) {
       const int slot = resident ? k * Traits::kPitch : 0;
       const Element<kType>*key_tile = key_tiles + slot, *value_tile = value_tiles + slot;
       if (load_block) {
         __syncthreads();    // nobody reads what stands there any more
         load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kPitch>(key_tiles + slot, keys(), k, 0, threadIdx.x);
         load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kPitch>(value_tiles + slot, values(), k, 0, threadIdx.x);
-        if (kBiased) load_bias(bias_tiles + (resident ? k : 0), bias_of(p, b, head_kv()) + k, proj_dim - k, kKeys);
+        if (kBiased)
+          load_bias(shared_address(bias_tiles + (resident ? k : 0)), bias_of(p, b, head_kv()) + k, proj_dim - k, kKeys);
         commit_copies();
         wait_copies<0>();
         __syncthreads();
@@ -151,9 +157,9 @@ LINFORMER_DEVICE void row_item(const Arguments& a, Element<Traits::kType>* share
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[n][e] *= p.scale;
       }
-      store_staged<kType, Traits::kStaged>(out, staged, Traits::kStagePitch, rows_at<kType>(p.grad_query, b, head, at),
-                                           p.grad_query.row_stride, rows, head_dim,
-                                           (a.aligned & kAlignedGradQuery) != 0);
+      store_staged<kType, Traits::kStaged>(out, staged, Traits::kStagePitch,
+                                           rows_at<kType>(p.grad_query, again(b), head, at), p.grad_query.row_stride,
+                                           rows, head_dim, (a.aligned & kAlignedGradQuery) != 0);
     }
   }
   signal(a.ready + b * p.heads_kv + head_kv());
@@ -167,9 +173,10 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   const Problem& p = a.p;
   const int split = ticket % a.column_splits, tile_id = ticket / a.column_splits;
   const int part = tile_id % Traits::kParts, block = tile_id / Traits::kParts % a.column_blocks;
-  const int head_kv = static_cast<int>(tile_id / Traits::kParts / a.column_blocks % p.heads_kv);
-  const int b = static_cast<int>(tile_id / Traits::kParts / a.column_blocks / p.heads_kv);
-  const int group = static_cast<int>(p.heads / p.heads_kv);
+  // Anew for each tile, as what is the same for all would be held, or spilled, through their loops.
+  const int heads_kv = again(static_cast<int>(p.heads_kv)), group = static_cast<int>(p.heads) / heads_kv;
+  const int head_kv = tile_id / Traits::kParts / a.column_blocks % heads_kv;
+  const int b = tile_id / Traits::kParts / a.column_blocks / heads_kv;
   const Sequence sequence = query_sequence(p, b);
   const int item_rows = a.query_tiles * Traits::kQueryRows;
   wait_for(a.ready + b * p.heads_kv + head_kv,
@@ -199,10 +206,11 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   const int tiles = (sequence.length + kQueries - 1) / kQueries;    // of one head
   const int from = static_cast<int>(static_cast<int64_t>(tiles) * group * split / a.column_splits);
   const int to = static_cast<int>(static_cast<int64_t>(tiles) * group * (split + 1) / a.column_splits);
+  const Softmax softmax(a);
   const auto load = [&](int step) {
     auto* q_tile = reinterpret_cast<Element<kType>*>(stages + (step - from) % Traits::kStages * Traits::kQueryBytes);
     auto* grad_tile = q_tile + kQueries * Traits::kPitch;
-    auto* statistics = reinterpret_cast<float4*>(grad_tile + kQueries * Traits::kPitch);
+    auto* statistics = reinterpret_cast<float*>(grad_tile + kQueries * Traits::kPitch);
     const int head = head_kv * group + step / tiles, row = step % tiles * kQueries;
     load_tile_apart<kType, kQueries, kDim, kThreads, Traits::kPitch>(
         q_tile, query_source<kType>(a, p.query, b, head, sequence.start, sequence.length, p.head_dim, kAlignedQuery),
@@ -214,12 +222,15 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     if (threadIdx.x < kQueries) {
       const int r = row + threadIdx.x;
       const int64_t index = statistics_row(p, b, head, sequence.start + r);
-      statistics[threadIdx.x] = r < sequence.length ? __ldcg(reinterpret_cast<const float4*>(a.statistics) + index)
-                                                    : make_float4(kLargestFloat, 0.0f, 0.0f, 0.0f);    // P = 0
+      const float4 own = r < sequence.length ? __ldcg(reinterpret_cast<const float4*>(a.statistics) + index)
+                                             : make_float4(kLargestFloat, 0.0f, 0.0f, 0.0f);    // P = 0
+      float* to = statistics + threadIdx.x;
+      to[0] = softmax.shift(own.x);
+      to[kQueries] = own.y;
+      to[2 * kQueries] = own.z;
     }
   };
 
-  const Softmax softmax(a);
   const int g = lane_id() / 4, t = lane_id() % 4;
   const int warp_row = warp_id() * Traits::kRows;
   const bool active = warp_row < kRows && first_k + warp_row < proj_dim;
@@ -232,6 +243,18 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
   float (&grad_value)[kOut / 8][4] = *reinterpret_cast<float (*)[kOut / 8][4]>(&sums[kOut / 8]);
   if (Traits::kStages == 2 && from < to) load(from);
   if (Traits::kStages == 2) commit_copies();
+  // A third of what a step would load from shared memory, which is what limits these tiles (python -m bench.counts).
+  constexpr int kSteps = Traits::kHeld ? kDim / 16 : 1;
+  FragmentA<kType> key_rows[kSteps], value_rows[kSteps];
+  if constexpr (Traits::kHeld) {
+    wait_copies<0>();
+    __syncthreads();
+    repeat<kSteps>([&](auto s) {
+      using Operand = OperandA<kType, false, Traits::kPitch>;
+      Operand(key_tile + warp_row * Traits::kPitch).template load<0, 16 * s>(key_rows[s]);
+      Operand(value_tile + warp_row * Traits::kPitch).template load<0, 16 * s>(value_rows[s]);
+    });
+  }
   for (int step = from; step < to; ++step) {
     if (Traits::kStages == 1) {
       __syncthreads();
@@ -248,35 +271,45 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     const auto* q_tile =
         reinterpret_cast<const Element<kType>*>(stages + (step - from) % Traits::kStages * Traits::kQueryBytes);
     const auto* grad_tile = q_tile + kQueries * Traits::kPitch;
-    const auto* statistics = reinterpret_cast<const float4*>(grad_tile + kQueries * Traits::kPitch);
+    const auto* statistics = reinterpret_cast<const float*>(grad_tile + kQueries * Traits::kPitch) + 2 * t;
     const int head = head_kv * group + step / tiles, row = step % tiles * kQueries;
     const Dropout dropout(a, b, head);
 
     float scores[kQueries / 8][4], grad[kQueries / 8][4];    // S^T, then P^T; dP^T, then dS^T
     // Turned: the very scores that the statistics are of. A last bit of a large one would make P of what is surely
     // chosen another number than 1.
-    multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
-        scores, key_tile + warp_row * Traits::kPitch, q_tile, kQueries, p.allow_tf32);
-    if (a.want_key_proj || (kBiased && p.grad_key_bias)) {
-      multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
-          grad, value_tile + warp_row * Traits::kPitch, grad_tile, kQueries, p.allow_tf32);
+    const bool want_grad = a.want_key_proj || (kBiased && p.grad_key_bias);
+    if constexpr (Traits::kHeld) {
+      multiply_held<kType, kDim, kQueries, Traits::kPitch, true>(scores, key_rows, q_tile);
+      if (want_grad) multiply_held<kType, kDim, kQueries, Traits::kPitch, true>(grad, value_rows, grad_tile);
     } else {
-      clear(grad);
+      multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+          scores, key_tile + warp_row * Traits::kPitch, q_tile, kQueries, p.allow_tf32);
+      if (want_grad) {
+        multiply_rows<kType, 1, kDim, kQueries, Traits::kPitch, Traits::kPitch, true, true>(
+            grad, value_tile + warp_row * Traits::kPitch, grad_tile, kQueries, p.allow_tf32);
+      }
     }
+    if (!want_grad) clear(grad);
     softmax.orient(scores);
     if (kBiased) softmax.add_bias_of_rows(scores, a, bias_tile + warp_row);
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n) {
+      const auto of_queries = [&](int which) {
+        return *reinterpret_cast<const float2*>(statistics + which * kQueries + 8 * n);
+      };
+      const float2 shifts = of_queries(0), inverses = of_queries(1), deltas = of_queries(2);
+      const float shift[2] = {shifts.x, shifts.y}, inverse[2] = {inverses.x, inverses.y},
+                  delta[2] = {deltas.x, deltas.y};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float4 statistic = statistics[8 * n + 2 * t + e % 2];
-        const float probability = softmax.power(scores[n][e], softmax.shift(statistic.x)) * statistic.y;
+        const float probability = softmax.power(scores[n][e], shift[e % 2]) * inverse[e % 2];
         float multiplier = 1.0f;
         if (dropout.on) {
           const bool kept = dropout.kept(row + 8 * n + 2 * t + e % 2, first_k + warp_row + g + e / 2 * 8);
           multiplier = kept ? dropout.multiplier : 0.0f;
         }
-        grad[n][e] = probability * (multiplier * grad[n][e] - statistic.z);
+        grad[n][e] = probability * (multiplier * grad[n][e] - delta[e % 2]);
         scores[n][e] = multiplier * probability;
       }
     }
@@ -309,6 +342,8 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
     __stcg(partial_bias + split * 4 * kRows + 32, bias_sums[own_sum + 32]);
   }
   if (!add_splits(sums, partial, a.arrived + tile_id, split, a.column_splits, shared_word) || !active) return;
+  // Anew: how much of each pair of columns exists would be held in registers from tile to tile.
+  const int own_lane = again(lane_id()), own_g = own_lane / 4, own_t = own_lane % 4;
   if (want_bias) {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -318,19 +353,19 @@ LINFORMER_DEVICE void column_tile(const Arguments& a, Element<Traits::kType>* sh
         sum += __ldcg(partial_bias + s * 4 * kRows + 32 * half);
       }
       sum = quad_sum(sum);
-      const int k = first_k + warp_row + g + 8 * half;
-      if (t == 0 && k < proj_dim) {
+      const int k = first_k + warp_row + own_g + 8 * half;
+      if (own_t == 0 && k < proj_dim) {
         p.grad_key_bias[(static_cast<int64_t>(b) * p.heads_kv + head_kv) * p.proj_dim + k] = sum;
       }
     }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int k = first_k + warp_row + g + 8 * half;
+    const int k = first_k + warp_row + own_g + 8 * half;
     if (k >= proj_dim) continue;
 #pragma unroll
     for (int n = 0; n < kOut / 8; ++n) {
-      const int d = part * kOut + 8 * n + 2 * t;
+      const int d = part * kOut + 8 * n + 2 * own_t;
       if (a.want_key_proj) {
         store_pair<kType>(rows_at<kType>(p.grad_key_proj, b, head_kv, k) + d, p.scale * grad_key[n][2 * half],
                           p.scale * grad_key[n][2 * half + 1], head_dim - d, (a.aligned & kAlignedGradKeyProj) != 0);

@@ -46,6 +46,12 @@ LINFORMER_DEVICE int again(int x) {
   return x;
 }
 
+template <class T>
+LINFORMER_DEVICE T* again(T* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 LINFORMER_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -227,7 +233,8 @@ struct OperandB {
   const Element<kType>* at;
 
   LINFORMER_DEVICE explicit OperandB(const Element<kType>* tile) {
-    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    // Wide heads leave no registers to hold what depends on the lane.
+    const int lane = kPitch > 256 ? again(lane_id()) : lane_id(), g = lane / 4, t = lane % 4;
     if constexpr (kWide<kType>) {
       at = tile + (kAcross ? 2 * t * kPitch + g : g * kPitch + 2 * t);
     } else {

@@ -62,9 +62,10 @@ LINFORMER_DEVICE void project_tile(const Arguments& a, Element<Traits::kType>* s
   });
 
   constexpr int kTiles = Shape::kTilesM * Shape::kTilesN;
+  const ProjectTicket part(a, again(ticket));
+  float* partial = a.partial + static_cast<int64_t>(part.tile_id) * a.splits * kTiles * 4 * kThreads;
+  if (!add_splits(c, partial, a.arrived + part.tile_id, part.split, a.splits, shared_word)) return;
   const ProjectTicket done(a, again(ticket));
-  float* partial = a.partial + static_cast<int64_t>(done.tile_id) * a.splits * kTiles * 4 * kThreads;
-  if (!add_splits(c, partial, a.arrived + done.tile_id, done.split, a.splits, shared_word)) return;
   store_tile<kType, Shape>(c, shared, [&](int row, int at) {
     Target<kType> to;
     const Piece piece = piece_of(a, done.unit, done.tile, at / a.piece);
@@ -84,22 +85,24 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
   constexpr DType kType = Traits::kType;
   constexpr int kDim = Traits::kDim, kKeys = Traits::kKeys;
   const Problem& p = a.p;
-  const int head = static_cast<int>(ticket % p.heads);
+  const int heads = static_cast<int>(p.heads), head = ticket % heads;
   int b = 0;
   int first_row = 0;
-  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows,
-                 static_cast<int>(ticket / p.heads), &b, &first_row)) {
+  if (!find_item(p.cu_seqlens_q, p.batch, p.total_q, p.len_q, a.query_tiles * Traits::kQueryRows, ticket / heads, &b,
+                 &first_row)) {
     return;
   }
-  const int head_kv = head / static_cast<int>(p.heads / p.heads_kv);
+  const int head_kv = head / (again(heads) / static_cast<int>(p.heads_kv));
   if (a.project_tiles) {
     wait_for(a.ready + b * a.units + head_kv / a.unit_heads, static_cast<uint32_t>(a.unit_tiles * a.row_blocks));
   }
   const Sequence sequence = query_sequence(p, b);
   const int proj_dim = static_cast<int>(p.proj_dim);
-  const auto keys = [&] { return projected_source<kType>(a, p.key_proj, b, head_kv, p.head_dim, kAlignedKeyProj); };
+  const auto keys = [&] {
+    return projected_source<kType>(a, p.key_proj, again(b), head_kv, p.head_dim, kAlignedKeyProj);
+  };
   const auto values = [&] {
-    return projected_source<kType>(a, p.value_proj, b, head_kv, p.value_dim, kAlignedValueProj);
+    return projected_source<kType>(a, p.value_proj, again(b), head_kv, p.value_dim, kAlignedValueProj);
   };
   const int value_dim = static_cast<int>(p.value_dim);
   constexpr int kRows = Traits::kRows, kRowTiles = Traits::kRowTiles;
@@ -116,7 +119,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
   const auto row_of = [&](int tile) { return first_row + tile * Traits::kQueryRows + warp_id() * kRows; };
   const auto queries_of = [&](int tile) {
     const int row = row_of(tile), rows = min(max(sequence.length - row, 0), kRows);
-    return query_source<kType>(a, p.query, b, head, sequence.start + row, rows, p.head_dim, kAlignedQuery);
+    return query_source<kType>(a, p.query, again(b), head, sequence.start + row, rows, p.head_dim, kAlignedQuery);
   };
   const auto load_ahead = [&](int tile) {
     if (tile < a.query_tiles && row_of(tile) < sequence.length) {
@@ -149,6 +152,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
       bool waiting = slot == 0 && (!resident || tile == 0);
       if (waiting) {
         __syncthreads();    // nobody reads the blocks before them any more
+#pragma unroll 1
         for (int next = 0; next < min(a.keys, proj_dim - k); next += kKeys) {
           load_tile_apart<kType, kKeys, kDim, kThreads, Traits::kKeyPitch>(key_tiles + next * Traits::kKeyPitch, keys(),
                                                                            k + next, 0, threadIdx.x);
@@ -156,7 +160,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
                                                                              values(), k + next, 0, threadIdx.x);
         }
         commit_copies();
-        if (p.key_bias) load_bias(bias_tiles, bias_of(p, b, head_kv) + k, proj_dim - k, a.keys);
+        if (p.key_bias) load_bias(shared_address(bias_tiles), bias_of(p, b, head_kv) + k, proj_dim - k, a.keys);
       }
       const Element<kType>* key_tile = key_tiles + slot * Traits::kKeyPitch;
       const int left = proj_dim - k;
@@ -206,7 +210,7 @@ LINFORMER_DEVICE void attend_item(const Arguments& a, Element<Traits::kType>* sh
         }
       }
       store_staged<kType, Traits::kStaged>(
-          own, staged, Traits::kStagePitch, rows_at<kType>(p.out, b, head, sequence.start + row + m * kMmaRows),
+          own, staged, Traits::kStagePitch, rows_at<kType>(p.out, again(b), head, sequence.start + row + m * kMmaRows),
           p.out.row_stride, rows - m * kMmaRows, value_dim, (a.aligned & kAlignedOut) != 0);
     }
   }
@@ -230,9 +234,9 @@ LINFORMER_DEVICE void forward(const Arguments& a) {
 
 }    // namespace
 
-#define LINFORMER_KERNEL(name, type, dim, rows)                                                         \
+#define LINFORMER_KERNEL(name, type, dim, rows, warp_rows)                                              \
   extern "C" __global__ void __launch_bounds__(kThreads, 1) name(const __grid_constant__ Arguments a) { \
-    forward<Forward<DType::type, dim, rows>>(a);                                                        \
+    forward<Forward<DType::type, dim, rows, warp_rows>>(a);                                             \
   }
 LINFORMER_KERNELS_OF_TYPE(LINFORMER_FORWARD_, LINFORMER_KERNEL)
 

@@ -1,27 +1,31 @@
 // Every kernel of the library by name, with its tile sizes: X(name, type, width of a head, and of the forward ones the
-// rows of a projection tile, of the backward ones whether there is a bias). The files with kernels are compiled once
-// for each type, to fill all cores of the builder: LINFORMER_CUDA_TYPE is fp16, bf16 or fp32 there.
+// rows of a projection tile and the query rows of a warp, of the backward ones whether there is a bias). The files with
+// kernels are compiled once for each type, to fill all cores of the builder: LINFORMER_CUDA_TYPE is fp16, bf16 or fp32
+// there.
 #pragma once
 
 #include "traits.h"
 
 namespace linformer::cuda {
 
-#define LINFORMER_FORWARD_OF(X, tag, type)               \
-  X(linformer_forward_##tag##_d32_r128, type, 32, 128)   \
-  X(linformer_forward_##tag##_d64_r128, type, 64, 128)   \
-  X(linformer_forward_##tag##_d96_r128, type, 96, 128)   \
-  X(linformer_forward_##tag##_d128_r128, type, 128, 128) \
-  X(linformer_forward_##tag##_d256_r128, type, 256, 128)
-// Taller projection tiles for K over 128. Width 96 has none: it would spill.
-#define LINFORMER_FORWARD_TALL_OF(X, tag, type)          \
-  X(linformer_forward_##tag##_d32_r256, type, 32, 256)   \
-  X(linformer_forward_##tag##_d64_r256, type, 64, 256)   \
-  X(linformer_forward_##tag##_d128_r256, type, 128, 256) \
-  X(linformer_forward_##tag##_d256_r256, type, 256, 256)
-#define LINFORMER_FORWARD_fp16(X) LINFORMER_FORWARD_OF(X, fp16, kFloat16) LINFORMER_FORWARD_TALL_OF(X, fp16, kFloat16)
-#define LINFORMER_FORWARD_bf16(X) LINFORMER_FORWARD_OF(X, bf16, kBFloat16) LINFORMER_FORWARD_TALL_OF(X, bf16, kBFloat16)
-#define LINFORMER_FORWARD_fp32(X) LINFORMER_FORWARD_OF(X, fp32, kFloat32)
+#define LINFORMER_FORWARD_OF(X, tag, type, rows)             \
+  X(linformer_forward_##tag##_d32_r128, type, 32, 128, rows) \
+  X(linformer_forward_##tag##_d64_r128, type, 64, 128, rows) \
+  X(linformer_forward_##tag##_d96_r128, type, 96, 128, 16)   \
+  X(linformer_forward_##tag##_d128_r128, type, 128, 128, 16) \
+  X(linformer_forward_##tag##_d256_r128, type, 256, 128, 16)
+// Taller projection tiles for K over 128. Width 96 has none: it would spill. And one that goes with less shared memory.
+#define LINFORMER_FORWARD_MORE_OF(X, tag, type)              \
+  X(linformer_forward_##tag##_d32_r256, type, 32, 256, 32)   \
+  X(linformer_forward_##tag##_d64_r256, type, 64, 256, 32)   \
+  X(linformer_forward_##tag##_d128_r256, type, 128, 256, 16) \
+  X(linformer_forward_##tag##_d256_r256, type, 256, 256, 16) \
+  X(linformer_forward_##tag##_d64_r128_w16, type, 64, 128, 16)
+#define LINFORMER_FORWARD_fp16(X) \
+  LINFORMER_FORWARD_OF(X, fp16, kFloat16, 32) LINFORMER_FORWARD_MORE_OF(X, fp16, kFloat16)
+#define LINFORMER_FORWARD_bf16(X) \
+  LINFORMER_FORWARD_OF(X, bf16, kBFloat16, 32) LINFORMER_FORWARD_MORE_OF(X, bf16, kBFloat16)
+#define LINFORMER_FORWARD_fp32(X) LINFORMER_FORWARD_OF(X, fp32, kFloat32, 16)
 #define LINFORMER_FORWARD_KERNELS(X) LINFORMER_FORWARD_fp16(X) LINFORMER_FORWARD_bf16(X) LINFORMER_FORWARD_fp32(X)
 
 // Without and with a bias: where there is none, its branches would cost registers that are all taken.

@@ -21,18 +21,19 @@ struct ForwardInfo {
   int keys, key_bytes, staged_bytes;
   int shared_bytes;    // at the least
 };
-#define LINFORMER_INFO(name, type, dim, rows)                                                             \
-  {#name,                                                                                                 \
-   DType::type,                                                                                           \
-   dim,                                                                                                   \
-   rows,                                                                                                  \
-   Forward<DType::type, dim, rows>::Project::kTilesM * Forward<DType::type, dim, rows>::Project::kTilesN, \
-   Forward<DType::type, dim, rows>::kQueryRows,                                                           \
-   Forward<DType::type, dim, rows>::kBuffers,                                                             \
-   Forward<DType::type, dim, rows>::kKeys,                                                                \
-   Forward<DType::type, dim, rows>::kKeyBytes,                                                            \
-   Forward<DType::type, dim, rows>::kStagedBytes,                                                         \
-   Forward<DType::type, dim, rows>::kSharedBytes},
+#define LINFORMER_INFO(name, type, dim, rows, warp_rows)             \
+  {#name,                                                            \
+   DType::type,                                                      \
+   dim,                                                              \
+   rows,                                                             \
+   Forward<DType::type, dim, rows, warp_rows>::Project::kTilesM *    \
+       Forward<DType::type, dim, rows, warp_rows>::Project::kTilesN, \
+   Forward<DType::type, dim, rows, warp_rows>::kQueryRows,           \
+   Forward<DType::type, dim, rows, warp_rows>::kBuffers,             \
+   Forward<DType::type, dim, rows, warp_rows>::kKeys,                \
+   Forward<DType::type, dim, rows, warp_rows>::kKeyBytes,            \
+   Forward<DType::type, dim, rows, warp_rows>::kStagedBytes,         \
+   Forward<DType::type, dim, rows, warp_rows>::kSharedBytes},
 constexpr ForwardInfo kForwardKernels[] = {LINFORMER_FORWARD_KERNELS(LINFORMER_INFO)};
 #undef LINFORMER_INFO
 
@@ -222,11 +223,24 @@ uint32_t grid_of(int64_t tickets, const Device& device) {
 }
 
 void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned stages, const Device& device, int dim) {
+  // Blocks of K' and V', with a number of the bias a row, that K has, and that fit beside tiles of queries.
+  const int64_t bias_bytes = problem.key_bias ? 4 : 0;
+  const auto wanted = [&](const ForwardInfo& of) { return ceil_div(problem.proj_dim, of.keys); };
+  const auto fitting = [&](const ForwardInfo& of, int64_t buffers) {
+    return (device.shared_bytes - buffers * of.staged_bytes) / (of.key_bytes + bias_bytes) / of.keys;
+  };
+  const auto holds = [&](const ForwardInfo& of) { return fitting(of, 1) >= wanted(of); };
   const ForwardInfo* kernel = nullptr;
   for (const ForwardInfo& one : kForwardKernels) {
     if (one.type != problem.dtype || one.dim != dim || one.shared_bytes > device.shared_bytes) continue;
-    // Tall tiles only where K fills them.
-    if (!kernel || (one.project_rows > kernel->project_rows && problem.proj_dim > kernel->project_rows)) kernel = &one;
+    // Tall tiles only where K fills them. Fewer query rows a warp only where K' and V' stay in shared memory for that,
+    // as with K = 256 in 99 KB, which have no room for tall tiles. Counted for B = 4, N = 4096 on 84 multiprocessors
+    // (tests/emulated.py): L2 bytes 234 -> 210 MiB, instructions -7 %; wavefronts of shared memory +25 %, which stay
+    // below the time of the products there, at half the rate of 8.0.
+    if (!kernel || (one.project_rows > kernel->project_rows && problem.proj_dim > kernel->project_rows) ||
+        (one.project_rows == kernel->project_rows && holds(one) && !holds(*kernel))) {
+      kernel = &one;
+    }
   }
   if (!kernel) {
     plan.refusal = kNoMemory;
@@ -256,16 +270,11 @@ void plan_forward(Plan& plan, Layout& layout, const Problem& problem, unsigned s
   a.arrived = layout.add<uint32_t>(a.splits > 1 ? 4 * tiles : 0);
   plan.counter_bytes = layout.used();
   a.partial = layout.add<float>(a.splits > 1 ? tiles * a.splits * kernel->project_tiles * 4 * kThreads * 4 : 0);
-  // All of K' and V', or as much as fits, with a number of the bias a row. Two tiles of queries where there is room.
-  const int64_t key_bytes = kernel->key_bytes + (problem.key_bias ? 4 : 0);
-  const int64_t wanted = ceil_div(problem.proj_dim, kernel->keys);
-  const auto fitting = [&](int64_t buffers) {
-    return (device.shared_bytes - buffers * kernel->staged_bytes) / key_bytes / kernel->keys;
-  };
-  a.query_buffers = a.query_tiles > 1 && fitting(2) >= wanted ? kernel->buffers : 1;
-  a.keys = static_cast<int32_t>(std::min(wanted, fitting(a.query_buffers)) * kernel->keys);
-  const int64_t shared_bytes =
-      std::max<int64_t>(kernel->shared_bytes, a.query_buffers * kernel->staged_bytes + a.keys * key_bytes);
+  // All of K' and V', or as much as fits. Two tiles of queries where there is room.
+  a.query_buffers = a.query_tiles > 1 && fitting(*kernel, 2) >= wanted(*kernel) ? kernel->buffers : 1;
+  a.keys = static_cast<int32_t>(std::min(wanted(*kernel), fitting(*kernel, a.query_buffers)) * kernel->keys);
+  const int64_t shared_bytes = std::max<int64_t>(
+      kernel->shared_bytes, a.query_buffers * kernel->staged_bytes + a.keys * (kernel->key_bytes + bias_bytes));
   plan.launches.push_back({kernel->name, grid_of(tickets, device), kThreads, static_cast<uint32_t>(shared_bytes), a});
 }
 
@@ -372,7 +381,8 @@ Plan make_plan(const Problem& problem, unsigned stages, const Device& device, st
     plan.refusal = "heads are wider than 256";
     return plan;
   }
-  if (std::max({p.batch, p.len_q, p.len_k, p.total_q, p.total_k, p.seq_len_max, p.proj_dim}) > INT_MAX - 65536) {
+  if (std::max({p.batch, p.heads, p.len_q, p.len_k, p.total_q, p.total_k, p.seq_len_max, p.proj_dim}) >
+      INT_MAX - 65536) {
     plan.refusal = "a size is larger than 2^31 - 2^16";
     return plan;
   }

@@ -41,16 +41,22 @@ struct Loose {
     return kBytes<kType> == 2 && reinterpret_cast<uintptr_t>(chunk) % 4 != 0;
   }
 
-  // .cg: from L2, because L1 may hold what stood there before another CTA wrote.
-  LINFORMER_DEVICE void load(const Element<kType>* chunk, bool odd) {
-    const Element<kType>* from = chunk + (odd ? 1 : 0);
+  // The first `count` elements of the chunk whose first word is at `word`. .cg: from L2, because L1 may hold what stood
+  // there before another CTA wrote.
+  LINFORMER_DEVICE void load(const Element<kType>* word, bool odd, int count) {
+    using Bits = BitsOf<kType>;
+    constexpr int kElements = 4 / kBytes<kType>;    // of a word
+    const auto* from = reinterpret_cast<const Bits*>(word);
+    const int left = count - (odd ? 1 : 0);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) words[i] = __ldcg(reinterpret_cast<const uint32_t*>(from) + i);
-    if constexpr (kType == DType::kFloat32) {
-      next = __ldcg(reinterpret_cast<const uint32_t*>(from) + 3);
-    } else {
-      next = __ldcg(from + 6);
-      other = __ldcg(from + (odd ? -1 : 7));
+    for (int i = 0; i < 3; ++i) {
+      if (left >= (i + 1) * kElements) words[i] = __ldcg(reinterpret_cast<const uint32_t*>(from) + i);
+      if (kElements == 2 && left == 2 * i + 1) words[i] = __ldcg(from + 2 * i);
+    }
+    if (left > 3 * kElements) next = __ldcg(from + 3 * kElements);
+    if constexpr (kElements == 2) {
+      if (odd && count > 0) other = __ldcg(from - 1);
+      if (left == 8) other = __ldcg(from + 7);
     }
   }
   template <int kOffset>
@@ -77,45 +83,34 @@ __device__ __noinline__ void load_ragged(uint32_t to, const Element<kType>* from
   constexpr int kBy = Of::kBy, kBytesBy = kBy * kPitch * kBytes<kType>;
   const int count = kWhole ? Of::kChunk : min(max(columns, 0), Of::kChunk);
   const bool odd = Loose<kType>::is_odd(from);
+  from += odd ? 1 : 0;
+  // From row to row by sums that the compiler does not see through: it would hold the distance of each from the first.
 #pragma unroll 1
   for (; first < kRows; first += Of::kAhead * kBy) {
     bool taken[Of::kAhead];
 #pragma unroll
     for (int i = 0; i < Of::kAhead; ++i) {
-      taken[i] = kWhole ? kRows % kBy == 0 || first + i * kBy < kRows
-                        : i * kBy < rows && (!mask || mask[i * kBy * mask_stride]);
+      taken[i] = kWhole ? kRows % kBy == 0 || first + i * kBy < kRows : i * kBy < rows && (!mask || *mask);
+      if (mask) mask = again(mask + kBy * mask_stride);
     }
     if (!kWhole && aligned) {
       repeat<Of::kAhead>([&](auto i) {
-        if (first + i * kBy >= kRows) return;
-        copy_async<i * kBytesBy>(to, from + i * kBy * stride, taken[i] ? count * kBytes<kType> : 0);
+        if (first + i * kBy < kRows) copy_async<i * kBytesBy>(to, from, taken[i] ? count * kBytes<kType> : 0);
+        from = again(from + kBy * stride);
       });
-    } else if (count == Of::kChunk) {
+    } else {
       Loose<kType> chunks[Of::kAhead] = {};
 #pragma unroll
       for (int i = 0; i < Of::kAhead; ++i) {
-        if (taken[i]) chunks[i].load(from + i * kBy * stride, odd);
+        if (taken[i]) chunks[i].load(from, odd, count);
+        from = again(from + kBy * stride);
       }
       repeat<Of::kAhead>([&](auto i) {
         if (first + i * kBy < kRows) chunks[i].template store<i * kBytesBy>(to, odd);
       });
-    } else {
-      repeat<Of::kAhead>([&](auto i) {
-        if (first + i * kBy >= kRows) return;
-        uint32_t words[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int e = 0; e < Of::kChunk; ++e) {
-          uint32_t bits = 0;
-          if (taken[i] && e < count) bits = __ldcg(reinterpret_cast<const BitsOf<kType>*>(from + i * kBy * stride + e));
-          words[e * kBytes<kType> / 4] |= bits << e * kBytes<kType> * 8 % 32;
-        }
-        store_shared<i * kBytesBy>(to, words[0], words[1], words[2], words[3]);
-      });
     }
     to += Of::kAhead * kBytesBy;
-    from += Of::kAhead * kBy * stride;
     rows -= Of::kAhead * kBy;
-    if (mask) mask += Of::kAhead * kBy * mask_stride;
   }
 }
 
@@ -154,10 +149,11 @@ struct Loader {
     columns -= kColumns;
   }
 
-  LINFORMER_DEVICE void load(Element<kType>* shared, uint32_t lane) const {
+  LINFORMER_DEVICE void load(Element<kType>* shared, uint32_t lane) const { load(shared_address(shared), lane); }
+  LINFORMER_DEVICE void load(uint32_t shared, uint32_t lane) const {
     const int first = first_row(lane);
     if (Of::kBy * Of::kChunks < kLanes && first >= Of::kBy) return;
-    const uint32_t to = shared_address(shared + first * kPitch + first_column(lane));
+    const uint32_t to = shared + (first * kPitch + first_column(lane)) * kBytes<kType>;
     const bool whole = !mask && rows >= kRows && columns >= Of::kChunk;
     if (whole && aligned) {
       repeat<Of::kCount>([&](auto i) {
@@ -178,8 +174,8 @@ struct Loader {
 // loaded in an inner loop: inlined, its addresses are computed ahead of the loops around it and take the registers of
 // the sums.
 template <DType kType, int kRows, int kColumns, int kLanes, int kPitch>
-__device__ __noinline__ void load_tile_apart(Element<kType>* shared, const Element<kType>* data, int64_t stride,
-                                             int rows, int columns, bool aligned, int row, int column, uint32_t lane) {
+__device__ __noinline__ void load_tile_apart(uint32_t shared, const Element<kType>* data, int64_t stride, int rows,
+                                             int columns, bool aligned, int row, int column, uint32_t lane) {
   using Tiles = Loader<kType, kRows, kColumns, kLanes, kPitch>;
   Source<kType> source;
   source.data = data;
@@ -192,8 +188,9 @@ __device__ __noinline__ void load_tile_apart(Element<kType>* shared, const Eleme
 template <DType kType, int kRows, int kColumns, int kLanes, int kPitch>
 LINFORMER_DEVICE void load_tile_apart(Element<kType>* shared, const Source<kType>& source, int row, int column,
                                       uint32_t lane) {
-  load_tile_apart<kType, kRows, kColumns, kLanes, kPitch>(shared, source.data, source.stride, source.rows,
-                                                          source.columns, source.aligned, row, column, lane);
+  load_tile_apart<kType, kRows, kColumns, kLanes, kPitch>(shared_address(shared), source.data, source.stride,
+                                                          source.rows, source.columns, source.aligned, row, column,
+                                                          lane);
 }
 
 // Two neighbours of a row. `columns` counts those that exist from the first of the two on.
@@ -234,7 +231,7 @@ LINFORMER_DEVICE void store_rows(Element<kType>* data, int64_t stride, int rows,
   constexpr int kChunk = 16 / kBytes<kType>;
   constexpr int kChunks = kColumns / kChunk;
 #pragma unroll 1
-  for (int i = lane_id(); i < kMmaRows * kChunks; i += 32) {
+  for (int i = again(lane_id()); i < kMmaRows * kChunks; i += 32) {
     const int row = i / kChunks, column = i % kChunks * kChunk;
     store_chunk<kType>(data + row * stride + column, *reinterpret_cast<const uint4*>(shared + row * pitch + column),
                        row < rows ? columns - column : 0, aligned);

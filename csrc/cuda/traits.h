@@ -50,7 +50,7 @@ constexpr int piece_columns(int dim) { return smaller(dim, kTileColumns); }
 // Columns of query rows staged in shared memory at a time.
 constexpr int staged_columns(int dim, int most) { return dim <= most ? dim : (dim == 96 ? 48 : most); }
 
-template <DType kType_, int kDim_, int kProjectRows_>
+template <DType kType_, int kDim_, int kProjectRows_, int kRows_>
 struct Forward {
   static constexpr DType kType = kType_;
   static constexpr int kDim = kDim_;
@@ -60,8 +60,7 @@ struct Forward {
 
   // Query rows of a warp, and of a CTA, at a time: where registers allow for 32 a warp, so that what is loaded of K'
   // and V' serves two products.
-  static constexpr int kRowTiles = !kWide && kDim <= 64 ? 2 : 1;
-  static constexpr int kRows = kRowTiles * kMmaRows;
+  static constexpr int kRows = kRows_, kRowTiles = kRows / kMmaRows;
   static constexpr int kQueryRows = kWarps * kRows;
   // Rows of K' and V' whose scores are in registers at a time. Shared memory holds a multiple of them, which the plan
   // chooses.
@@ -102,6 +101,7 @@ struct Backward {
   static constexpr int kQueries = kDim >= 128 || kWide ? 16 : 32;
   static constexpr int kOut = smaller(kDim, 128);    // columns of dK' and dV' in registers
   static constexpr int kParts = kDim / kOut;
+  static constexpr bool kHeld = !kWide && kDim <= 64;    // rows of K' and V' stay in registers, as operands
   static constexpr int kStages = kDim >= 256 || (kWide && kDim >= 96) ? 1 : 2;
   static constexpr int kQueryBytes = kBytes<kType> * 2 * kQueries * kPitch + 16 * kQueries;
   static constexpr int kColumnBytes = kBytes<kType> * 2 * kColumnRows * kPitch + kStages * kQueryBytes +
