@@ -130,6 +130,8 @@ class LinformerEncoderLayer(nn.TransformerEncoderLayer):
         """
         refuse_mask("src_mask", src_mask)
         options: dict[str, Any] = {"key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        if getattr(src, "is_nested", False) and src.layout == torch.jagged and src.lengths() is not None:
+            src = src.contiguous()  # without the holes of torch.nested.narrow, which no sum with it would have
 
         def attend(x: Tensor) -> Tensor:
             return self.dropout1(self.self_attn(x, x, x, projection=projection, **options)[0])

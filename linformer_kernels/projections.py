@@ -422,9 +422,11 @@ class LinformerProjection(nn.Module):
         elif key_padding_mask is None:
             reached = (edges[:-1] < length)[None]
         else:
-            edges = (edges + _first(key_padding_mask) * self.from_first).clamp(max=length)
+            if self.from_first:
+                edges = edges + _first(key_padding_mask)
+            edges = edges.clamp(max=length)
             before = functional.pad(key_padding_mask.cumsum(1), (1, 0)).gather(
-                1, edges.expand(len(key_padding_mask), -1)
+                1, edges.expand(key_padding_mask.size(0), -1)
             )
             reached = before[:, 1:] > before[:, :-1]
         return torch.where(reached, 0.0, -torch.inf)[:, None]
@@ -512,6 +514,8 @@ def _maxima(rows: Tensor, segments: Tensor, number: int, cu_seqlens_k: Tensor | 
 
 def _first(key_padding_mask: Tensor) -> Tensor:
     """(B, 1): the first position that takes part, 0 where none does."""
+    if key_padding_mask.size(1) == 0:  # argmax refuses
+        return key_padding_mask.new_zeros(key_padding_mask.size(0), 1, dtype=torch.int64)
     return key_padding_mask.to(torch.uint8).argmax(1, keepdim=True)
 
 

@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import linformer_kernels as lk
 from linformer_kernels import (
@@ -492,6 +493,116 @@ def test_per_sample_gradients():
         want = torch.autograd.grad(loss(dict(stack.named_parameters()), x[b], mask[b]), list(stack.parameters()))
         for name, one in zip(weights, want, strict=True):
             torch.testing.assert_close(got[name][b], one, rtol=1e-3, atol=1e-4 * (1 + one.abs().max().item()))
+
+
+KINDS = [{}, {"init": "mean"}, {"kind": "mean"}, {"kind": "max"}, {"kind": "conv", "head_dim": 8}, {"kind": "adaptive"}]
+
+
+def of_kind(options):
+    return LinformerAttention(32, 4, batch_first=True, projection=LinformerProjection(N, 6, **options))
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_no_positions_and_a_mask_of_none(options):
+    """Rows that stand for windows looked for the first position that takes part, and PyTorch's argmax found none."""
+    attention, nothing = randomized(of_kind(options)), torch.zeros(2, 0, 32)
+    given = {"key_padding_mask": torch.zeros(2, 0, dtype=torch.bool)}
+    assert attention(nothing, **given)[0].shape == (2, 0, 32)
+    out = attention(torch.randn(2, 5, 32), nothing, **given)[0]
+    torch.testing.assert_close(out, attention.out_proj.bias.expand_as(out))
+
+
+def test_a_mask_of_nan_is_refused():
+    """It passed for a padded position."""
+    x, mask = torch.randn(4, 20, 32), torch.zeros(4, 20)
+    mask[0, 3] = torch.nan
+    with pytest.raises(ValueError, match="adds other numbers"):
+        of_kind({})(x, key_padding_mask=mask)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_jagged_tensor_with_holes(norm_first):
+    """torch.nested.narrow makes one: the layer's sums were of two tensors whose lengths PyTorch took for different."""
+    layer = randomized(LinformerEncoderLayer(32, 4, 48, 0.0, norm_first=norm_first, **SIZES)).eval()
+    starts, lengths = torch.tensor([0, 1, 2]), torch.tensor([4, 3, 6])
+    narrow = torch.nested.narrow(torch.randn(3, 8, 32), 1, starts, lengths, layout=torch.jagged)
+    for got, sequence in zip(layer(narrow).unbind(), narrow.unbind(), strict=True):
+        torch.testing.assert_close(got, layer(sequence), rtol=1e-4, atol=1e-4)
+
+
+def test_nested_tensors_under_another_default_device():
+    attention = of_kind({})
+    nested = torch.nested.nested_tensor([torch.randn(4, 32), torch.randn(2, 32)], layout=torch.jagged)
+    want = attention(nested)[0].unbind()
+    with torch.device("meta"):
+        got = attention(nested)[0].unbind()
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("way", ["layer", "self_attn replaced"])
+def test_dynamically_quantized_in_torch_encoder(way):
+    """torch.ao's linear layers keep weight and bias behind methods, which torch.nn's encoder could not look at."""
+    quantize = torch.ao.quantization.quantize_dynamic
+    layer = LinformerEncoderLayer(32, 4, 48, batch_first=True, **SIZES)
+    if way == "self_attn replaced":
+        attention, layer = layer.self_attn, nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        layer.self_attn = attention
+    stack = nn.TransformerEncoder(layer, 2).eval()
+    x, ignored = torch.randn(4, 20, 32), torch.zeros(4, 20, dtype=torch.bool)
+    with torch.no_grad():
+        got = quantize(stack, {nn.Linear})(x, src_key_padding_mask=ignored)
+        torch.testing.assert_close(got, stack(x, src_key_padding_mask=ignored), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_traced_with_a_mask(options):
+    """With rows that stand for windows: torch.jit knows no product of a tensor and a bool."""
+    attention = of_kind(options)
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x, mask):
+            return self.attention(x, key_padding_mask=mask)[0]
+
+    traced = torch.jit.trace(Call(), (torch.randn(4, 20, 32), padding(4, 20)), check_trace=False)
+    traced = torch.jit.load(io.BytesIO(traced.save_to_buffer()))
+    given = torch.randn(4, 20, 32), padding(4, 20).flip(0, 1)
+    torch.testing.assert_close(traced(*given), Call()(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_recorded_by_make_fx(options):
+    """Its tensors look as if they could be read; reading one is an error of PyTorch's."""
+    attention = of_kind(options)
+    weights = {name: weight.detach() for name, weight in attention.named_parameters()}
+
+    def call(weights, x, mask):
+        return torch.func.functional_call(attention, weights, (x,), {"key_padding_mask": mask})[0]
+
+    recorded = make_fx(call)(
+        weights, torch.randn(4, 20, 32), torch.zeros(4, 20).masked_fill(padding(4, 20), -torch.inf)
+    )
+    given = torch.randn(4, 20, 32), torch.zeros(4, 20).masked_fill(padding(4, 20).flip(0, 1), -torch.inf)
+    torch.testing.assert_close(recorded(weights, *given), call(weights, *given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_exported_with_a_dynamic_batch_and_a_mask(options):
+    """Rows that stand for windows fixed the batch to that of the example."""
+    layer = LinformerEncoderLayer(32, 4, 48, batch_first=True, projection=LinformerProjection(N, 6, **options)).eval()
+    batch, n = torch.export.Dim("batch", min=1, max=9), torch.export.Dim("n", min=2, max=N)
+    given = {"src": torch.randn(4, 20, 32), "src_key_padding_mask": padding(4, 20)}
+    program = torch.export.export(layer, (), given, dynamic_shapes={key: {0: batch, 1: n} for key in given}).module()
+    for given in ((torch.randn(5, 13, 32), padding(5, 13)), (torch.randn(1, N, 32), padding(4, N)[2:3])):
+        torch.testing.assert_close(
+            program(src=given[0], src_key_padding_mask=given[1]),
+            layer(given[0], src_key_padding_mask=given[1]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def run(code, *arguments):
