@@ -149,7 +149,12 @@ class LinformerAttention(nn.Module):
     def _joined(self, name: str) -> Tensor | None:
         """None where a layer has none, or keeps it in another way, as torch.ao's quantized ones behind a method."""
         parts = [getattr(linear, name, None) for linear in (self.q_proj, self.k_proj, self.v_proj)]
-        return torch.cat(parts) if all(isinstance(part, Tensor) for part in parts) else None
+        if not all(isinstance(part, Tensor) for part in parts):
+            return None
+        try:
+            return torch.cat(parts)
+        except NotImplementedError:  # of a quantizer's tensors: one of them, which tells torch.nn to keep its hands off
+            return parts[0]
 
     def forward(
         self,

@@ -542,7 +542,7 @@ def test_nested_tensors_under_another_default_device():
 @pytest.mark.parametrize("way", ["layer", "self_attn replaced"])
 def test_dynamically_quantized_in_torch_encoder(way):
     """torch.ao's linear layers keep weight and bias behind methods, which torch.nn's encoder could not look at."""
-    quantize = torch.ao.quantization.quantize_dynamic
+    quantize = pytest.importorskip("torch.ao.quantization").quantize_dynamic
     layer = LinformerEncoderLayer(32, 4, 48, batch_first=True, **SIZES)
     if way == "self_attn replaced":
         attention, layer = layer.self_attn, nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
@@ -552,6 +552,32 @@ def test_dynamically_quantized_in_torch_encoder(way):
     with torch.no_grad():
         got = quantize(stack, {nn.Linear})(x, src_key_padding_mask=ignored)
         torch.testing.assert_close(got, stack(x, src_key_padding_mask=ignored), rtol=0.1, atol=0.1)
+
+
+class Packed(torch.Tensor):
+    """As a weight of torchao's: it multiplies and is detached, and no more."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.cat:
+            raise NotImplementedError("aten.cat")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_that_cannot_be_joined_in_torch_encoder():
+    """torch.nn's encoder looks at in_proj_weight, which failed of weights that torchao's quantize_ had replaced."""
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
+    for index in range(2):
+        stack.layers[index] = LinformerEncoderLayer(32, 4, 48, batch_first=True, **SIZES)
+    x, ignored = torch.randn(4, 20, 32), torch.zeros(4, 20, dtype=torch.bool)
+    want = stack.eval()(x)
+    for module in stack.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().as_subclass(Packed), requires_grad=False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got = stack(x, src_key_padding_mask=ignored).as_subclass(torch.Tensor)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", KINDS, ids=str)

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -513,6 +514,35 @@ def test_positions_that_are_no_restarts():
     backwards = torch.arange(30).flip(0)[None]
     alone = torch.cat([model(text[None], position_ids=backwards).last_hidden_state for text in ids])
     assert off(model(ids, position_ids=backwards.expand(2, -1)).last_hidden_state, alone) < 1e-5
+
+
+def test_positions_in_an_export_want_a_mask():
+    """Whether they start again cannot be seen there; the error was one of PyTorch's, about an expression u0."""
+    model, ids = linformerize(make("Bert"), 64, 16), torch.randint(3, 97, (2, 30))
+    given = {"input_ids": ids, "position_ids": torch.arange(30)[None]}
+    with pytest.raises(ValueError, match=r"position_ids .* wanted: an attention_mask"):
+        torch.export.export(model, (), given)
+    program = torch.export.export(model, (), given | {"attention_mask": torch.ones_like(ids)}).module()
+    got = program(**given, attention_mask=torch.ones_like(ids)).last_hidden_state
+    assert off(got, model(**given).last_hidden_state) < 1e-5
+
+
+@pytest.mark.parametrize("sharing", ["layerwise", "key_value"])
+def test_a_copy_of_a_layer_belongs_to_the_model(sharing):
+    """It brought a hidden copy of the whole model along, whose E was never trained and never saved."""
+    model, ids = linformerize(make("Bert"), 64, 16, sharing), torch.randint(3, 97, (2, 30))
+    layers, copied = model.encoder.layer, copy.deepcopy(model.encoder.layer[0])
+    with torch.no_grad():
+        model.linformer[0].proj_key.normal_()
+        layers[1] = layers[0]
+        want = model(ids).last_hidden_state
+        layers[1] = copied
+        assert torch.equal(model(ids).last_hidden_state, want)
+        _, whole = copy.deepcopy([layers[1], model])  # the layer first
+        again = pickle.loads(pickle.dumps(whole))
+        model.linformer[0].proj_key.zero_()
+        assert torch.equal(whole(ids).last_hidden_state, want) and torch.equal(again(ids).last_hidden_state, want)
+        assert not torch.equal(model(ids).last_hidden_state, want)
 
 
 def test_options_of_a_meaning_that_linformer_lacks_are_refused_by_name():

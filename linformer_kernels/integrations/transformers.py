@@ -283,7 +283,23 @@ class _Place:
     """
 
     def __init__(self, owner: nn.Module, index: int) -> None:
-        self.owner, self.index = owner, index
+        self._owner, self.index, self._copies = owner, index, {}  # type: ignore[var-annotated]
+
+    @property
+    def owner(self) -> nn.Module:
+        if self._copies:
+            self._owner, self._copies = self._copies.get(id(self._owner), self._owner), {}
+        return self._owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Place:
+        # Of a layer alone the copy belongs to the same model, and not to a hidden copy of it. Which of the two it is
+        # may be known only when all is copied.
+        place = _Place(memo.get(id(self.owner), self.owner), self.index)
+        place._copies = {} if place.owner is not self.owner else memo
+        return place
+
+    def __reduce__(self) -> Any:
+        return _Place, (self.owner, self.index)
 
 
 def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -447,6 +463,11 @@ def _unpack_positions(model: nn.Module, arguments: tuple[Any, ...], options: dic
         return None
     if given.get("attention_mask") is not None or given.get("cu_seq_lens_q") is not None:
         return None
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "position_ids came without an attention_mask within torch.export; wanted: an attention_mask, too, all ones "
+            "without padding, as a program cannot look whether positions start again, where another text would begin"
+        )
     starts = position_ids == position_ids[:, :1]
     in_order = starts[:, 1:] | (position_ids.diff(dim=1) == 1)
     if not in_order.all() or not starts[:, 1:].any() or starts.all():
