@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -201,11 +202,14 @@ class LinformerEncoder(nn.Module):
         own: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "init": init}
         if projection is not None:  # that of the encoder, which has the sizes
             own, sizes = {"sharing": "layerwise"}, [None] * num_layers
-        shape = dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        shape = layer_norm_eps, batch_first, norm_first, bias, device, dtype
         self.layers = nn.ModuleList(
             LinformerEncoderLayer(
                 d_model,
                 nhead,
+                dim_feedforward,
+                dropout,
+                copy.deepcopy(activation),  # which may have weights, as nn.PReLU
                 *shape,
                 proj_dim=size,
                 num_kv_heads=num_kv_heads,

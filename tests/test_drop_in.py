@@ -181,6 +181,27 @@ class Theirs(nn.TransformerEncoderLayer):
         return 2 * src
 
 
+@pytest.mark.parametrize("sharing", ["headwise", "layerwise"])
+def test_a_layer_that_stands_several_times_stays_one(sharing):
+    """It became several, each to be trained by itself."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    theirs = nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(32))
+    theirs.layers = nn.ModuleList([layer, theirs.layers[1], layer])
+    theirs.eval()
+    ours = from_torch(theirs, seq_len=N, proj_dim=N, init="identity", sharing=sharing)
+    assert ours.layers[0] is ours.layers[2] and ours.layers[0] is not ours.layers[1]
+    x = torch.randn(4, 20, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_with_weights_is_each_layers_own():
+    """As torch.nn.TransformerEncoder copies it with the layer; it was one for all layers."""
+    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, activation=nn.PReLU()), 2)
+    ours = LinformerEncoder(32, 4, 48, activation=nn.PReLU(), num_layers=2, **SIZES)
+    names = lambda module: [name for name, _ in module.named_parameters() if "activation" in name]  # noqa: E731
+    assert names(ours) == names(theirs) == ["layers.0.activation.weight", "layers.1.activation.weight"]
+
+
 def test_a_layer_with_a_forward_of_its_own_is_not_converted():
     with pytest.raises(TypeError, match=r"a Theirs, with a forward of its own; wanted: a torch\.nn\."):
         from_torch(nn.TransformerEncoder(Theirs(32, 4), 2), **SIZES)

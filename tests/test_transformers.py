@@ -675,6 +675,8 @@ def test_proj_dim_by_layer():
     assert model.config.linformer["seq_len"] == LENGTH and model.config.to_json_string()
     assert [matrices.proj_dim for matrices in model.linformer] == [16, 8, 4]
     assert model(**inputs("Bert")).last_hidden_state.isfinite().all()
+    model = linformerize(make("Bert"), None, 16, projection="adaptive", keep=(np.int64(2), 1))
+    assert "linformer" in model.config.to_json_string()  # numpy's integer in `keep` was none of JSON's
 
 
 @pytest.mark.parametrize("make_model, says", [

@@ -125,6 +125,9 @@ def _encoder_from_torch(
         encoder.projection = make_projection(*heads, device=weight.device, dtype=weight.dtype)
     if encoder.projection is not None:  # which has the sizes
         options, sizes = {"sharing": "layerwise"}, [None] * len(sizes)
-    for index, (layer, size) in enumerate(zip(module.layers, sizes, strict=True)):
-        encoder.layers[index] = from_torch(layer, **options, proj_dim=size)
+    made: dict[Any, Any] = {}  # a layer that stands there several times stays one
+    for index, of_one in enumerate(zip(module.layers, sizes, strict=True)):
+        if of_one not in made:
+            made[of_one] = from_torch(of_one[0], **options, proj_dim=of_one[1])
+        encoder.layers[index] = made[of_one]
     return encoder.train(module.training)

@@ -116,8 +116,9 @@ def linformerize(
     if keep is None and projection == "adaptive":
         keep = _KEEP.get(model.main_input_name, (1, 1))
         keep = keep if max(sum(keep), 1) < min(sizes_of(settings, len(layers))) else (0, 0)
-    as_in_json = list(keep) if isinstance(keep, tuple) else keep
-    settings |= {"windows": windows, "keep": as_in_json, "singles": singles, "length_norm": length_norm}
+    if isinstance(keep, (tuple, list)):  # as in JSON
+        keep = [integer(f"keep[{i}]", number) for i, number in enumerate(keep)]  # type: ignore[assignment]
+    settings |= {"windows": windows, "keep": keep, "singles": singles, "length_norm": bool(length_norm)}
     if getattr(model.config, "output_attentions", False):
         raise NotImplementedError(
             "model.config.output_attentions is True, but Linformer has no attention over positions to return; wanted: "
