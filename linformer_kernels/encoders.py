@@ -130,18 +130,28 @@ class LinformerEncoderLayer(nn.TransformerEncoderLayer):
             ValueError, TypeError: as `LinformerAttention.forward`.
         """
         refuse_mask("src_mask", src_mask)
-        options: dict[str, Any] = {"key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
-        if getattr(src, "is_nested", False) and src.layout == torch.jagged and src.lengths() is not None:
-            src = src.contiguous()  # without the holes of torch.nested.narrow, which no sum with it would have
-
-        def attend(x: Tensor) -> Tensor:
-            return self.dropout1(self.self_attn(x, x, x, projection=projection, **options)[0])
+        own: dict[str, Any] = {} if projection is None else {"projection": projection}
+        given: Any = src
+        if getattr(given, "is_nested", False) and given.layout == torch.jagged and given.lengths() is not None:
+            src = given.contiguous()  # without the holes of torch.nested.narrow, which no sum with it would have
 
         if self.norm_first:
-            src = src + attend(self.norm1(src))
+            src = src + self._sa_block(self.norm1(src), None, src_key_padding_mask, is_causal, **own)
             return src + self._ff_block(self.norm2(src))
-        src = self.norm1(src + attend(src))
+        src = self.norm1(src + self._sa_block(src, None, src_key_padding_mask, is_causal, **own))
         return self.norm2(src + self._ff_block(src))
+
+    def _sa_block(  # called by this name, as torch.nn's: for subclasses to replace
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        projection: nn.Module | None = None,
+    ) -> Tensor:
+        options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        out: Tensor = self.dropout1(self.self_attn(x, x, x, projection=projection, **options)[0])
+        return out
 
 
 class LinformerEncoder(nn.Module):

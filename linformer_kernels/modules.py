@@ -9,7 +9,7 @@ The sharing strategies of the paper (section 4) are layouts of E and F, never co
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class LinformerAttention(nn.Module):
 
     # As in a MultiheadAttention of separate weights: torch.nn's encoder layers call it, past their fast path.
     _qkv_same_embed_dim = False
+    bias_k = bias_v = None
+    add_zero_attn = False
 
     def __init__(
         self,
@@ -148,13 +150,13 @@ class LinformerAttention(nn.Module):
 
     def _joined(self, name: str) -> Tensor | None:
         """None where a layer has none, or keeps it in another way, as torch.ao's quantized ones behind a method."""
-        parts = [getattr(linear, name, None) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        parts: list[Any] = [getattr(linear, name, None) for linear in (self.q_proj, self.k_proj, self.v_proj)]
         if not all(isinstance(part, Tensor) for part in parts):
             return None
         try:
             return torch.cat(parts)
         except NotImplementedError:  # of a quantizer's tensors: one of them, which tells torch.nn to keep its hands off
-            return parts[0]
+            return cast(Tensor, parts[0])
 
     def forward(
         self,

@@ -194,6 +194,22 @@ def test_a_layer_that_stands_several_times_stays_one(sharing):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_subclass_may_replace_a_block_as_of_torch():
+    """`_sa_block` of a subclass was not called."""
+
+    class Halved(LinformerEncoderLayer):
+        def _sa_block(self, *arguments, **options):
+            return super()._sa_block(*arguments, **options) / 2
+
+    layer, x = LinformerEncoderLayer(32, 4, 48, 0.0, batch_first=True, norm_first=True, **SIZES), torch.randn(4, 20, 32)
+    halved = Halved(32, 4, 48, 0.0, batch_first=True, norm_first=True, **SIZES)
+    halved.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        for weight in layer.self_attn.out_proj.parameters():
+            weight /= 2
+    torch.testing.assert_close(halved(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
 def test_an_activation_with_weights_is_each_layers_own():
     """As torch.nn.TransformerEncoder copies it with the layer; it was one for all layers."""
     theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, activation=nn.PReLU()), 2)

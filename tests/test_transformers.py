@@ -424,6 +424,21 @@ def test_offloaded_by_accelerate(disk, options, tmp_path):
         assert torch.equal(hidden(offload(model, execution_device=torch.device("cpu"), **where), batch), want)
 
 
+@pytest.mark.parametrize("options", [
+    dict(projection="adaptive", proj_dim=LENGTH), dict(init="identity", proj_dim=LENGTH),
+    dict(init="svd", proj_dim=LENGTH),
+], ids=str)  # fmt: skip
+def test_linformerized_after_offloading(options):
+    """E was made on "meta", where accelerate leaves the weights it puts elsewhere."""
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = make("Bert"), inputs("Bert")
+    options = {"calibration": [inputs("Bert", padded=False)], **options} if options.get("init") == "svd" else options
+    with torch.no_grad():
+        want = hidden(model, batch)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert off(hidden(linformerize(model, LENGTH, **options), batch), want) < 1e-3
+
+
 class Rounded(nn.Module):
     """A quantized linear layer."""
 
@@ -511,6 +526,9 @@ def test_positions_that_are_no_restarts():
     want = model(ids).last_hidden_state
     assert torch.equal(model(ids, position_ids=torch.arange(30)[None].expand(2, -1)).last_hidden_state, want)
     assert torch.equal(model(ids, None, None, torch.arange(30)[None]).last_hidden_state, want)
+    twice = torch.arange(15).repeat(1, 2)  # restarts, in one row for all
+    alone = torch.cat([model(text).last_hidden_state for text in ids.unflatten(1, (2, 15)).unbind(1)], 1)
+    assert off(model(ids, position_ids=twice).last_hidden_state, alone) < 1e-5
     backwards = torch.arange(30).flip(0)[None]
     alone = torch.cat([model(text[None], position_ids=backwards).last_hidden_state for text in ids])
     assert off(model(ids, position_ids=backwards.expand(2, -1)).last_hidden_state, alone) < 1e-5

@@ -421,7 +421,7 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
             f'projection is "conv" and sharing "layerwise", but the layers have heads of widths {widths}; wanted: '
             'sharing="key_value"'
         )
-    like = next(model.parameters())
+    like, device = next(model.parameters()), _device(model)
     sizes = sizes_of(settings, len(layers))
     more = {name: settings[name] for name in MORE_SETTINGS if settings.get(name) is not None}
     count = 1 if settings["sharing"] == "layerwise" else len(layers)
@@ -438,7 +438,7 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
                 **more,
                 head_dim=head_dim if settings["projection"] == "conv" else None,
                 init=settings["init"],
-                device=like.device,
+                device=device,
                 dtype=like.dtype,
             )
         )
@@ -451,6 +451,14 @@ def _install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str
     model.config.attn_implementation = NAME
     model.set_attn_implementation(NAME)
     return made
+
+
+def _device(model: nn.Module) -> Any:
+    """Where it computes. accelerate's offloading leaves weights on "meta" and says where in its hooks."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    wanted = (getattr(hook, "execution_device", None) for hook in hooks)
+    real = (weight.device for weight in model.parameters() if not weight.is_meta)
+    return next((device for device in (*real, *wanted) if device is not None), "meta")
 
 
 def _unpack_positions(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -469,6 +477,9 @@ def _unpack_positions(model: nn.Module, arguments: tuple[Any, ...], options: dic
             "position_ids came without an attention_mask within torch.export; wanted: an attention_mask, too, all ones "
             "without padding, as a program cannot look whether positions start again, where another text would begin"
         )
+    inputs = *arguments[:1], given.get("input_ids"), given.get("inputs_embeds"), position_ids
+    rows = next(tensor for tensor in inputs if tensor is not None)
+    position_ids = position_ids.expand(rows.size(0), -1)  # one row of them may be for all
     starts = position_ids == position_ids[:, :1]
     in_order = starts[:, 1:] | (position_ids.diff(dim=1) == 1)
     if not in_order.all() or not starts[:, 1:].any() or starts.all():
@@ -507,12 +518,12 @@ def _position_moments(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each layer sum(X X^T) over the calibration data, for X the keys and the values of one head:
     (H, seq_len, seq_len) in float64, of the model with its own attention, each scaled to the trace 1."""
-    own, batches = model.config._attn_implementation, 0
+    own, batches, device = model.config._attn_implementation, 0, _device(model)
     training = {module: module.training for module in model.modules()}
     for layer in layers:
         heads, _ = _shape_of_heads(layer)
         shape = (heads, seq_len, seq_len)
-        layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=model.device) for _ in range(2))
+        layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
     model.set_attn_implementation(_MOMENTS)
     model.eval()
     try:
