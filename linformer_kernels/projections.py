@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._backends import for_onnx
+from ._backends import for_onnx, is_distributed
 from ._masks import readable
 from ._ops import OPS
 from ._validation import (
@@ -185,7 +185,8 @@ class LinformerProjection(nn.Module):
                 if weight is not None and self.init == "gaussian":
                     nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
                 elif weight is not None:
-                    weight.copy_(self.window_rows(self.init == "mean"))
+                    rows = self.window_rows(self.init == "mean").to(weight.device).expand(weight.shape)
+                    weight.copy_(_sharded_like(rows, weight) if is_distributed(weight) else rows)
 
     def window_rows(self, mean: bool) -> Tensor:
         """(K, seq_len) in float64, on the CPU: row k is the mean of window k, or picks its first position."""
@@ -477,6 +478,13 @@ def _checked_keep(keep: Any, proj_dim: int, adaptive: bool) -> tuple[int, int]:
             f"keep is {(first, last)} but proj_dim is {proj_dim}; wanted: numbers of at least 0, less than K in all"
         )
     return first, last
+
+
+def _sharded_like(rows: Tensor, weight: Any) -> Tensor:
+    """What every process has whole, as the DTensor `weight` is, as by fully_shard."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(rows, weight.device_mesh, weight.placements)
 
 
 def _wide(like: Tensor) -> torch.dtype:

@@ -222,6 +222,24 @@ def test_a_layer_with_a_forward_of_its_own_is_not_converted():
     with pytest.raises(TypeError, match=r"a Theirs, with a forward of its own; wanted: a torch\.nn\."):
         from_torch(nn.TransformerEncoder(Theirs(32, 4), 2), **SIZES)
 
+    class Blocks(nn.TransformerEncoderLayer):
+        def _sa_block(self, *arguments, **options):
+            return 0 * super()._sa_block(*arguments, **options)
+
+    with pytest.raises(TypeError, match="Blocks, with a _sa_block of its own"):  # it had been left out, in silence
+        from_torch(Blocks(32, 4), **SIZES)
+
+
+def test_an_encoder_of_other_layers_is_not_converted():
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4), 1)
+    for layers, says in (
+        ([nn.Sequential(stack.layers[0])], "layer 0 is a Sequential"),
+        ([], "no layers"),
+    ):
+        stack.layers = nn.ModuleList(layers)
+        with pytest.raises((TypeError, ValueError), match=says):
+            from_torch(stack, **SIZES)
+
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
@@ -769,6 +787,21 @@ def sharded(mesh):
     attention = [LinformerEncoderLayer(32, 4, 48, 0.0, seq_len=24, proj_dim=6)]
     check(nn.Sequential(*attention), lambda model: [model[0].self_attn.k_proj, model[0].self_attn.projection, model])
 
+def started_on_meta(mesh):
+    for init in ("mean", "identity", "gaussian"):
+        with torch.device("meta"):
+            model = LinformerEncoder(32, 4, 48, num_layers=2, batch_first=True, seq_len=24, proj_dim=6, init=init)
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh)
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert model(torch.randn(2, 20, 32)).isfinite().all()
+        projection = model.layers[0].self_attn.projection
+        if init != "gaussian":
+            assert torch.equal(projection.proj_key.full_tensor(), projection.window_rows(init == "mean").float())
+
 def worker(rank, where):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -783,7 +816,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["tensor_parallel", "sharded"])
+@pytest.mark.parametrize("way", ["tensor_parallel", "sharded", "started_on_meta"])
 def test_on_two_processes(way, tmp_path):
     """Tensor parallelism attended with narrower heads and another scale, in silence; FSDP2 of a projection failed."""
     script = tmp_path / "distributed.py"
