@@ -541,7 +541,9 @@ def is_known(tensor: Tensor) -> bool:
 
 def is_recording() -> bool:
     """Within make_fx, whose tensors look like any other."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    before = torch._ops._get_dispatch_mode_pre_dispatch  # make_fx(..., pre_dispatch=True) has a stack of its own
+    return torch._C._get_dispatch_mode(proxy) is not None or before(proxy) is not None
 
 
 def _check_bounds(name: str, bounds: list[int], rows_name: str, total: int, n_max: int | None) -> None:

@@ -654,8 +654,9 @@ def test_traced_with_a_mask(options):
     torch.testing.assert_close(traced(*given), Call()(*given), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pre_dispatch", [False, True])
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_recorded_by_make_fx(options):
+def test_recorded_by_make_fx(options, pre_dispatch):
     """Its tensors look as if they could be read; reading one is an error of PyTorch's."""
     attention = of_kind(options)
     weights = {name: weight.detach() for name, weight in attention.named_parameters()}
@@ -663,7 +664,7 @@ def test_recorded_by_make_fx(options):
     def call(weights, x, mask):
         return torch.func.functional_call(attention, weights, (x,), {"key_padding_mask": mask})[0]
 
-    recorded = make_fx(call)(
+    recorded = make_fx(call, pre_dispatch=pre_dispatch)(
         weights, torch.randn(4, 20, 32), torch.zeros(4, 20).masked_fill(padding(4, 20), -torch.inf)
     )
     given = torch.randn(4, 20, 32), torch.zeros(4, 20).masked_fill(padding(4, 20).flip(0, 1), -torch.inf)
