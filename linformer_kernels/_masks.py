@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._validation import check_tensor
+from ._validation import check_tensor, is_recording
 
 # What a floating mask holds where a position is ignored, at the most: -inf, the lowest number of a type, -10,000.
 IGNORED = -1e4
@@ -14,6 +14,8 @@ IGNORED = -1e4
 def readable(tensor: Tensor) -> bool:
     """Whether to look at its values costs nothing: not on a GPU, which it would stall, nor under a tracer."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    if is_recording():
         return False
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
@@ -39,7 +41,7 @@ def of_scores(name: str, mask: Tensor) -> Tensor:
     Values are looked at where that costs nothing; on a GPU and under a compiler all above -10,000 takes part.
     """
     taken = mask > IGNORED
-    if readable(mask) and not (~taken | (mask == 0)).all():
+    if readable(mask) and not ((mask <= IGNORED) | (mask == 0)).all():  # nor NaN
         raise ValueError(
             f"{name} adds other numbers to scores than 0 and -10,000 or less; wanted: 0 where a position takes part "
             "and -inf where it is ignored, as Linformer's scores are over K compressed rows"

@@ -535,7 +535,15 @@ def is_known(tensor: Tensor) -> bool:
     """Whether values may be read: that would break the graph of a compiler, has no meaning on a fake tensor or on a
     wrapper of functorch's (of functionalize, which has no values of its own), and would stall a GPU."""
     known = type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu"
-    return known and not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_recording()
+    return known and not traced
+
+
+def is_recording() -> bool:
+    """Within make_fx, whose tensors look like any other."""
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    before = torch._ops._get_dispatch_mode_pre_dispatch  # make_fx(..., pre_dispatch=True) has a stack of its own
+    return torch._C._get_dispatch_mode(proxy) is not None or before(proxy) is not None
 
 
 def _check_bounds(name: str, bounds: list[int], rows_name: str, total: int, n_max: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -129,16 +130,28 @@ class LinformerEncoderLayer(nn.TransformerEncoderLayer):
             ValueError, TypeError: as `LinformerAttention.forward`.
         """
         refuse_mask("src_mask", src_mask)
-        options: dict[str, Any] = {"key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
-
-        def attend(x: Tensor) -> Tensor:
-            return self.dropout1(self.self_attn(x, x, x, projection=projection, **options)[0])
+        own: dict[str, Any] = {} if projection is None else {"projection": projection}
+        given: Any = src
+        if getattr(given, "is_nested", False) and given.layout == torch.jagged and given.lengths() is not None:
+            src = given.contiguous()  # without the holes of torch.nested.narrow, which no sum with it would have
 
         if self.norm_first:
-            src = src + attend(self.norm1(src))
+            src = src + self._sa_block(self.norm1(src), None, src_key_padding_mask, is_causal, **own)
             return src + self._ff_block(self.norm2(src))
-        src = self.norm1(src + attend(src))
+        src = self.norm1(src + self._sa_block(src, None, src_key_padding_mask, is_causal, **own))
         return self.norm2(src + self._ff_block(src))
+
+    def _sa_block(  # called by this name, as torch.nn's: for subclasses to replace
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        projection: nn.Module | None = None,
+    ) -> Tensor:
+        options: dict[str, Any] = {"key_padding_mask": key_padding_mask, "is_causal": is_causal}
+        out: Tensor = self.dropout1(self.self_attn(x, x, x, projection=projection, **options)[0])
+        return out
 
 
 class LinformerEncoder(nn.Module):
@@ -199,11 +212,14 @@ class LinformerEncoder(nn.Module):
         own: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "init": init}
         if projection is not None:  # that of the encoder, which has the sizes
             own, sizes = {"sharing": "layerwise"}, [None] * num_layers
-        shape = dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype
+        shape = layer_norm_eps, batch_first, norm_first, bias, device, dtype
         self.layers = nn.ModuleList(
             LinformerEncoderLayer(
                 d_model,
                 nhead,
+                dim_feedforward,
+                dropout,
+                copy.deepcopy(activation),  # which may have weights, as nn.PReLU
                 *shape,
                 proj_dim=size,
                 num_kv_heads=num_kv_heads,

@@ -9,7 +9,7 @@ The sharing strategies of the paper (section 4) are layouts of E and F, never co
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,14 @@ class LinformerAttention(nn.Module):
 
     Raises:
         ValueError: sizes that do not divide, unknown sharing, a projection that does not fit the other arguments.
-        TypeError: projection is not a LinformerProjection.
+        TypeError: projection is not a LinformerProjection, a size no integer, dropout no number.
         NotImplementedError: add_bias_kv, add_zero_attn.
     """
 
     # As in a MultiheadAttention of separate weights: torch.nn's encoder layers call it, past their fast path.
     _qkv_same_embed_dim = False
+    bias_k = bias_v = None
+    add_zero_attn = False
 
     def __init__(
         self,
@@ -96,10 +98,12 @@ class LinformerAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if head_dim is None and embed_dim % num_heads != 0:
             raise ValueError(f"embed_dim is {embed_dim} and num_heads {num_heads}; wanted: embed_dim a multiple of it")
-        if head_dim is not None and head_dim < 1:
+        if head_dim is not None and integer("head_dim", head_dim) < 1:
             raise ValueError(f"head_dim is {head_dim}; wanted: at least 1, or None for embed_dim / num_heads")
-        if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        if integer("num_kv_heads", num_kv_heads) < 1 or num_heads % num_kv_heads != 0:
             raise ValueError(f"num_kv_heads is {num_kv_heads}; wanted: a divisor of num_heads = {num_heads}")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+            raise TypeError(f"dropout is {dropout!r}; wanted: a float in [0, 1)")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}; wanted: a float in [0, 1)")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
@@ -137,14 +141,22 @@ class LinformerAttention(nn.Module):
         """A copy, as torch.nn.MultiheadAttention has it: torch.nn.TransformerEncoder looks at it."""
         if not self.kdim == self.vdim == self.embed_dim:
             return None
-        return torch.cat([linear.weight for linear in (self.q_proj, self.k_proj, self.v_proj)])
+        return self._joined("weight")
 
     @property
     def in_proj_bias(self) -> Tensor | None:
         """A copy, see `in_proj_weight`."""
-        if self.q_proj.bias is None:
+        return self._joined("bias")
+
+    def _joined(self, name: str) -> Tensor | None:
+        """None where a layer has none, or keeps it in another way, as torch.ao's quantized ones behind a method."""
+        parts: list[Any] = [getattr(linear, name, None) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        if not all(isinstance(part, Tensor) for part in parts):
             return None
-        return torch.cat([linear.bias for linear in (self.q_proj, self.k_proj, self.v_proj)])
+        try:
+            return torch.cat(parts)
+        except NotImplementedError:  # of a quantizer's tensors: one of them, which tells torch.nn to keep its hands off
+            return cast(Tensor, parts[0])
 
     def forward(
         self,
@@ -412,7 +424,7 @@ def _lengths(nested: Tensor) -> list[int]:
 
 
 def _offsets(lengths: list[int], like: Tensor) -> Tensor:
-    return functional.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0)).to(like.device)
+    return functional.pad(torch.tensor(lengths, dtype=torch.int64, device=like.device).cumsum(0), (1, 0))
 
 
 def _nested_like(rows: Tensor, nested: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._backends import for_onnx
+from ._backends import for_onnx, is_distributed
 from ._masks import readable
 from ._ops import OPS
 from ._validation import (
@@ -185,7 +185,8 @@ class LinformerProjection(nn.Module):
                 if weight is not None and self.init == "gaussian":
                     nn.init.normal_(weight, std=weight.size(-1) ** -0.5)
                 elif weight is not None:
-                    weight.copy_(self.window_rows(self.init == "mean"))
+                    rows = self.window_rows(self.init == "mean").to(weight.device).expand(weight.shape)
+                    weight.copy_(_sharded_like(rows, weight) if is_distributed(weight) else rows)
 
     def window_rows(self, mean: bool) -> Tensor:
         """(K, seq_len) in float64, on the CPU: row k is the mean of window k, or picks its first position."""
@@ -422,9 +423,11 @@ class LinformerProjection(nn.Module):
         elif key_padding_mask is None:
             reached = (edges[:-1] < length)[None]
         else:
-            edges = (edges + _first(key_padding_mask) * self.from_first).clamp(max=length)
+            if self.from_first:
+                edges = edges + _first(key_padding_mask)
+            edges = edges.clamp(max=length)
             before = functional.pad(key_padding_mask.cumsum(1), (1, 0)).gather(
-                1, edges.expand(len(key_padding_mask), -1)
+                1, edges.expand(key_padding_mask.size(0), -1)
             )
             reached = before[:, 1:] > before[:, :-1]
         return torch.where(reached, 0.0, -torch.inf)[:, None]
@@ -477,6 +480,13 @@ def _checked_keep(keep: Any, proj_dim: int, adaptive: bool) -> tuple[int, int]:
     return first, last
 
 
+def _sharded_like(rows: Tensor, weight: Any) -> Tensor:
+    """What every process has whole, as the DTensor `weight` is, as by fully_shard."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(rows, weight.device_mesh, weight.placements)
+
+
 def _wide(like: Tensor) -> torch.dtype:
     """What factors and weights of its rows are computed in."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -512,6 +522,8 @@ def _maxima(rows: Tensor, segments: Tensor, number: int, cu_seqlens_k: Tensor | 
 
 def _first(key_padding_mask: Tensor) -> Tensor:
     """(B, 1): the first position that takes part, 0 where none does."""
+    if key_padding_mask.size(1) == 0:  # argmax refuses
+        return key_padding_mask.new_zeros(key_padding_mask.size(0), 1, dtype=torch.int64)
     return key_padding_mask.to(torch.uint8).argmax(1, keepdim=True)
 
 

@@ -126,6 +126,11 @@ def _pool(key: Tensor, value: Tensor, segments: Tensor, num_segments: int) -> tu
 
 
 def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    if cu_seqlens.is_meta:
+        raise NotImplementedError(
+            'cu_seqlens_q or cu_seqlens_k is on "meta" and says no lengths; wanted: padded sequences, or, for shapes '
+            "alone, torch._subclasses.FakeTensorMode"
+        )
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(cu_seqlens) and torch._is_functional_tensor(cu_seqlens):
         torch._sync(cu_seqlens)  # within functionalize: the values are inside

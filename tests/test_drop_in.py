@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import linformer_kernels as lk
 from linformer_kernels import (
@@ -180,9 +181,64 @@ class Theirs(nn.TransformerEncoderLayer):
         return 2 * src
 
 
+@pytest.mark.parametrize("sharing", ["headwise", "layerwise"])
+def test_a_layer_that_stands_several_times_stays_one(sharing):
+    """It became several, each to be trained by itself."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    theirs = nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(32))
+    theirs.layers = nn.ModuleList([layer, theirs.layers[1], layer])
+    theirs.eval()
+    ours = from_torch(theirs, seq_len=N, proj_dim=N, init="identity", sharing=sharing)
+    assert ours.layers[0] is ours.layers[2] and ours.layers[0] is not ours.layers[1]
+    x = torch.randn(4, 20, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_subclass_may_replace_a_block_as_of_torch():
+    """`_sa_block` of a subclass was not called."""
+
+    class Halved(LinformerEncoderLayer):
+        def _sa_block(self, *arguments, **options):
+            return super()._sa_block(*arguments, **options) / 2
+
+    layer, x = LinformerEncoderLayer(32, 4, 48, 0.0, batch_first=True, norm_first=True, **SIZES), torch.randn(4, 20, 32)
+    halved = Halved(32, 4, 48, 0.0, batch_first=True, norm_first=True, **SIZES)
+    halved.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        for weight in layer.self_attn.out_proj.parameters():
+            weight /= 2
+    torch.testing.assert_close(halved(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_with_weights_is_each_layers_own():
+    """As torch.nn.TransformerEncoder copies it with the layer; it was one for all layers."""
+    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, activation=nn.PReLU()), 2)
+    ours = LinformerEncoder(32, 4, 48, activation=nn.PReLU(), num_layers=2, **SIZES)
+    names = lambda module: [name for name, _ in module.named_parameters() if "activation" in name]  # noqa: E731
+    assert names(ours) == names(theirs) == ["layers.0.activation.weight", "layers.1.activation.weight"]
+
+
 def test_a_layer_with_a_forward_of_its_own_is_not_converted():
     with pytest.raises(TypeError, match=r"a Theirs, with a forward of its own; wanted: a torch\.nn\."):
         from_torch(nn.TransformerEncoder(Theirs(32, 4), 2), **SIZES)
+
+    class Blocks(nn.TransformerEncoderLayer):
+        def _sa_block(self, *arguments, **options):
+            return 0 * super()._sa_block(*arguments, **options)
+
+    with pytest.raises(TypeError, match="Blocks, with a _sa_block of its own"):  # it had been left out, in silence
+        from_torch(Blocks(32, 4), **SIZES)
+
+
+def test_an_encoder_of_other_layers_is_not_converted():
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4), 1)
+    for layers, says in (
+        ([nn.Sequential(stack.layers[0])], "layer 0 is a Sequential"),
+        ([], "no layers"),
+    ):
+        stack.layers = nn.ModuleList(layers)
+        with pytest.raises((TypeError, ValueError), match=says):
+            from_torch(stack, **SIZES)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -494,6 +550,143 @@ def test_per_sample_gradients():
             torch.testing.assert_close(got[name][b], one, rtol=1e-3, atol=1e-4 * (1 + one.abs().max().item()))
 
 
+KINDS = [{}, {"init": "mean"}, {"kind": "mean"}, {"kind": "max"}, {"kind": "conv", "head_dim": 8}, {"kind": "adaptive"}]
+
+
+def of_kind(options):
+    return LinformerAttention(32, 4, batch_first=True, projection=LinformerProjection(N, 6, **options))
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_no_positions_and_a_mask_of_none(options):
+    """Rows that stand for windows looked for the first position that takes part, and PyTorch's argmax found none."""
+    attention, nothing = randomized(of_kind(options)), torch.zeros(2, 0, 32)
+    given = {"key_padding_mask": torch.zeros(2, 0, dtype=torch.bool)}
+    assert attention(nothing, **given)[0].shape == (2, 0, 32)
+    out = attention(torch.randn(2, 5, 32), nothing, **given)[0]
+    torch.testing.assert_close(out, attention.out_proj.bias.expand_as(out))
+
+
+def test_a_mask_of_nan_is_refused():
+    """It passed for a padded position."""
+    x, mask = torch.randn(4, 20, 32), torch.zeros(4, 20)
+    mask[0, 3] = torch.nan
+    with pytest.raises(ValueError, match="adds other numbers"):
+        of_kind({})(x, key_padding_mask=mask)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_jagged_tensor_with_holes(norm_first):
+    """torch.nested.narrow makes one: the layer's sums were of two tensors whose lengths PyTorch took for different."""
+    layer = randomized(LinformerEncoderLayer(32, 4, 48, 0.0, norm_first=norm_first, **SIZES)).eval()
+    starts, lengths = torch.tensor([0, 1, 2]), torch.tensor([4, 3, 6])
+    narrow = torch.nested.narrow(torch.randn(3, 8, 32), 1, starts, lengths, layout=torch.jagged)
+    for got, sequence in zip(layer(narrow).unbind(), narrow.unbind(), strict=True):
+        torch.testing.assert_close(got, layer(sequence), rtol=1e-4, atol=1e-4)
+
+
+def test_nested_tensors_under_another_default_device():
+    attention = of_kind({})
+    nested = torch.nested.nested_tensor([torch.randn(4, 32), torch.randn(2, 32)], layout=torch.jagged)
+    want = attention(nested)[0].unbind()
+    with torch.device("meta"):
+        got = attention(nested)[0].unbind()
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("way", ["layer", "self_attn replaced"])
+def test_dynamically_quantized_in_torch_encoder(way):
+    """torch.ao's linear layers keep weight and bias behind methods, which torch.nn's encoder could not look at."""
+    quantize = pytest.importorskip("torch.ao.quantization").quantize_dynamic
+    layer = LinformerEncoderLayer(32, 4, 48, batch_first=True, **SIZES)
+    if way == "self_attn replaced":
+        attention, layer = layer.self_attn, nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        layer.self_attn = attention
+    stack = nn.TransformerEncoder(layer, 2).eval()
+    x, ignored = torch.randn(4, 20, 32), torch.zeros(4, 20, dtype=torch.bool)
+    with torch.no_grad():
+        got = quantize(stack, {nn.Linear})(x, src_key_padding_mask=ignored)
+        torch.testing.assert_close(got, stack(x, src_key_padding_mask=ignored), rtol=0.1, atol=0.1)
+
+
+class Packed(torch.Tensor):
+    """As a weight of torchao's: it multiplies and is detached, and no more."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.cat:
+            raise NotImplementedError("aten.cat")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_that_cannot_be_joined_in_torch_encoder():
+    """torch.nn's encoder looks at in_proj_weight, which failed of weights that torchao's quantize_ had replaced."""
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
+    for index in range(2):
+        stack.layers[index] = LinformerEncoderLayer(32, 4, 48, batch_first=True, **SIZES)
+    x, ignored = torch.randn(4, 20, 32), torch.zeros(4, 20, dtype=torch.bool)
+    want = stack.eval()(x)
+    for module in stack.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().as_subclass(Packed), requires_grad=False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            got = stack(x, src_key_padding_mask=ignored).as_subclass(torch.Tensor)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_traced_with_a_mask(options):
+    """With rows that stand for windows: torch.jit knows no product of a tensor and a bool."""
+    attention = of_kind(options)
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x, mask):
+            return self.attention(x, key_padding_mask=mask)[0]
+
+    traced = torch.jit.trace(Call(), (torch.randn(4, 20, 32), padding(4, 20)), check_trace=False)
+    traced = torch.jit.load(io.BytesIO(traced.save_to_buffer()))
+    given = torch.randn(4, 20, 32), padding(4, 20).flip(0, 1)
+    torch.testing.assert_close(traced(*given), Call()(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_recorded_by_make_fx(options, pre_dispatch):
+    """Its tensors look as if they could be read; reading one is an error of PyTorch's."""
+    attention = of_kind(options)
+    weights = {name: weight.detach() for name, weight in attention.named_parameters()}
+
+    def call(weights, x, mask):
+        return torch.func.functional_call(attention, weights, (x,), {"key_padding_mask": mask})[0]
+
+    recorded = make_fx(call, pre_dispatch=pre_dispatch)(
+        weights, torch.randn(4, 20, 32), torch.zeros(4, 20).masked_fill(padding(4, 20), -torch.inf)
+    )
+    given = torch.randn(4, 20, 32), torch.zeros(4, 20).masked_fill(padding(4, 20).flip(0, 1), -torch.inf)
+    torch.testing.assert_close(recorded(weights, *given), call(weights, *given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_exported_with_a_dynamic_batch_and_a_mask(options):
+    """Rows that stand for windows fixed the batch to that of the example."""
+    layer = LinformerEncoderLayer(32, 4, 48, batch_first=True, projection=LinformerProjection(N, 6, **options)).eval()
+    batch, n = torch.export.Dim("batch", min=1, max=9), torch.export.Dim("n", min=2, max=N)
+    given = {"src": torch.randn(4, 20, 32), "src_key_padding_mask": padding(4, 20)}
+    program = torch.export.export(layer, (), given, dynamic_shapes={key: {0: batch, 1: n} for key in given}).module()
+    for given in ((torch.randn(5, 13, 32), padding(5, 13)), (torch.randn(1, N, 32), padding(4, N)[2:3])):
+        torch.testing.assert_close(
+            program(src=given[0], src_key_padding_mask=given[1]),
+            layer(given[0], src_key_padding_mask=given[1]),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
 def run(code, *arguments):
     environment = os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
@@ -595,6 +788,21 @@ def sharded(mesh):
     attention = [LinformerEncoderLayer(32, 4, 48, 0.0, seq_len=24, proj_dim=6)]
     check(nn.Sequential(*attention), lambda model: [model[0].self_attn.k_proj, model[0].self_attn.projection, model])
 
+def started_on_meta(mesh):
+    for init in ("mean", "identity", "gaussian"):
+        with torch.device("meta"):
+            model = LinformerEncoder(32, 4, 48, num_layers=2, batch_first=True, seq_len=24, proj_dim=6, init=init)
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh)
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert model(torch.randn(2, 20, 32)).isfinite().all()
+        projection = model.layers[0].self_attn.projection
+        if init != "gaussian":
+            assert torch.equal(projection.proj_key.full_tensor(), projection.window_rows(init == "mean").float())
+
 def worker(rank, where):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -609,7 +817,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("way", ["tensor_parallel", "sharded"])
+@pytest.mark.parametrize("way", ["tensor_parallel", "sharded", "started_on_meta"])
 def test_on_two_processes(way, tmp_path):
     """Tensor parallelism attended with narrower heads and another scale, in silence; FSDP2 of a projection failed."""
     script = tmp_path / "distributed.py"

@@ -352,6 +352,14 @@ assert caught == len(calls)
 """
 
 
+def test_packed_sequences_on_meta_are_refused_in_words():
+    """They have no lengths to read; the error was PyTorch's, about a copy."""
+    rows, ends = torch.empty(9, 2, 8, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+    proj = torch.empty(3, 9, device="meta")
+    with pytest.raises(NotImplementedError, match=r"cu_seqlens_k is on .* wanted: padded sequences"):
+        lk.linformer_attention_varlen(rows, rows, rows, proj, cu_seqlens_q=ends, cu_seqlens_k=ends)
+
+
 def test_raw_ops_refuse_nonsense():
     """In a process of its own: a crash is a failure, not the end of the run."""
     environment = os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent)}

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -423,6 +424,21 @@ def test_offloaded_by_accelerate(disk, options, tmp_path):
         assert torch.equal(hidden(offload(model, execution_device=torch.device("cpu"), **where), batch), want)
 
 
+@pytest.mark.parametrize("options", [
+    dict(projection="adaptive", proj_dim=LENGTH), dict(init="identity", proj_dim=LENGTH),
+    dict(init="svd", proj_dim=LENGTH),
+], ids=str)  # fmt: skip
+def test_linformerized_after_offloading(options):
+    """E was made on "meta", where accelerate leaves the weights it puts elsewhere."""
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = make("Bert"), inputs("Bert")
+    options = {"calibration": [inputs("Bert", padded=False)], **options} if options.get("init") == "svd" else options
+    with torch.no_grad():
+        want = hidden(model, batch)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert off(hidden(linformerize(model, LENGTH, **options), batch), want) < 1e-3
+
+
 class Rounded(nn.Module):
     """A quantized linear layer."""
 
@@ -510,9 +526,41 @@ def test_positions_that_are_no_restarts():
     want = model(ids).last_hidden_state
     assert torch.equal(model(ids, position_ids=torch.arange(30)[None].expand(2, -1)).last_hidden_state, want)
     assert torch.equal(model(ids, None, None, torch.arange(30)[None]).last_hidden_state, want)
+    twice = torch.arange(15).repeat(1, 2)  # restarts, in one row for all
+    alone = torch.cat([model(text).last_hidden_state for text in ids.unflatten(1, (2, 15)).unbind(1)], 1)
+    assert off(model(ids, position_ids=twice).last_hidden_state, alone) < 1e-5
     backwards = torch.arange(30).flip(0)[None]
     alone = torch.cat([model(text[None], position_ids=backwards).last_hidden_state for text in ids])
     assert off(model(ids, position_ids=backwards.expand(2, -1)).last_hidden_state, alone) < 1e-5
+
+
+def test_positions_in_an_export_want_a_mask():
+    """Whether they start again cannot be seen there; the error was one of PyTorch's, about an expression u0."""
+    model, ids = linformerize(make("Bert"), 64, 16), torch.randint(3, 97, (2, 30))
+    given = {"input_ids": ids, "position_ids": torch.arange(30)[None]}
+    with pytest.raises(ValueError, match=r"position_ids .* wanted: an attention_mask"):
+        torch.export.export(model, (), given)
+    program = torch.export.export(model, (), given | {"attention_mask": torch.ones_like(ids)}).module()
+    got = program(**given, attention_mask=torch.ones_like(ids)).last_hidden_state
+    assert off(got, model(**given).last_hidden_state) < 1e-5
+
+
+@pytest.mark.parametrize("sharing", ["layerwise", "key_value"])
+def test_a_copy_of_a_layer_belongs_to_the_model(sharing):
+    """It brought a hidden copy of the whole model along, whose E was never trained and never saved."""
+    model, ids = linformerize(make("Bert"), 64, 16, sharing), torch.randint(3, 97, (2, 30))
+    layers, copied = model.encoder.layer, copy.deepcopy(model.encoder.layer[0])
+    with torch.no_grad():
+        model.linformer[0].proj_key.normal_()
+        layers[1] = layers[0]
+        want = model(ids).last_hidden_state
+        layers[1] = copied
+        assert torch.equal(model(ids).last_hidden_state, want)
+        _, whole = copy.deepcopy([layers[1], model])  # the layer first
+        again = pickle.loads(pickle.dumps(whole))
+        model.linformer[0].proj_key.zero_()
+        assert torch.equal(whole(ids).last_hidden_state, want) and torch.equal(again(ids).last_hidden_state, want)
+        assert not torch.equal(model(ids).last_hidden_state, want)
 
 
 def test_options_of_a_meaning_that_linformer_lacks_are_refused_by_name():
@@ -645,6 +693,8 @@ def test_proj_dim_by_layer():
     assert model.config.linformer["seq_len"] == LENGTH and model.config.to_json_string()
     assert [matrices.proj_dim for matrices in model.linformer] == [16, 8, 4]
     assert model(**inputs("Bert")).last_hidden_state.isfinite().all()
+    model = linformerize(make("Bert"), None, 16, projection="adaptive", keep=(np.int64(2), 1))
+    assert "linformer" in model.config.to_json_string()  # numpy's integer in `keep` was none of JSON's
 
 
 @pytest.mark.parametrize("make_model, says", [

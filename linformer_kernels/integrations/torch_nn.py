@@ -36,16 +36,17 @@ def from_torch(
         A LinformerAttention, LinformerEncoderLayer or LinformerEncoder. An encoder's final norm comes along.
 
     Raises:
-        TypeError: module is something else, or of a subclass with a forward of its own.
+        TypeError: module is something else, or of a subclass with a forward or a block of its own.
         NotImplementedError: add_bias_kv, add_zero_attn.
         ValueError: the other arguments do not fit.
     """
     for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
-        if isinstance(module, kind) and type(module).forward is not kind.forward:
-            raise TypeError(
-                f"module is a {type(module).__name__}, with a forward of its own; wanted: a torch.nn.{kind.__name__}, "
-                "or from_torch for the modules in it"
-            )
+        for name in ("forward", "_sa_block", "_ff_block"):
+            if isinstance(module, kind) and getattr(type(module), name, None) is not getattr(kind, name, None):
+                raise TypeError(
+                    f"module is a {type(module).__name__}, with a {name} of its own; wanted: a "
+                    f"torch.nn.{kind.__name__}, or from_torch for the modules in it"
+                )
     options: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "projection": projection, "init": init}
     if isinstance(module, nn.MultiheadAttention):
         return _attention_from_torch(module, options | {"proj_dim": proj_dim})
@@ -106,6 +107,14 @@ def _layer_from_torch(module: nn.TransformerEncoderLayer, options: dict[str, Any
 def _encoder_from_torch(
     module: nn.TransformerEncoder, proj_dim: int | Sequence[int] | None, options: dict[str, Any]
 ) -> LinformerEncoder:
+    for index, of_one in enumerate(module.layers):
+        if not isinstance(of_one, nn.TransformerEncoderLayer):
+            raise TypeError(
+                f"layer {index} is a {type(of_one).__name__}; wanted: torch.nn.TransformerEncoderLayer in all places, "
+                "without what is wrapped around it"
+            )
+    if not len(module.layers):
+        raise ValueError("the encoder has no layers; wanted: at least one")
     first: Any = module.layers[0]
     projection, shared = options["projection"], options["sharing"] == "layerwise"
     sizes = sizes_by_layer(proj_dim, len(module.layers), options["sharing"] if projection is None else "layerwise")
@@ -125,6 +134,9 @@ def _encoder_from_torch(
         encoder.projection = make_projection(*heads, device=weight.device, dtype=weight.dtype)
     if encoder.projection is not None:  # which has the sizes
         options, sizes = {"sharing": "layerwise"}, [None] * len(sizes)
-    for index, (layer, size) in enumerate(zip(module.layers, sizes, strict=True)):
-        encoder.layers[index] = from_torch(layer, **options, proj_dim=size)
+    made: dict[Any, Any] = {}  # a layer that stands there several times stays one
+    for index, of_one in enumerate(zip(module.layers, sizes, strict=True)):
+        if of_one not in made:
+            made[of_one] = from_torch(of_one[0], **options, proj_dim=of_one[1])
+        encoder.layers[index] = made[of_one]
     return encoder.train(module.training)

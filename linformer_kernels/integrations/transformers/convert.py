@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,7 +16,7 @@ from ...encoders import sizes_by_layer
 from ...modules import SHARINGS
 from ...projections import KINDS, SINGLES, WEIGHTLESS, LinformerProjection, check_sizes
 from .interface import NAME, PLACE, Place, Projections
-from .models import attention_layers, shape_of_heads
+from .models import attention_layers, device_of, shape_of_heads
 from .svd import of_projection, position_moments, start
 
 INITS = ("gaussian", "mean", "identity", "svd")
@@ -88,8 +89,9 @@ def linformerize(
     if keep is None and projection == "adaptive":
         keep = _KEEP.get(model.main_input_name, (1, 1))
         keep = keep if max(sum(keep), 1) < min(sizes_of(settings, len(layers))) else (0, 0)
-    as_in_json = list(keep) if isinstance(keep, tuple) else keep
-    settings |= {"windows": windows, "keep": as_in_json, "singles": singles, "length_norm": length_norm}
+    if isinstance(keep, (tuple, list)):  # as in JSON
+        keep = [integer(f"keep[{i}]", number) for i, number in enumerate(keep)]  # type: ignore[assignment]
+    settings |= {"windows": windows, "keep": keep, "singles": singles, "length_norm": bool(length_norm)}
     if getattr(model.config, "output_attentions", False):
         raise NotImplementedError(
             "model.config.output_attentions is True, but Linformer has no attention over positions to return; wanted: "
@@ -169,7 +171,7 @@ def install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str,
             f'projection is "conv" and sharing "layerwise", but the layers have heads of widths {widths}; wanted: '
             'sharing="key_value"'
         )
-    like = next(model.parameters())
+    like, device = next(model.parameters()), device_of(model)
     sizes = sizes_of(settings, len(layers))
     more = {name: settings[name] for name in MORE_SETTINGS if settings.get(name) is not None}
     count = 1 if settings["sharing"] == "layerwise" else len(layers)
@@ -186,7 +188,7 @@ def install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str,
                 **more,
                 head_dim=head_dim if settings["projection"] == "conv" else None,
                 init=settings["init"],
-                device=like.device,
+                device=device,
                 dtype=like.dtype,
             )
         )
@@ -212,6 +214,14 @@ def _unpack_positions(model: nn.Module, arguments: tuple[Any, ...], options: dic
         return None
     if given.get("attention_mask") is not None or given.get("cu_seq_lens_q") is not None:
         return None
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "position_ids came without an attention_mask within torch.export; wanted: an attention_mask, too, all ones "
+            "without padding, as a program cannot look whether positions start again, where another text would begin"
+        )
+    inputs = *arguments[:1], given.get("input_ids"), given.get("inputs_embeds"), position_ids
+    rows = next(tensor for tensor in inputs if tensor is not None)
+    position_ids = position_ids.expand(rows.size(0), -1)  # one row of them may be for all
     starts = position_ids == position_ids[:, :1]
     in_order = starts[:, 1:] | (position_ids.diff(dim=1) == 1)
     if not in_order.all() or not starts[:, 1:].any() or starts.all():

@@ -124,4 +124,20 @@ class Place:
     """
 
     def __init__(self, owner: nn.Module, index: int) -> None:
-        self.owner, self.index = owner, index
+        self._owner, self.index, self._copies = owner, index, {}  # type: ignore[var-annotated]
+
+    @property
+    def owner(self) -> nn.Module:
+        if self._copies:
+            self._owner, self._copies = self._copies.get(id(self._owner), self._owner), {}
+        return self._owner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Place:
+        # Of a layer alone the copy belongs to the same model, and not to a hidden copy of it. Which of the two it is
+        # may be known only when all is copied.
+        place = Place(memo.get(id(self.owner), self.owner), self.index)
+        place._copies = {} if place.owner is not self.owner else memo
+        return place
+
+    def __reduce__(self) -> Any:
+        return Place, (self.owner, self.index)

@@ -62,6 +62,14 @@ def _forward(module: nn.Module) -> Any:
     return inspect.unwrap(type(module).forward)
 
 
+def device_of(model: nn.Module) -> Any:
+    """Where it computes. accelerate's offloading leaves weights on "meta" and says where in its hooks."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    wanted = (getattr(hook, "execution_device", None) for hook in hooks)
+    real = (weight.device for weight in model.parameters() if not weight.is_meta)
+    return next((device for device in (*real, *wanted) if device is not None), "meta")
+
+
 def shape_of_heads(layer: nn.Module) -> tuple[int, int]:
     """Key heads and their width."""
     config: Any = layer.config

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from ...projections import LinformerProjection, from_the_first
 from .interface import of_keys, padding_mask
-from .models import shape_of_heads
+from .models import device_of, shape_of_heads
 
 _MOMENTS = "linformer_moments"
 
@@ -27,12 +27,12 @@ def position_moments(
 ) -> list[tuple[Tensor, Tensor]]:
     """For each layer sum(X X^T) over the calibration data, for X the keys and the values of one head:
     (H, seq_len, seq_len) in float64, of the model with its own attention, each scaled to the trace 1."""
-    own, batches = model.config._attn_implementation, 0
+    own, batches, device = model.config._attn_implementation, 0, device_of(model)
     training = {module: module.training for module in model.modules()}
     for layer in layers:
         heads, _ = shape_of_heads(layer)
         shape = (heads, seq_len, seq_len)
-        layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=model.device) for _ in range(2))
+        layer.__dict__[_MOMENTS] = tuple(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
     model.set_attn_implementation(_MOMENTS)
     model.eval()
     try:
