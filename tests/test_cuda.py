@@ -246,10 +246,15 @@ def test_fewer_query_rows_where_that_keeps_k_and_v_in_shared_memory(k, rows, bia
 
 
 # (architecture, kernel): bytes, where none has been avoided yet, with the reason.
-KNOWN_STACKS: dict[tuple[str, str], int] = {}
+KNOWN_STACKS = {
+    (
+        "90",
+        "linformer_backward_fp32_d256_bias",
+    ): 24,  # fp32 at the widest heads: the bias is what no register is left for
+}
 
 
-def test_no_kernel_has_a_stack():
+def test_no_other_kernel_has_a_stack():
     """That is where registers spill to, and arrays that are not in registers. In the library as it was built, for every
     architecture in it."""
     found = emulated.resources()
