@@ -250,7 +250,7 @@ KNOWN_STACKS = {
     (
         "90",
         "linformer_backward_fp32_d256_bias",
-    ): 24,  # fp32 at the widest heads: the bias is what no register is left for
+    ): 24,  # fp32 at the widest heads leaves a bias no registers
 }
 
 
