@@ -246,10 +246,13 @@ def test_fewer_query_rows_where_that_keeps_k_and_v_in_shared_memory(k, rows, bia
 
 
 # (architecture, kernel): bytes, where none has been avoided yet, with the reason.
-KNOWN_STACKS: dict[tuple[str, str], int] = {}
+KNOWN_STACKS = {
+    # What an item of queries begins with, read again behind its products: fp32 leaves a bias no registers there.
+    ("90", "linformer_backward_fp32_d256_bias"): 24,
+}
 
 
-def test_no_kernel_has_a_stack():
+def test_no_other_kernel_has_a_stack():
     """That is where registers spill to, and arrays that are not in registers. In the library as it was built, for every
     architecture in it."""
     found = emulated.resources()
