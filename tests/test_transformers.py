@@ -764,6 +764,7 @@ def test_arguments_that_do_not_fit(arguments, says):
     (lambda: linformerize(make("Bert"), projection=nn.Identity()), "projection is a Identity; wanted: the name"),
     (lambda: linformerize(make("Bert"), init="svd", calibration=torch.ones(1, 8).long()), "calibration holds a Tensor"),
     (lambda: load(make("Bert"), "anywhere"), "model_class is a BertModel; wanted: a class"),
+    (lambda: load(transformers.BertModel, None), "path is a NoneType; wanted: a folder"),
 ])  # fmt: skip
 def test_arguments_of_another_type(call, says):
     with pytest.raises(TypeError, match=says):

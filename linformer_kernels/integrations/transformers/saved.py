@@ -26,13 +26,15 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
             F in it; without it the model is set to "linformer", whatever it was set to when it was saved.
 
     Raises:
-        TypeError: model_class is no class.
+        TypeError: model_class is no class, path no path.
         ValueError: the checkpoint has no settings of `linformerize` or not all of them, or lacks weights of E or F.
     """
     if not isinstance(model_class, type):
         raise TypeError(
             f"model_class is a {type(model_class).__name__}; wanted: a class, as in load(RobertaForMaskedLM, path)"
         )
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path is a {type(path).__name__}; wanted: a folder, or a name that from_pretrained takes")
     with_info = options.pop("output_loading_info", False)
     config, options = _config(path, options)
     chosen = options.pop("attn_implementation", None) or config._attn_implementation
