@@ -293,5 +293,17 @@ def assert_close(actual: torch.Tensor, exact: Array, plain: torch.Tensor | None,
     )
 
 
+PROMISE = 1e-5  # of docs/peers.md, in float32, relative to the largest element
+
+
+def assert_as_promised(actual: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    """Converted weights against their original: in float64 by the rule, else as docs/peers.md says."""
+    if actual.dtype == torch.float64:
+        assert_close(actual, theirs.detach().cpu().numpy(), None, what)
+        return
+    error, size = (actual - theirs).abs().max().item(), theirs.abs().max().item()
+    assert error <= PROMISE * size, f"{what} {tuple(actual.shape)}: error {error:.3e}, largest element {size:.3e}"
+
+
 def _array(x: torch.Tensor) -> Array:
     return x.detach().to(torch.float64).cpu().numpy()

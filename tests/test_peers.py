@@ -8,9 +8,9 @@ import warnings
 
 import linformer
 import linformer_pytorch
-import oracle
 import pytest
 import torch
+from oracle import assert_as_promised as agree
 from torch import nn
 
 from linformer_kernels import LinformerAttention, LinformerEncoderLayer, LinformerProjection, projected_attention
@@ -26,7 +26,6 @@ from linformer_kernels.integrations.peers import (
     projection_from_xformers,
 )
 
-PROMISE = 1e-5  # of docs/peers.md, in float32, relative to the largest element
 N, WIDTH, K = 48, 32, 12
 SHARINGS = ("none", "headwise", "kv", "layerwise")
 SIZES = dict(seq_len=N, proj_dim=K, batch_first=True)
@@ -53,14 +52,6 @@ def ready(peer: nn.Module, device: str) -> nn.Module:
 
 def theirs(device: str, depth: int = 1, **options) -> linformer_pytorch.Linformer:
     return ready(linformer_pytorch.Linformer(N, WIDTH, K, dim_ff=40, depth=depth, **options), device)
-
-
-def agree(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    if got.dtype == torch.float64:
-        oracle.assert_close(got, want.detach().cpu().numpy(), None, what)
-        return
-    error, size = (got - want).abs().max().item(), want.abs().max().item()
-    assert error <= PROMISE * size, f"{what} {tuple(got.shape)}: error {error:.3e}, largest element {size:.3e}"
 
 
 def check(peer, convert, inputs, call_peer=None, call_ours=None) -> nn.Module:

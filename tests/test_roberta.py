@@ -6,9 +6,10 @@ import io
 import math
 
 import fairseqs
-import oracle
 import pytest
 import torch
+from oracle import PROMISE
+from oracle import assert_as_promised as agree
 from torch import nn
 from transformers import RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification, RobertaModel
 
@@ -16,7 +17,6 @@ from linformer_kernels.integrations.roberta import roberta_from_cald, roberta_fr
 from linformer_kernels.integrations.transformers import load
 
 VERSIONS = ("0.10.2", "0.12.2")
-PROMISE = 1e-5  # of docs/peers.md, in float32, relative to the largest element
 N, TOKENS, LAYERS = 48, 50, 3
 SIZES = dict(
     encoder_layers=LAYERS, encoder_embed_dim=32, encoder_ffn_embed_dim=40, encoder_attention_heads=4, max_positions=N
@@ -45,14 +45,6 @@ def version(request):
 def module(version):
     with fairseqs.linformer_roberta(version) as module:
         yield module
-
-
-def agree(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    if got.dtype == torch.float64:
-        oracle.assert_close(got, want.detach().cpu().numpy(), None, what)
-        return
-    error, size = (got - want).abs().max().item(), want.abs().max().item()
-    assert error <= PROMISE * size, f"{what} {tuple(got.shape)}: error {error:.3e}, largest element {size:.3e}"
 
 
 def theirs(module, device, **options):
