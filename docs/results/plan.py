@@ -58,7 +58,7 @@ LONGER = (128, 64)  # is converted in more steps too, for the tasks of that N
 LONGER_NAME = f"longer-n{LONGER[0]}-k{LONGER[1]}"
 CONVERT_LONGER = ["--steps", "1500", "--evaluate-every", "500"]
 # MiniLM with an adaptive projection, converted without training and then fine-tuned: N and K.
-ADAPTIVE = ((512, 128), (128, 64), (512, 64))
+ADAPTIVE = ((512, 128), (128, 64), (512, 64), (512, 256))
 CONVERTED_TASKS = (
     ("imdb", "aclImdb", 512, ["--steps", "100", "--batch", "8", "--evaluation-examples", "1000"]),
     ("sst2", "sst2", 128, ["--steps", "250", "--batch", "16"]),
