@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, Inputs
+from processes import leave
 
 import linformer_kernels as lk
 from linformer_kernels.distributed import ProjectionOfParts, fully_shard, parallelize
@@ -360,7 +361,7 @@ def worker(rank: int, world: int, what: str, where: str) -> None:
     dist.init_process_group("gloo", init_method="file://" + where, rank=rank, world_size=world)
     torch.manual_seed(0)
     globals()[what](dist.init_device_mesh("cpu", (world,)))
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

@@ -721,6 +721,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from linformer_kernels import LinformerAttention, LinformerEncoder, LinformerEncoderLayer, LinformerProjection
+from processes import leave
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -810,7 +811,7 @@ def worker(rank, where):
     torch.manual_seed(0)
     mesh = dist.init_device_mesh("cpu", (2,))
     globals()[sys.argv[1]](mesh)
-    dist.destroy_process_group()
+    leave()
 
 if __name__ == "__main__":
     torch.multiprocessing.spawn(worker, (sys.argv[2],), 2)
@@ -822,7 +823,8 @@ def test_on_two_processes(way, tmp_path):
     """Tensor parallelism attended with narrower heads and another scale, in silence; FSDP2 of a projection failed."""
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
-    environment = os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent)}
+    paths = [Path(__file__).parent, Path(lk.__file__).parent.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, str(script), way, str(tmp_path / "rendezvous")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]

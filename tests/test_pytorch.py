@@ -531,6 +531,7 @@ DDP = """
 import sys, tempfile, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from linformer_kernels import LinformerEncoderLayer, LinformerProjection
+from processes import leave
 
 def model():
     torch.manual_seed(0)
@@ -548,7 +549,7 @@ def worker(rank, where):
     assert sum("proj_key" in name for name in names) == 1, names  # one matrix, however many layers
     for (name, a), b in zip(alone.named_parameters(), together.parameters()):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda m: name + m)
-    dist.destroy_process_group()
+    leave()
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
@@ -559,6 +560,7 @@ if __name__ == "__main__":
 def test_ddp_with_a_projection_shared_between_layers(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    environment = os.environ | {"PYTHONPATH": str(Path(lk.__file__).parent.parent)}
+    paths = [Path(__file__).parent, Path(lk.__file__).parent.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
