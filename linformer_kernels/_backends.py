@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -397,13 +398,19 @@ def _in_onnx_export() -> bool:
     if not torch.onnx.is_in_onnx_export():
         return False
     # The exporter does not say which table it was given.
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    for frame in callers():
         table = frame.f_locals.get("custom_translation_table")
         if isinstance(table, dict) and _ops.OPS.choose_segments.default in table:
             return False
     return True
+
+
+def callers() -> Iterator[FrameType]:
+    """The frames around whoever asks, from the inside: what torch.onnx's exporter was given it does not hand on."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 _in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]

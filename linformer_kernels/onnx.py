@@ -8,11 +8,11 @@ anyway, is imported when one is translated.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from . import _library
+from ._backends import callers
 from .segments import SAMPLES
 
 _FLOAT, _INT32, _INT64, _BOOL = 1, 6, 7, 9  # onnx.TensorProto
@@ -27,22 +27,20 @@ def _opset() -> Any:
     return opset18
 
 
-def _has_attention() -> bool:
-    """Whether the opset that was asked for has `Attention`. Refuses one too old, which the exporter does not."""
-    version = _asked_opset()
+def _checked_version() -> int:
+    """The opset that was asked for. Refuses one too old, which the exporter does not."""
+    version = _asked_version()
     if version < OLDEST:
         raise NotImplementedError(
             f"opset_version is {version}; wanted: {OLDEST} or newer, whose operators linformer_kernels.onnx.TABLE "
             "translates to. To fix it: torch.onnx.export(..., opset_version=18), or leave it out"
         )
-    return version >= WITH_ATTENTION
+    return version
 
 
-def _asked_opset() -> int:
+def _asked_version() -> int:
     # The exporter traces as 18 what was asked for as older, and does not hand on what that was.
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
+    for frame in callers():
         if frame.f_code.co_name == "export_compat" and frame.f_locals.get("opset_version") is not None:
             return int(frame.f_locals["opset_version"])
     return OLDEST
@@ -77,7 +75,7 @@ def _zero(like: Any) -> Any:
 
 def project(key, value, proj_key, proj_value=None, key_padding_mask=None, cu_seqlens_k=None, allow_tf32: bool = False):
     _refuse(cu_seqlens_k=cu_seqlens_k)
-    _has_attention()
+    _checked_version()
     op = _opset()
 
     def compress(matrix: Any, rows: Any) -> Any:
@@ -94,7 +92,7 @@ def projected_attention(
 ):  # fmt: skip
     _refuse(cu_seqlens_q=cu_seqlens_q, rng_state=rng_state)
     op = _opset()
-    if _has_attention():
+    if _checked_version() >= WITH_ATTENTION:
         return _attention_operator(query, key_proj, value_proj, key_bias, float(scale))
     batch, heads, rows, key_heads = (_size(*which) for which in ((query, 0), (query, 1), (query, 2), (key_proj, 1)))
     # The queries that read a head are its rows.
@@ -145,7 +143,7 @@ def attention(
 
 def pool(key, value, segments, cu_seqlens_k=None, num_segments: int = 1):
     _refuse(cu_seqlens_k=cu_seqlens_k)
-    _has_attention()
+    _checked_version()
     op = _opset()
     segments = op.Cast(segments, to=_INT64)
     inside = op.And(op.GreaterOrEqual(segments, _ints(0)), op.Less(segments, _ints(num_segments)))

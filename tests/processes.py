@@ -1,9 +1,22 @@
-"""The end of a process of several, in scripts that tests start."""
+"""Scripts of several processes, which tests start, and the end of each of their processes."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import torch.distributed as dist
+
+import linformer_kernels
+
+
+def start(script: Path, *arguments: object) -> None:
+    """To its end, which has to be a good one. It finds the tests and this package."""
+    paths = [Path(__file__).parent, Path(linformer_kernels.__file__).parent.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def leave() -> None:

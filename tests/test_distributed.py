@@ -1,17 +1,13 @@
 """DTensors in one process (LocalTensorMode), modules on several (gloo): the numbers, what is sent, what is refused."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
+import processes
 import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, Inputs
-from processes import leave
 
 import linformer_kernels as lk
 from linformer_kernels.distributed import ProjectionOfParts, fully_shard, parallelize
@@ -361,21 +357,17 @@ def worker(rank: int, world: int, what: str, where: str) -> None:
     dist.init_process_group("gloo", init_method="file://" + where, rank=rank, world_size=world)
     torch.manual_seed(0)
     globals()[what](dist.init_device_mesh("cpu", (world,)))
-    leave()
+    processes.leave()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("what", ["modules", "shards", "drops", "sent"])
 def test_on_several_processes(what, world, tmp_path):
-    paths = [Path(__file__).parent, Path(lk.__file__).parent.parent]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
     code = (
         "import sys, torch, test_distributed as t\n"
         "if __name__ == '__main__': torch.multiprocessing.spawn(t.worker, (int(sys.argv[1]), *sys.argv[2:]), "
         "int(sys.argv[1]))\n"
     )
     (tmp_path / "run.py").write_text(code)
-    command = [sys.executable, tmp_path / "run.py", str(world), what, str(tmp_path / "rendezvous")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    processes.start(tmp_path / "run.py", world, what, tmp_path / "rendezvous")

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import oracle
+import processes
 import pytest
 import torch
 from torch import nn
@@ -823,8 +824,4 @@ def test_on_two_processes(way, tmp_path):
     """Tensor parallelism attended with narrower heads and another scale, in silence; FSDP2 of a projection failed."""
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
-    paths = [Path(__file__).parent, Path(lk.__file__).parent.parent]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, str(script), way, str(tmp_path / "rendezvous")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    processes.start(script, way, tmp_path / "rendezvous")

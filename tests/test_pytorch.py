@@ -1,12 +1,9 @@
 """Good citizenship: opcheck, fakes, compile, export, autocast, checkpointing, FLOP counts, double backward, DDP."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cases
+import processes
 import pytest
 import torch
 from cases import Case, Inputs, Spy
@@ -560,7 +557,4 @@ if __name__ == "__main__":
 def test_ddp_with_a_projection_shared_between_layers(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    paths = [Path(__file__).parent, Path(lk.__file__).parent.parent]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+    processes.start(script)
