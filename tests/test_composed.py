@@ -35,9 +35,11 @@ def test_chosen(case, device, seed):
 
 @pytest.mark.parametrize("index", range(20))
 def test_sampled(index, device, seed):
-    """In float32: SDPA rounds 16-bit gradients in its own way, and a tensor of a few elements shows it. Without
-    gradients that are one number: where all weights are equal, too (scale 0, one row of K'), its backward adds equal summands one
-    by one, and their roundings all go one way: 1e-5 of a sum of 600."""
+    """In float32: SDPA rounds 16-bit gradients in its own way, and a tensor of a few elements shows it.
+
+    Without gradients that are one number: where all weights are equal, too (scale 0, one row of K'), SDPA's backward
+    adds equal summands one by one, and their roundings all go one way: 1e-5 of a sum of 600.
+    """
     rng = np.random.default_rng(seed)
     drawn = iter(lambda: attention.sampled(rng), None)
     case = next(case for case in drawn if served(case) and case.grad != "scalar")
