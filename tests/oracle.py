@@ -12,6 +12,8 @@ Where all of c is -inf, P is zero. Pooling: row k of K' is the mean of the keys 
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 
 import numpy as np
@@ -291,6 +293,28 @@ def assert_close(actual: torch.Tensor, exact: Array, plain: torch.Tensor | None,
         f"{usual[i]:.3e}, the worst of its peers {most[i]:.3e}, {name} value {size[i]:.3e}); the worst element at "
         f"{worst}: {got[worst]:.9g}, wanted {exact[worst]:.9g}"
     )
+
+
+def assert_module_close(got: dict[str, torch.Tensor], call, module: torch.nn.Module, *inputs: torch.Tensor) -> None:
+    """`got`, tensors by name, is `call(module, *inputs)` in float64: by the rule, against the same call in float32.
+
+    A peer has all inputs and parameters moved by two float32 roundings, up or down, in float64: one for each of the
+    products in a row.
+    """
+    double, wide = copy.deepcopy(module).double(), [x.detach().double() for x in inputs]
+    exact, plain = call(double, *wide), call(module, *inputs)
+
+    @functools.cache
+    def peer(_draw: int) -> dict[str, torch.Tensor]:
+        model, xs = copy.deepcopy(double), [x.clone() for x in wide]
+        with torch.no_grad():
+            for x in [*xs, *model.parameters()]:
+                x.mul_(1 + 2 * FLOAT32 * torch.randn_like(x).sign())
+        return call(model, *xs)
+
+    for name, tensor in got.items():
+        peers = (_array(peer(draw)[name]) for draw in range(8))
+        assert_close(tensor, _array(exact[name]), plain[name], f"{name} of {type(module).__name__}", peers)
 
 
 PROMISE = 1e-5  # of docs/peers.md, in float32, relative to the largest element

@@ -58,8 +58,10 @@ def padding(batch, n):
     return mask
 
 
-def right(got, exact, plain, what):
-    oracle.assert_close(got, exact.detach().numpy(), plain, what)
+def right(ours, theirs, x, **options):
+    """The output of ours is that of theirs."""
+    call = lambda module, x: {"out": module(x, **options)}  # noqa: E731
+    oracle.assert_module_close(call(ours, x), call, theirs, x)
 
 
 @pytest.mark.parametrize("theirs, ours", PAIRS[:2], ids=lambda c: c.__name__)
@@ -120,18 +122,18 @@ def test_multihead_attention_with_its_weights(sharing, options):
         inputs = torch.randn(4, 9, 32), torch.randn(4, n, options.get("kdim", 32)), torch.randn(4, n, ours.vdim)
         mask = padding(4, n)
         for given in (None, mask, torch.zeros(4, n).masked_fill(mask, -torch.inf)):
-            results = []
-            for module, dtype in ((ours, torch.float32), (theirs, torch.float64), (theirs, torch.float32)):
-                module, xs = copy.deepcopy(module).to(dtype), [x.to(dtype).requires_grad_() for x in inputs]
-                masks = given if given is None or given.dtype == torch.bool else given.to(dtype)
+
+            def call(module, *xs, given=given):
+                xs = [x.detach().requires_grad_() for x in xs]
+                masks = given if given is None or given.dtype == torch.bool else given.to(xs[0].dtype)
                 out = turn(module(*map(turn, xs), key_padding_mask=masks, need_weights=False)[0])
-                results.append([out, *torch.autograd.grad(out.square().sum(), xs)])
-            for what, *tensors in zip(("out", "query", "key", "value"), *results, strict=True):
-                right(*tensors, what)
-        alone = [x[0] for x in inputs]
-        got, want = (module(*alone, need_weights=False)[0] for module in (ours, theirs))
-        exact = copy.deepcopy(theirs).double()(*(x.double() for x in alone), need_weights=False)[0]
-        right(got, exact, want, "unbatched")
+                grads = torch.autograd.grad(out.square().sum(), xs)
+                return dict(zip(("out", "query", "key", "value"), (out, *grads), strict=True))
+
+            oracle.assert_module_close(call(ours, *inputs), call, theirs, *inputs)
+        alone = lambda module, *xs: {"unbatched": module(*xs, need_weights=False)[0]}  # noqa: E731
+        firsts = [x[0] for x in inputs]
+        oracle.assert_module_close(alone(ours, *firsts), alone, theirs, *firsts)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -146,17 +148,13 @@ def test_an_encoder_with_its_weights(sharing, options, norm):
     ours = from_torch(theirs, seq_len=N, proj_dim=N, sharing=sharing, init="identity")
     assert type(ours) is LinformerEncoder and all(type(layer) is LinformerEncoderLayer for layer in ours.layers)
     turn = (lambda x: x) if options.get("batch_first") else (lambda x: x.transpose(0, 1))
-    exact = copy.deepcopy(theirs).double()
     for n in (N, 17):
         x, mask = turn(torch.randn(4, n, 32)), padding(4, n)
         for given in (None, mask):
-            got, want = (module(x, src_key_padding_mask=given) for module in (ours, theirs))
-            right(got, exact(x.double(), src_key_padding_mask=given), want, "encoder")
-        one = ours.layers[0](x, None, mask) if ours.projection is None else None
-        if one is not None:
-            right(one, exact.layers[0](x.double(), None, mask), theirs.layers[0](x, None, mask), "layer")
-    alone = turn(x)[0]
-    right(ours(alone), exact(alone.double()), theirs(alone), "unbatched")
+            right(ours, theirs, x, src_key_padding_mask=given)
+        if ours.projection is None:
+            right(ours.layers[0], theirs.layers[0], x, src_key_padding_mask=mask)
+    right(ours, theirs, turn(x)[0])
 
 
 def test_what_comes_along_with_the_weights():
@@ -231,6 +229,24 @@ def test_a_layer_with_a_forward_of_its_own_is_not_converted():
         from_torch(Blocks(32, 4), **SIZES)
 
 
+@pytest.mark.parametrize("place", ["", "layers.1", "layers.0.self_attn"])
+@pytest.mark.parametrize("change, says", [
+    (lambda module: module.register_forward_hook(print), "forward hooks"),
+    (lambda module: module.register_full_backward_pre_hook(print), "backward pre hooks"),
+    (lambda module: nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity()), "parametrizations"),
+], ids=["forward", "backward", "parametrized"])  # fmt: skip
+def test_what_would_be_lost_is_refused(change, says, place):
+    """They were left behind, in silence. Those of modules that come along as they are come along."""
+    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
+    module = theirs.get_submodule(place)
+    module.weight = nn.Parameter(torch.zeros(2))
+    theirs.layers[0].linear1.register_forward_hook(lambda *_: None)
+    assert from_torch(theirs, **SIZES).layers[0].linear1._forward_hooks
+    change(module)
+    with pytest.raises(ValueError, match=rf"module has {says} .* wanted: a module without, and them on what"):
+        from_torch(theirs, **SIZES)
+
+
 def test_an_encoder_of_other_layers_is_not_converted():
     stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4), 1)
     for layers, says in (
@@ -264,12 +280,11 @@ def test_in_torch_encoder(way, grad, nested):
             attended = layer.self_attn(x, x, x, mask.to(x.device))[0]
             x = layer.norm1(x + attended)
             x = layer.norm2(x + layer.linear2(torch.relu(layer.linear1(x))))
-        return x[~mask]
+        return {way: x[~mask]}
 
-    exact = by_hand(copy.deepcopy(stack).double(), x.double())
     with torch.set_grad_enabled(grad):
         for given in (mask, torch.zeros(4, 20).masked_fill(mask, -torch.inf)):
-            right(stack(x, src_key_padding_mask=given)[~mask], exact, by_hand(stack, x), way)
+            oracle.assert_module_close({way: stack(x, src_key_padding_mask=given)[~mask]}, by_hand, stack, x)
         assert stack(x).shape == stack(x, mask=None, is_causal=False).shape == x.shape
     with pytest.raises(NotImplementedError, match=r"wanted: (None|False)"):
         stack(x, mask=nn.Transformer.generate_square_subsequent_mask(20))

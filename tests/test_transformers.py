@@ -563,6 +563,37 @@ def test_a_copy_of_a_layer_belongs_to_the_model(sharing):
         assert not torch.equal(model(ids).last_hidden_state, want)
 
 
+def test_a_layer_of_another_model_is_refused():
+    """It went on using the E of the model that it came from, in silence."""
+    model, other = (linformerize(make("Bert"), 64, 16) for _ in range(2))
+    ids, own = torch.randint(3, 97, (2, 30)), model.encoder.layer[1]
+    model.encoder.layer[1] = other.encoder.layer[1]
+    with pytest.raises(ValueError, match=r"encoder\.layer\.1\.\S+ came out of another .* wanted: layers put together"):
+        model(ids)
+    model.set_attn_implementation("sdpa")
+    model(ids)
+    model.set_attn_implementation("linformer")
+    model.encoder.layer[1] = own
+    assert torch.equal(model(ids).last_hidden_state, copy.deepcopy(model)(ids).last_hidden_state)
+    assert other(ids).last_hidden_state.isfinite().all()
+
+
+def test_replicas_use_the_projection_of_their_device(monkeypatch):
+    """nn.DataParallel's, made on the CPU: its broadcast, which needs GPUs, gives numbers that can be told apart."""
+    model, ids = linformerize(make("Bert"), 64, 16, "key_value"), torch.randint(3, 97, (2, 30))
+
+    def numbers(tensors, devices, detach=False):
+        return [[t + device * t if t.is_floating_point() else t for t in tensors] for device in devices]
+
+    monkeypatch.setattr(sys.modules["torch.nn.parallel.replicate"], "_broadcast_coalesced_reshape", numbers)
+    with torch.no_grad():
+        for device, replica in enumerate(torch.nn.parallel.replicate(model, [0, 1], detach=True)):
+            same = copy.deepcopy(model)
+            for weight in same.parameters():
+                weight.add_(weight, alpha=device)
+            assert torch.equal(replica(ids).last_hidden_state, same(ids).last_hidden_state)
+
+
 def test_options_of_a_meaning_that_linformer_lacks_are_refused_by_name():
     model, ids = linformerize(make("Bert"), 64, 16), torch.randint(3, 97, (1, 30))
     ends = torch.tensor([0, 10, 30])

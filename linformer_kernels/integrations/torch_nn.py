@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..encoders import LinformerEncoder, LinformerEncoderLayer, sizes_by_layer
 from ..modules import LinformerAttention, make_projection
 from ..projections import LinformerProjection
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def from_torch(
@@ -37,6 +40,7 @@ def from_torch(
 
     Raises:
         TypeError: module is something else, or of a subclass with a forward or a block of its own.
+        ValueError: module, or one that is replaced within it, has hooks or parametrizations, which would be lost.
         NotImplementedError: add_bias_kv, add_zero_attn.
         ValueError: the other arguments do not fit.
     """
@@ -47,6 +51,13 @@ def from_torch(
                     f"module is a {type(module).__name__}, with a {name} of its own; wanted: a "
                     f"torch.nn.{kind.__name__}, or from_torch for the modules in it"
                 )
+    hooked = [name for name in HOOKS if getattr(module, name, None)]
+    if hooked or is_parametrized(module):
+        raise ValueError(
+            f"module has {hooked[0].strip('_').replace('_', ' ') if hooked else 'parametrizations'} (of its own, or "
+            "through torch.nn.utils), which its Linformer would not have; wanted: a module without, and them on what "
+            "from_torch returns"
+        )
     options: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "projection": projection, "init": init}
     if isinstance(module, nn.MultiheadAttention):
         return _attention_from_torch(module, options | {"proj_dim": proj_dim})

@@ -193,6 +193,7 @@ def install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str,
             )
         )
     setattr(model.base_model, NAME, Projections(*made))
+    model.base_model.register_forward_pre_hook(_own_places)
     model.base_model.register_forward_pre_hook(_unpack_positions, with_kwargs=True)
     for index, layer in enumerate(layers):
         setattr(layer, PLACE, Place(model.base_model, min(index, count - 1)))
@@ -201,6 +202,24 @@ def install(model: PreTrainedModel, layers: list[nn.Module], settings: dict[str,
     model.config.attn_implementation = NAME
     model.set_attn_implementation(NAME)
     return made
+
+
+def _own_places(model: nn.Module, _: tuple[Any, ...]) -> None:
+    """A hook: no layer of this model looks for its projection in another one."""
+    config: Any = model.config
+    if config._attn_implementation != NAME or torch.compiler.is_compiling():
+        return
+    for name, layer in model.named_modules():
+        place: Place | None = getattr(layer, PLACE, None)
+        if place is None or place.owner is model:
+            continue
+        if getattr(model, "_is_replica", False):  # nn.DataParallel makes them anew in every call
+            layer.__dict__[PLACE] = Place(model, place.index)
+        elif model not in place.owner.modules() and place.owner not in model.modules():
+            raise ValueError(
+                f"{name} came out of another linformerized model, whose E and F it goes on using; wanted: layers put "
+                "together first, and linformerize after that"
+            )
 
 
 def _unpack_positions(model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
