@@ -154,22 +154,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projected_attention_backward(Tensor g
 
 std::tuple<Tensor, Tensor, Tensor> pool(Tensor key, Tensor value, Tensor segments, OptionalTensor cu_seqlens_k,
                                         int64_t num_segments) {
-  const bool packed = cu_seqlens_k.has_value();
-  const View k = view_of(key, "key", key, packed), v = view_of(value, "value", key, packed);
-  STD_TORCH_CHECK(k.batch == v.batch && k.heads == v.heads && k.length == v.length,
-                  "linformer_kernels: key and value differ in shape");
   Problem p;
-  p.dtype = dtype_of(key);
-  p.batch = batch_of(cu_seqlens_k, k.batch);
-  p.heads_kv = k.heads;
-  p.len_k = p.total_k = k.length;
-  p.head_dim = k.columns;
-  p.value_dim = v.columns;
+  set_rows(p, key, value, cu_seqlens_k);
   p.proj_dim = num_segments;
-  p.key = k.rows;
-  p.value = v.rows;
-  set_segments(p, segments, key, k.batch, packed);
-  p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
+  set_segments(p, segments, key, cu_seqlens_k.has_value());
   check_pool_sizes(p);
   Tensor key_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.head_dim});
   Tensor value_proj = new_empty("K' and V'", key, {p.batch, p.heads_kv, p.proj_dim, p.value_dim});
@@ -199,7 +187,7 @@ std::tuple<Tensor, Tensor> pool_backward(Tensor grad_key_proj, Tensor grad_value
   p.grad_value_proj = v.rows;
   STD_TORCH_CHECK(segments.dim() >= 1, "linformer_kernels: segments needs dimensions");
   p.len_k = p.total_k = segments.size(packed ? 0 : segments.dim() - 1);
-  set_segments(p, segments, grad_key_proj, p.batch, packed);
+  set_segments(p, segments, grad_key_proj, packed);
   p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", grad_key_proj, p.total_k, p.batch, &p.len_k);
   STD_TORCH_CHECK(same_device(count, grad_key_proj) && count.scalar_type() == ScalarType::Float && count.dim() == 3 &&
                       count.is_contiguous() && count.size(0) == p.batch && count.size(1) == p.heads_kv &&

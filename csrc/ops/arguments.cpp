@@ -70,8 +70,7 @@ void set_mask(Problem& p, const OptionalTensor& mask, const Tensor& key, bool pa
   p.mask_row_stride = mask->stride(1);
 }
 
-void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tensor& proj_key,
-                  const OptionalTensor& proj_value, const OptionalTensor& mask, const OptionalTensor& cu_seqlens_k) {
+void set_rows(Problem& p, const Tensor& key, const Tensor& value, const OptionalTensor& cu_seqlens_k) {
   const bool packed = cu_seqlens_k.has_value();
   const View k = view_of(key, "key", key, packed), v = view_of(value, "value", key, packed);
   STD_TORCH_CHECK(k.batch == v.batch && k.heads == v.heads && k.length == v.length,
@@ -85,6 +84,12 @@ void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tens
   p.key = k.rows;
   p.value = v.rows;
   p.cu_seqlens_k = offsets_of(cu_seqlens_k, "cu_seqlens_k", key, k.length, p.batch, &p.len_k);
+}
+
+void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tensor& proj_key,
+                  const OptionalTensor& proj_value, const OptionalTensor& mask, const OptionalTensor& cu_seqlens_k) {
+  set_rows(p, key, value, cu_seqlens_k);
+  const bool packed = cu_seqlens_k.has_value();
   STD_TORCH_CHECK(proj_key.dim() >= 2 && proj_key.dim() <= 4,
                   "linformer_kernels: proj_key must have 2, 3 or 4 dimensions");
   p.per_batch_proj = proj_key.dim() == 4;
@@ -184,11 +189,11 @@ void set_grad_out(Problem& p, const Tensor& grad_out, const Tensor& query, bool 
 }
 
 // The segments of `length` keys, of all heads or of each.
-void set_segments(Problem& p, const Tensor& segments, const Tensor& like, int64_t sequences, bool packed) {
+void set_segments(Problem& p, const Tensor& segments, const Tensor& like, bool packed) {
   const int64_t heads = packed ? 1 : segments.dim() - 2, rows = packed ? 0 : segments.dim() - 1;
   STD_TORCH_CHECK(
       same_device(segments, like) && segments.scalar_type() == ScalarType::Int && segments.dim() == (packed ? 2 : 3) &&
-          (packed || segments.size(0) == sequences) && segments.size(rows) == p.len_k &&
+          (packed || segments.size(0) == p.batch) && segments.size(rows) == p.total_k &&
           (segments.size(heads) == 1 || segments.size(heads) == p.heads_kv),
       "linformer_kernels: segments must be an int32 tensor of shape (batch, 1 or key heads, key length), or "
       "(total, 1 or key heads)");

@@ -19,13 +19,14 @@ const int64_t* offsets_of(const OptionalTensor& offsets, const char* name, const
 // Each enters its tensors and their sizes.
 void set_query(Problem& p, const Tensor& query, const OptionalTensor& cu_seqlens_q);
 void set_mask(Problem& p, const OptionalTensor& mask, const Tensor& key, bool packed);
+void set_rows(Problem& p, const Tensor& key, const Tensor& value, const OptionalTensor& cu_seqlens_k);
 void set_sequence(Problem& p, const Tensor& key, const Tensor& value, const Tensor& proj_key,
                   const OptionalTensor& proj_value, const OptionalTensor& mask, const OptionalTensor& cu_seqlens_k);
 void set_projected(Problem& p, const Tensor& key_proj, const Tensor& value_proj);
 void set_softmax(Problem& p, const Tensor& query, const OptionalTensor& rng_state, double dropout_p, double scale);
 void set_bias(Problem& p, const OptionalTensor& key_bias, const Tensor& like);
 void set_grad_out(Problem& p, const Tensor& grad_out, const Tensor& query, bool packed);
-void set_segments(Problem& p, const Tensor& segments, const Tensor& like, int64_t sequences, bool packed);
+void set_segments(Problem& p, const Tensor& segments, const Tensor& like, bool packed);
 
 void check_sizes(const Problem& p);
 void check_pool_sizes(const Problem& p);
