@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import oracle
@@ -254,8 +256,8 @@ def widened(count: torch.Tensor, x: Inputs) -> torch.Tensor:
     return count.double() if x.case.dtype == torch.float64 else count
 
 
-def plain(x: Inputs) -> dict[str, torch.Tensor]:
-    """The formula as a user writes it, sequence by sequence, in the type of the inputs."""
+def plain(x: Inputs, fused: bool = False) -> dict[str, torch.Tensor]:
+    """The formula as a user writes it, sequence by sequence, in the type of the inputs; its second half by SDPA."""
     c, scale = x.case, x.query.shape[-1] ** -0.5 if x.case.scale is None else x.case.scale
     batch = c.batch if c.lengths is None else len(c.lengths)
     bias_of = None if x.key_bias is None else x.key_bias.expand(batch, c.kv_heads, c.k)
@@ -272,10 +274,14 @@ def plain(x: Inputs) -> dict[str, torch.Tensor]:
         key_projs.append(k)
         value_projs.append(v)
         k, v = (t.repeat_interleave(c.heads // c.kv_heads, 0) for t in (k, v))
-        p = _plain_softmax(scale * (q @ k.mT), bias)
-        if c.dropout_p:
-            p = p * torch.from_numpy(_multiplier(x, b, p.shape)).to(p)
-        outs.append(p @ v if c.lengths is None else (p @ v).transpose(0, 1))
+        if fused and q.numel():
+            out = _fused(q, k, v, scale, bias)
+        else:
+            p = _plain_softmax(scale * (q @ k.mT), bias)
+            if c.dropout_p:
+                p = p * torch.from_numpy(_multiplier(x, b, p.shape)).to(p)
+            out = p @ v
+        outs.append(out if c.lengths is None else out.transpose(0, 1))
     if not outs:  # an empty batch
         zero = sum((t * 0).sum() for t in x.leaves().values())
         empty = [torch.zeros(0, c.kv_heads, c.k, t.shape[-1], dtype=t.dtype) for t in (x.key, x.value)]
@@ -320,12 +326,27 @@ def _plain_means(x: Inputs, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return means(k), means(v), count
 
 
+def _of_heads(bias: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(H, 1, K), and where some of a row takes part."""
+    bias = bias.repeat_interleave(heads // len(bias), 0)[:, None]
+    return bias, bias.isneginf().logical_not().any(-1, keepdim=True)
+
+
 def _plain_softmax(scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if bias is None:
         return torch.softmax(scores, dim=-1)
-    bias = bias.repeat_interleave(len(scores) // len(bias), 0)[:, None]
-    some = bias.isneginf().logical_not().any(-1, keepdim=True)
+    bias, some = _of_heads(bias, len(scores))
     return torch.softmax((scores + bias).where(some, 0), dim=-1).where(some, 0).to(scores.dtype)
+
+
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
+    q, scale = (-q, -scale) if scale < 0 else (q, scale)  # SDPA takes the largest product for the largest score
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if bias is None:
+        return sdpa(q[None], k[None], v[None], scale=scale)[0]
+    bias, some = _of_heads(bias, len(q))
+    mask = bias.where(some, 0).to(q.dtype).expand(-1, q.shape[1], -1)
+    return sdpa(q[None], k[None], v[None], mask[None], scale=scale)[0].where(some, 0)
 
 
 def exact(x: Inputs, roundings=oracle.EXACT) -> dict[str, np.ndarray]:
@@ -357,8 +378,8 @@ def check(case: Case, device: str, backend: str | None, through=run) -> None:
     compare({case: through(x, backend)}, x)
 
 
-def compare(results: dict[object, dict[str, torch.Tensor]], x: Inputs) -> None:
-    """Several results for the same inputs, each under a name for messages."""
+def compare(results: dict[object, dict[str, torch.Tensor]], x: Inputs, others: Sequence[dict] = ()) -> None:
+    """Several results for the same inputs, each under a name for messages. `others`: peers by other ways."""
     want, usual, draws = exact(x), {}, ()
     if x.case.dtype != torch.float64:
         with tf32(x.case.tf32), RoundedProducts() if x.case.tf32 else contextlib.nullcontext():
@@ -367,7 +388,8 @@ def compare(results: dict[object, dict[str, torch.Tensor]], x: Inputs) -> None:
     peer = functools.cache(lambda draw: exact(x, oracle.Roundings(epsilon, draw)))
     for title, got in results.items():
         for name, tensor in got.items():
-            peers = (peer(draw)[name] for draw in draws)
+            drawn = (peer(draw)[name] for draw in draws)
+            peers = itertools.chain((as_array(other[name]) for other in others), drawn)
             oracle.assert_close(tensor, want[name], usual.get(name), f"{name} [{title}]", peers)
 
 

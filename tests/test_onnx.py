@@ -103,7 +103,7 @@ def test_adaptive_with_any_batch_and_length(masked, heads_kv, cross, options, tm
         query, key, value, mask = inputs(*size)
         chosen = model.projection.segments(query, key, value, mask)
 
-        def eager(_model, *rows, chosen=chosen, mask=mask):
+        def eager(_model, *rows, size=size, chosen=chosen, mask=mask):
             out = lk.pooled_attention(*rows, chosen, 12, key_padding_mask=mask, backend="reference")
             return {f"out {size}": out}
 
