@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, zeros
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, zeros
 from torch.distributed.tensor.experimental import register_sharding
 
+from . import segments
 from ._ops import OPS, OVERLOADS, heads_inner
 from ._validation import Call
 
@@ -227,9 +228,7 @@ def _total(parts: Sequence[Tensor], mesh: DeviceMesh, placements: Sequence[Place
     """What the devices have of rows (*size, width), as tensors of all of it without partial sums: by one all-reduce."""
 
     def spread(local: Tensor, placements: Sequence[Placement]) -> DTensor:
-        shape = torch.Size((*size, local.size(-1)))
-        options: Any = {"shape": shape, "stride": torch.empty(shape, device="meta").stride(), "run_check": False}
-        return DTensor.from_local(local, mesh, placements, **options)
+        return _spread(local, mesh, placements, (*size, local.size(-1)))
 
     total = whole(spread(torch.cat(list(parts), -1), placements))
     rows = total.to_local().split([part.size(-1) for part in parts], -1)
@@ -293,6 +292,62 @@ def pool(backend: Any, key: Any, value: Any, segments: Any, cu_seqlens_k: Any, n
     overload = "triton" if backend.name == "triton" else "default"
     *means, count = _PoolOfParts.apply(overload, key, value, segments, number)
     return *_WithZeros.apply(*means), count
+
+
+def _spread(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """This device's part of a contiguous tensor."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, shape=torch.Size(shape), stride=stride, run_check=False)
+
+
+def _gathered(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> Tensor:
+    """What this device needs of a tensor of which dimension 2 is the sequence: all of that, its part of the others."""
+    target = [Replicate() if place == Shard(2) or place.is_partial() else place for place in placements]
+    return _spread(local, mesh, placements, shape).redistribute(placements=target).to_local()
+
+
+def _positions(tensor: DTensor) -> Tensor:
+    """Of the rows that this device has, along dimension 2: (N here,)."""
+    places = [Shard(0) if place == Shard(2) else Replicate() for place in tensor.placements]
+    position = torch.arange(tensor.size(2), device=tensor.device)
+    return distribute_tensor(position, tensor.device_mesh, places, src_data_rank=None).to_local()
+
+
+@torch.no_grad()
+def choose_segments(query: Any, key: Any, key_padding_mask: Any, *numbers: int) -> DTensor:
+    """Of a sequence over several devices what it is in one place, to the bit. Sent are the queries that choose, the
+    mask, and a number for each key and head."""
+    key, mesh = whole(key), key.device_mesh
+    places = key.placements
+    asking = [
+        place if place == Shard(2) and of_key in (Shard(2), Replicate())
+        else Replicate() if of_key == Shard(2) else of_key
+        for place, of_key in zip(query.placements, places, strict=True)
+    ]  # fmt: skip
+    query, mask = query.redistribute(placements=asking), None
+    if key_padding_mask is not None:
+        batch = [place if place == Shard(0) else Replicate() for place in places]
+        mask = key_padding_mask.redistribute(placements=batch).to_local()
+    at, lengths = segments.sampled(mask if query.size(2) == key.size(2) else None, query.size(2), key.device)
+    here = _positions(query)
+    index = torch.searchsorted(here, at)
+    index = torch.where(torch.nn.functional.pad(here, (0, 1), value=-1)[index] == at, index + 1, 0)
+    local = torch.nn.functional.pad(query.to_local(), (0, 0, 1, 0))  # a row of zeros for those that others have
+    rows = local.gather(2, index[:, None, :, None].expand(*local.shape[:2], -1, local.size(3)))
+    summed = [Partial() if place == Shard(2) else place for place in asking]
+    rows = _gathered(rows, mesh, summed, (*query.shape[:2], index.size(1), query.size(3)))
+    own = key.to_local()
+    asked = segments.sum_of_samples(rows, lengths, own.size(1))
+    score = _gathered(segments.scores(own, asked[:, :, None]), mesh, places, key.shape[:3])
+    rank, length = segments.ranks(mask, None, (own.size(0), key.size(2)), key.device)
+    segment = segments.divided(score, rank.expand(own.size(0), -1), length, None, None, *numbers)
+    return _spread(segment.index_select(2, _positions(key)), mesh, places, key.shape[:3])
+
+
+def chosen_in_parts(query: Any, key: Any, key_padding_mask: Any, cu_seqlens_k: Any) -> bool:
+    """Whether a device has a part of a sequence alone."""
+    parts = [*_on(query, 2), *_on(key, 2), *([] if key_padding_mask is None else _on(key_padding_mask, 1))]
+    return cu_seqlens_k is None and bool(parts)
 
 
 def rng_state(state: Tensor, query: Any) -> DTensor:

@@ -39,8 +39,9 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
             "sequence": each process gets and returns its part of the sequence, in order, and has the columns of E and F
                 for it, as DTensors. Two all-reduces of K' and V' a call forward and two backward are all that
                 attention sends, whatever the length. Each sequence has `seq_len` positions in all, padded on the right;
-                with a mask wanted: projections with from_first=False. Gradients are those of the sum of the losses of
-                all processes.
+                with a mask wanted: projections with from_first=False. "adaptive" has no columns, takes any length and
+                any mask, and sends a number for each position and head besides. Gradients are those of the sum of the
+                losses of all processes.
 
     Returns:
         The module, changed in place.
@@ -48,10 +49,11 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
     Raises:
         ValueError: unknown plan, a mesh of several dimensions, a module without Linformer attention, heads that the
             devices do not divide.
-        NotImplementedError: an E for each head with "heads"; with "sequence" projections whose rows follow the sequence
-            or its length ("adaptive", "mean", "max", "conv", length_norm).
+        NotImplementedError: an E for each head with "heads"; with "sequence" projections of windows ("mean", "max",
+            "conv") and length_norm.
         And, when it is called with "sequence", ValueError for a part of the sequence of another length than this
-        process's columns, and NotImplementedError for nested tensors and masks that the projection cannot take.
+        process's columns, or for parts that torch.chunk would not make, and NotImplementedError for nested tensors and
+        masks that the projection cannot take.
     """
     if plan not in PLANS:
         raise ValueError(f"plan is {plan!r}; wanted: one of {', '.join(PLANS)}")
@@ -174,10 +176,10 @@ def _check_heads(name: str, attention: LinformerAttention, devices: int) -> None
 
 def _check_sequence(name: str, projection: LinformerProjection) -> None:
     kind = f"length_norm={projection.length_norm}" if projection.length_norm else f'kind "{projection.kind}"'
-    if projection.length_norm or projection.kind not in ("learned", "fixed"):
+    if projection.length_norm or projection.kind not in ("learned", "fixed", "adaptive"):
         raise NotImplementedError(
-            f'{name or "module"} has {kind}; wanted with plan="sequence": "learned" or "fixed" without length_norm, as '
-            "what follows the sequence needs all of it in one place"
+            f'{name or "module"} has {kind}; wanted with plan="sequence": "learned" or "fixed" without length_norm, or '
+            '"adaptive"'
         )
 
 
@@ -187,7 +189,10 @@ def _spread(projection: LinformerProjection, given: dict[str, Any], mesh: Device
         raise NotImplementedError(
             'key is packed or nested; wanted with plan="sequence": padded sequences, of which each process has a part'
         )
-    mask = given.get("key_padding_mask")
+    mask, here = given.get("key_padding_mask"), given["key"].size(2)
+    if projection.kind == "adaptive":
+        length, length_q = _lengths([here, given["query"].size(2) if given.get("query") is not None else here], mesh)
+        return _parts(given, length, length_q, mesh)
     if mask is not None and (projection.from_first or projection.rows_are_windows):
         raise NotImplementedError(
             "key_padding_mask came, and the projection has from_first=True or rows of windows; wanted with "
@@ -196,23 +201,45 @@ def _spread(projection: LinformerProjection, given: dict[str, Any], mesh: Device
         )
     matrix = projection.proj_key
     assert isinstance(matrix, DTensor)
-    here, length = matrix.to_local().size(-1), matrix.size(-1)
-    if given["key"].size(2) != here:
+    columns, length = matrix.to_local().size(-1), matrix.size(-1)
+    if here != columns:
         raise ValueError(
-            f"key has {given['key'].size(2)} rows on this process, whose columns of E are {here} of {length}; wanted: "
+            f"key has {here} rows on this process, whose columns of E are {columns} of {length}; wanted: "
             f"as many. To fix it: pad all sequences to {length} positions, with key_padding_mask, and give each "
             "process the positions of its columns, as torch.chunk(sequence, processes) divides them"
         )
+    return _parts(given, length, None, mesh)
+
+
+def _lengths(here: list[int], mesh: DeviceMesh) -> list[int]:
+    """Of sequences of which this process has so many positions."""
+    parts = DTensor.from_local(torch.tensor([here], device=mesh.device_type), mesh, [Shard(0)], run_check=False)
+    lengths: list[list[int]] = parts.full_tensor().T.tolist()
+    for of_one in lengths:
+        total, size = sum(of_one), -(-sum(of_one) // len(of_one))
+        if of_one != [min(size, max(total - i * size, 0)) for i in range(len(of_one))]:
+            raise ValueError(
+                f"the processes have {', '.join(map(str, of_one))} positions of a sequence; wanted: its parts as "
+                f"torch.chunk(sequence, {len(of_one)}) makes them, as many positions on each, but for the last"
+            )
+    return [sum(of_one) for of_one in lengths]
+
+
+def _parts(given: dict[str, Any], length: int, length_q: int | None, mesh: DeviceMesh) -> dict[str, Any]:
+    """Arguments as parts of a sequence, and queries as those of one of which the length is known or does not count."""
     spread = dict(given)
     for name, dim in (("key", 2), ("value", 2), ("key_padding_mask", 1)):
         if given.get(name) is not None:
-            spread[name] = _part(given[name], dim, here, length, mesh)
-    if given.get("query") is not None:  # of which nothing is sent
-        spread["query"] = DTensor.from_local(given["query"], mesh, [Shard(2)], run_check=False)
+            spread[name] = _part(given[name], dim, length, mesh)
+    query = given.get("query")
+    if query is not None and length_q is not None:
+        spread["query"] = _part(query, 2, length_q, mesh)
+    elif query is not None:
+        spread["query"] = DTensor.from_local(query, mesh, [Shard(2)], run_check=False)
     return spread
 
 
-def _part(tensor: Tensor, dim: int, here: int, length: int, mesh: DeviceMesh) -> DTensor:
+def _part(tensor: Tensor, dim: int, length: int, mesh: DeviceMesh) -> DTensor:
     """A part of a tensor of `length` there, which the parts need not divide evenly."""
     shape = torch.Size((*tensor.shape[:dim], length, *tensor.shape[dim + 1 :]))
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)

@@ -6,6 +6,7 @@ place or hangs on it (PEFT's copies, FSDP, offloading, hooks) takes part.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -289,8 +290,15 @@ class LinformerProjection(nn.Module):
         query, key, value = autocast(query, key, value)
         call = check_adaptive(query, key, value, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
         self._check_length(key.size(-2), call.cu_seqlens_k)
+        numbers = self.proj_dim, self.singles, *self.keep
+        if is_distributed(call.key):
+            from . import _sharding  # which loads torch.distributed
+
+            _sharding.check_distributed(dataclasses.replace(call, key_padding_mask=key_padding_mask))
+            if _sharding.chosen_in_parts(call.query, call.key, key_padding_mask, cu_seqlens_k):
+                return _sharding.choose_segments(call.query, call.key, key_padding_mask, *numbers)
         rows = (call.query, call.key, key_padding_mask, call.cu_seqlens_q, call.cu_seqlens_k)
-        chosen: Tensor = _choose_segments(*rows, self.proj_dim, self.singles, *self.keep)
+        chosen: Tensor = _choose_segments(*rows, *numbers)
         return chosen
 
     def compress(

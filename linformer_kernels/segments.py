@@ -91,7 +91,27 @@ def choose_segments(
         of_row = asked[sequence.clamp(max=asked.size(0) - 1)].transpose(0, 1)[None]
     else:
         sequence, of_row = None, asked[:, :, None]
-    score = _sum_by_halves(rows.float() * of_row, -1)
+    segment = divided(scores(rows, of_row), rank, length, sequence, cu_seqlens_k, num_segments, singles, first, last)
+    return segment[0].transpose(0, 1).contiguous() if packed else segment.contiguous()
+
+
+def scores(key: Tensor, asked: Tensor) -> Tensor:
+    """(B, H_kv, N) float32, of keys (B, H_kv, N, D) and what asks each of them."""
+    return _sum_by_halves(key.float() * asked, -1)
+
+
+def divided(
+    score: Tensor,
+    rank: Tensor,
+    length: Tensor,
+    sequence: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    num_segments: int,
+    singles: int,
+    first: int,
+    last: int,
+) -> Tensor:
+    """Segments (B, H_kv, N) by scores, for the ranks (B, N) and lengths; `sequence`: that of each packed row."""
     candidate = (rank >= first) & (rank < length - last)
     chosen = _largest(score, candidate, singles - first - last, sequence)
     single = chosen | ((rank >= 0) & ~candidate)[:, None]
@@ -108,8 +128,7 @@ def choose_segments(
     rank, length = rank[:, None], length[:, None]
     window = singles + other * (num_segments - singles) // (length - singles).clamp(min=1)
     segment = torch.where(length <= num_segments, rank, torch.where(single, place, window))
-    segment = torch.where(taken, segment, -1).to(torch.int32)
-    return segment[0].transpose(0, 1).contiguous() if packed else segment.contiguous()
+    return torch.where(taken, segment, -1).to(torch.int32)
 
 
 def _mean_query(
@@ -117,19 +136,31 @@ def _mean_query(
 ) -> Tensor:
     """The sum of SAMPLES queries of each sequence and key head: (B, H_kv, D) float32. Of a sequence that attends to
     itself those that the mask leaves; the heads of a group are added in their order."""
-    step = torch.arange(SAMPLES, device=query.device)
     if cu_seqlens_q is not None:
         lengths = cu_seqlens_q.diff()[:, None]
-        at = cu_seqlens_q[:-1, None] + step * lengths // SAMPLES
+        at = cu_seqlens_q[:-1, None] + torch.arange(SAMPLES, device=query.device) * lengths // SAMPLES
         rows = pad(query, (0, 0, 0, 0, 0, 1))[at.clamp(max=query.size(0))].permute(0, 2, 1, 3)  # (B, H, SAMPLES, D)
-    elif key_padding_mask is not None and query.size(2) == length:
-        lengths = key_padding_mask.sum(1, keepdim=True)
-        at = torch.searchsorted(key_padding_mask.cumsum(1), step * lengths // SAMPLES + 1).clamp(max=length - 1)
-        rows = query.gather(2, at[:, None, :, None].expand(-1, query.size(1), -1, query.size(3)))
     else:
-        lengths = torch.full((query.size(0), 1), query.size(2), device=query.device)
-        at = step * query.size(2) // SAMPLES
-        rows = pad(query, (0, 0, 0, 1))[:, :, at.clamp(max=query.size(2))]
+        own = key_padding_mask if query.size(2) == length else None
+        at, lengths = sampled(own, query.size(2), query.device)
+        rows = query if query.size(2) else pad(query, (0, 0, 0, 1))
+        rows = rows.gather(2, at[:, None, :, None].expand(*query.shape[:2], -1, query.size(3)))
+    return sum_of_samples(rows, lengths, heads)
+
+
+def sampled(key_padding_mask: Tensor | None, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of the SAMPLES queries among `length`, of those that the mask leaves, and how many those are:
+    (B or 1, SAMPLES) and (B or 1, 1)."""
+    step = torch.arange(SAMPLES, device=device)
+    if key_padding_mask is None:
+        return step[None] * length // SAMPLES, torch.full((1, 1), length, device=device)
+    lengths = key_padding_mask.sum(1, keepdim=True)
+    at = torch.searchsorted(key_padding_mask.cumsum(1), step * lengths // SAMPLES + 1)
+    return at.clamp(max=length - 1), lengths
+
+
+def sum_of_samples(rows: Tensor, lengths: Tensor, heads: int) -> Tensor:
+    """(B, H_kv, D) float32, of the sampled queries (B, H, SAMPLES, D) of sequences of these lengths."""
     rows = torch.where((lengths > 0)[:, None, :, None], rows, 0).float()
     summed = _sum_by_halves(rows, 2).unflatten(1, (heads, -1))
     total = summed[:, :, 0]

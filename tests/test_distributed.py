@@ -158,6 +158,30 @@ def test_one_half_alone_has_a_gradient(half, place):
         cases.oracle.assert_close(got, cases.as_array(want), usual, "gradient")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length, length_q", [(26, 26), (5, 5), (26, 9), (64, 0)])
+@pytest.mark.parametrize(
+    "places", [(N, N), (R, N), (N, R), ((B, N), (B, N)), ((N, H), (N, H)), ((N, N), (N, N))], ids=str
+)
+def test_segments_are_chosen_as_in_one_place(places, length, length_q, masked):
+    """To the last bit, with scores that are equal among them."""
+    rows = [torch.randint(-2, 3, (4, heads, n, 8)).float() for heads, n in ((8, length_q), (4, length))]
+    rows[0][0] = torch.randn(8, length_q, 8)
+    mask = torch.rand(4, length) < 0.7 if masked else None
+    adaptive = lk.LinformerProjection(None, 6, kind="adaptive", keep=(1, 1))
+    want = adaptive.segments(*rows, rows[1], mask)
+    with local_tensor.LocalTensorMode(WORLD):
+        on, of = (place if isinstance(place, tuple) else (place,) for place in places)
+        mesh = init_device_mesh("cpu", (2, 2) if len(on) == 2 else (WORLD,))
+        query, key = (distribute_tensor(t, mesh, place) for t, place in zip(rows, (on, of), strict=True))
+        of_mask = [Shard(1) if place == N else B if place == B else R for place in of]
+        spread = None if mask is None else distribute_tensor(mask, mesh, of_mask)
+        got = adaptive.segments(query, key, key, spread)
+        assert got.placements == key.placements
+        got = full(got)
+    assert torch.equal(got, want)
+
+
 def refused_calls(mesh):
     r = lambda *shape: torch.randn(shape)  # noqa: E731
     d = lambda t, place: distribute_tensor(t, mesh, [place])  # noqa: E731
@@ -190,8 +214,8 @@ def refused_calls(mesh):
         lambda: attend(d(q, B), d(kv, B), d(kv, B), e),
     )
     yield (
-        r"key has placement Shard\(2\), over the sequence; wanted by choose_segments: Shard\(0\) or Shard\(1\)",
-        lambda: adaptive(d(kv, N), d(kv, N), query=d(q, R)),
+        r"key has placement Shard\(3\), over the width of a head; wanted by choose_segments: Shard\(0\) or Shard\(1\)",
+        lambda: adaptive(d(kv, Shard(3)), d(kv, R), query=d(q, R)),
     )
 
 
@@ -227,9 +251,9 @@ def test_modules_that_are_not_spread():
         ),
         (
             NotImplementedError,
-            'projection has kind "adaptive"; wanted with plan="sequence"',
+            'projection has kind "mean"; wanted with plan="sequence"',
             lambda: parallelize(
-                encoder(proj_dim=None, seq_len=None, projection=lk.LinformerProjection(None, 6, kind="adaptive")),
+                encoder(proj_dim=None, seq_len=None, projection=lk.LinformerProjection(26, 6, kind="mean")),
                 mesh,
                 "sequence",
             ),
@@ -272,11 +296,16 @@ def modules(mesh):
     here = lambda t: t.chunk(mesh.size(), 1)[mesh.get_local_rank()]  # noqa: E731
     projection = {"seq_len": None, "proj_dim": None, "projection": lk.LinformerProjection(26, 6, from_first=False)}
     padding = torch.arange(26) >= torch.tensor([[26], [11]])
+    adaptive = {"seq_len": None, "proj_dim": None}
+    adaptive["projection"] = lk.LinformerProjection(None, 6, kind="adaptive", keep=(1, 0))
+    holes = torch.rand(2, 26) < 0.3
     for options, mask in (
         ({"sharing": "layerwise"}, None),
         ({"sharing": "headwise", "batch_first": False}, None),
         ({"sharing": "key_value", "norm_first": True, "gradient_checkpointing": True}, None),
         (projection, padding),
+        (adaptive, None),
+        (adaptive, holes),
     ):
         for plan in ("heads", "sequence"):
             model = encoder(**options)
@@ -296,9 +325,14 @@ def modules(mesh):
                 (out * part(grad)).sum().backward()
                 close(part(x.grad), part(of_input))
             for name, twice in gradients(model).items():
-                close(twice, 2 * of_weights[name])
+                if options is not adaptive or not name.endswith("k_proj.bias"):  # it moves all scores of a row alike
+                    close(twice, 2 * of_weights[name])
             if options is projection:  # for the next plan
                 options["projection"] = lk.LinformerProjection(26, 6, from_first=False)
+            if options is adaptive:
+                options["projection"] = lk.LinformerProjection(None, 6, kind="adaptive", keep=(1, 0))
+    with pytest.raises(ValueError, match=r"the processes have 6, 7\S* .*positions of a sequence; wanted: its parts as"):
+        model(torch.randn(2, 6 + mesh.get_local_rank(), 32))
 
 
 def shards(mesh):
