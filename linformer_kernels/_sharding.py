@@ -8,8 +8,10 @@ of a head. What an op returns without the letter is a sum over the devices, wher
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ def _strategies(op: str, names: list[str], *arguments: Any) -> list[tuple[list[A
         if sizes:
             heads[letter] = max(sizes)
     if heads["g"] == 1:  # that all heads read: each device has it
-        shardable = tuple(choice.replace("g", "") for choice in shardable)
+        shardable = tuple(choice.replace("hg", "h" if "h" in heads else "") for choice in shardable)
     shardable = tuple(choice for choice in shardable if choice and (not packed or "h" in choice or "g" in choice))
     backward = op.endswith("_backward")
     if not backward:
@@ -92,10 +94,10 @@ def _strategies(op: str, names: list[str], *arguments: Any) -> list[tuple[list[A
                 return Shard(i)
         return otherwise
 
+    if not _heads_fit(heads, _over_heads(tensors, letters)):
+        shardable = tuple(choice for choice in shardable if choice not in ("hg", "h", "g"))
     choices = []
     for sharded in ("", *shardable):
-        if "h" in sharded and "h" in heads and any(_divided(heads, size) for size in tensors["query"].mesh.shape):
-            continue
         summed: Placement = Partial() if sharded and (backward or op == "project") else Replicate()
         made: list[Any] = []
         for i, name in enumerate(results):
@@ -110,6 +112,41 @@ def _strategies(op: str, names: list[str], *arguments: Any) -> list[tuple[list[A
 def _divided(heads: dict[str, int], devices: int) -> bool:
     """Whether the queries of a key head would come to lie on several devices, without that head on each."""
     return heads["g"] not in (1, heads["h"]) and heads["g"] % devices != 0
+
+
+def _over_heads(tensors: dict[str, Any], letters: dict[str, str]) -> list[int]:
+    """Sizes of the dimensions of the mesh over which heads are sharded, or where a sum may be left that way."""
+    mesh = next(iter(tensors.values())).mesh
+    return [
+        size
+        for i, size in enumerate(mesh.shape)
+        if any(
+            spec.placements[i].is_partial()
+            or (spec.placements[i].is_shard() and letters[name][spec.placements[i].dim :][:1] in ("h", "g"))
+            for name, spec in tensors.items()
+        )
+    ]
+
+
+def _heads_fit(heads: dict[str, int], mesh: Sequence[int]) -> bool:
+    """Whether over all or some of these dimensions each device gets heads, and to its queries the heads they read.
+
+    Of fewer heads than devices torch leaves all on each.
+    """
+    grouped = heads["g"] not in (1, heads.get("h", heads["g"]))
+    number = heads.get("h", 1) if heads["g"] == 1 else heads["g"]
+    for some in (some for n in range(1, len(mesh) + 1) for some in combinations(mesh, n)):
+        if math.prod(some) <= number and (number % math.prod(some) if grouped else 0 in _parts(number, some)):
+            return False
+    return True
+
+
+def _parts(number: int, mesh: Sequence[int]) -> list[int]:
+    """Of so many, how many devices get: divided as torch.chunk divides, over one dimension after the other."""
+    parts = [number]
+    for size in mesh:
+        parts = [min(-(-n // size), max(n - i * -(-n // size), 0)) for n in parts for i in range(size)]
+    return parts
 
 
 def _check_placements(
@@ -127,7 +164,7 @@ def _check_placements(
                 raise NotImplementedError(
                     f"{name} has placement Shard({placement.dim}), over {_WORDS[letter]}; wanted by {op}: {allowed}"
                     f"Replicate(). To fix it: use {name}.redistribute(placements=...)"
-                    + (sequence if letter == "k" else "")
+                    + (sequence if name in ("proj_key", "proj_value") and letter == "k" else "")
                 )
             if letter in ("h", "g") and "h" in heads and _divided(heads, size):
                 raise NotImplementedError(
@@ -288,6 +325,8 @@ def pool(backend: Any, key: Any, value: Any, segments: Any, cu_seqlens_k: Any, n
         *means, count = backend.pool(key, value, segments, cu_seqlens_k, number)
         return *_WithZeros.apply(*means), count
     key = whole(key)
+    if 0 in _parts(key.size(1), [key.device_mesh.size(i) for i in _on(key, 1)]):  # heads for some devices only
+        key = key.redistribute(placements=[Replicate() if place.is_shard(1) else place for place in key.placements])
     lists = [Replicate() if place == Shard(1) and segments.size(1) == 1 else place for place in key.placements]
     value, segments = value.redistribute(placements=key.placements), segments.redistribute(placements=lists)
     overload = "triton" if backend.name == "triton" else "default"
