@@ -317,6 +317,7 @@ def _spread(backend: Backend, call: Call) -> Backend:
         backend,
         attention=functools.partial(_sharding.attention, backend),
         project=functools.partial(_sharding.project, backend),
+        projected_attention=functools.partial(_sharding.projected_attention, backend),
         pool=functools.partial(_sharding.pool, backend),
     )
 

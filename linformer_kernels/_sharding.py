@@ -251,13 +251,21 @@ def project(backend: Any, key: Any, value: Any, proj_key: Any, proj_value: Any, 
 
 def attention(backend: Any, query: Any, key: Any, value: Any, proj_key: Any, proj_value: Any, *rest: Any) -> Any:
     """Of a sequence over several devices in two halves, between which the parts of K' and V' are added up."""
-    key_bias, mask, cu_seqlens_q, cu_seqlens_k, *numbers = rest
+    key_bias, mask, cu_seqlens_q, cu_seqlens_k, rng_state, *numbers = rest
     if cu_seqlens_k is not None or not _over_sequence(key, proj_key):
-        return backend.attention(query, key, value, proj_key, proj_value, *rest)
+        given = query, key, value, proj_key, proj_value, *rest[:4]
+        return _with_numbers(lambda state: backend.attention(*given, state, *numbers), query, rng_state)
     parts = project(backend, key, value, proj_key, proj_value, mask, None, numbers[-1])
     key_proj, value_proj = _Sum.apply(*parts)
-    out = backend.projected_attention(query, key_proj, value_proj, key_bias, cu_seqlens_q, *numbers)
+    out = projected_attention(backend, query, key_proj, value_proj, key_bias, cu_seqlens_q, rng_state, *numbers)
     return out, key_proj, value_proj
+
+
+def projected_attention(backend: Any, query: Any, *rest: Any) -> Any:
+    """With dropout numbers for the parts of the queries."""
+    *given, rng_state, dropout_p, scale, allow_tf32 = rest
+    numbers = dropout_p, scale, allow_tf32
+    return _with_numbers(lambda state: backend.projected_attention(query, *given, state, *numbers), query, rng_state)
 
 
 def _total(parts: Sequence[Tensor], mesh: DeviceMesh, placements: Sequence[Placement], size: Any) -> list[DTensor]:
@@ -334,10 +342,22 @@ def pool(backend: Any, key: Any, value: Any, segments: Any, cu_seqlens_k: Any, n
     return *_WithZeros.apply(*means), count
 
 
-def rng_state(state: Tensor, query: Any) -> DTensor:
-    """Each part of the queries has dropout numbers of its own; processes with the same part have the same."""
-    mesh, part = query.device_mesh, 0
-    for i, placement in enumerate(query.placements):
+def _with_numbers(call: Any, query: Any, rng_state: Any) -> Any:
+    """A call of dropout numbers: each part of its result has its own; processes with the same part have the same.
+
+    Mostly it is divided as the query is; if it was not, again with the numbers of its parts.
+    """
+    if rng_state is None:
+        return call(None)
+    made = call(_numbers(rng_state, query))
+    rows = made[0] if isinstance(made, tuple) else made
+    over = [[i for i, place in enumerate(one.placements) if place.is_shard()] for one in (query, rows)]
+    return made if over[0] == over[1] else call(_numbers(rng_state, rows))
+
+
+def _numbers(state: Any, rows: Any) -> DTensor:
+    mesh, part = rows.device_mesh, 0
+    for i, placement in enumerate(rows.placements):
         if placement.is_shard():
             part = part * mesh.size(i) + mesh.get_local_rank(i)
     return DTensor.from_local(state + torch.tensor([0, part], device=state.device), mesh, run_check=False)

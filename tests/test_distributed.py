@@ -365,6 +365,24 @@ def drops(mesh):
         assert all(torch.equal(other, local) for other in others) == (place == R)
         # Linear in the values: the same elements are dropped backward.
         close((spread[2].grad.full_tensor() * q).sum(), out.detach().full_tensor().sum())
+    # Where the result is not divided as the queries are: it had numbers of theirs, alike on parts of it, and other ones
+    # on each copy.
+    few, more = (torch.randn(1, 1, 1, 8).expand(size, size, 8 * mesh.size(), 8) for size in (1, mesh.size()))
+    for query, keys, places in (
+        (more, more, (R, B, R)),
+        (more, more, (R, H, R)),
+        (few, few, (B, B, R)),
+        (few, few, (H, R, R)),
+        (few[:, :, :1], few, (N, N, Shard(1))),
+    ):
+        q, k, proj = (distribute_tensor(t, mesh, [p]) for t, p in zip((query, keys, e), places, strict=True))
+        projected = lk.project_kv(k, k, proj)
+        outs = [lk.linformer_attention(q, k, k, proj, dropout_p=0.5)]
+        outs.append(lk.projected_attention(q, *projected, dropout_p=0.5))
+        for out in outs:
+            others = [torch.empty_like(out.to_local()).contiguous() for _ in range(mesh.size())]
+            dist.all_gather(others, out.to_local().contiguous())
+            assert all(torch.equal(other, others[0]) for other in others[1:]) == (out.placements == (R,)), places
 
 
 def sent(mesh):
