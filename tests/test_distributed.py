@@ -149,6 +149,23 @@ def test_heads_that_the_devices_cannot_divide(case, plans, native):
     cases.check(case, "cpu", native, spread_over(*plans, divided=False))
 
 
+@pytest.mark.parametrize("plan", ["batch", "sequence"])
+def test_means_by_pytorchs_own_parts(plan, native):
+    """ "composed" met them with plain tensors, in an error of torch's."""
+    case = CASES[6]
+    with lk.use_backend("composed"), pytest.raises(NotImplementedError, match=r'refuses this call.*use "reference"'):
+        spread_over(plan)(Inputs(case, "cpu"), "composed")
+    cases.check(case, "cpu", "reference", spread_over(plan))
+
+
+def test_dropout_of_the_reference_is_refused():
+    """In words, and not in an error of torch's about tensors of two kinds."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    rows, proj = (distribute_tensor(torch.randn(shape), mesh, [R]) for shape in ((2, 4, 6, 8), (3, 6)))
+    with pytest.raises(NotImplementedError, match=r'dropout_p is 0\.5.*"reference" .* DTensors; wanted: 0'):
+        lk.linformer_attention(rows, rows, rows, proj, dropout_p=0.5, backend="reference")
+
+
 PACKED = [
     Case(heads=8, k=8, d=16, lengths=(9, 0, 20), lengths_q=(3, 7, 5), bias="normal", sharing="per-head"),
     Case(heads=8, k=8, d=16, lengths=(9, 0, 20), pooled="random"),
