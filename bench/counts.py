@@ -283,9 +283,7 @@ def main() -> int:
     parser.add_argument("--plot", help="picture to write, of the counts against N")
     settings = parser.parse_args()
     settings.layout = ["bhnd"]
-    for where in filter(None, (settings.csv, settings.plot)):
-        if not os.path.isdir(os.path.dirname(where) or "."):
-            parser.error(f"cannot write {where}: no such directory")
+    options.check_files(parser, settings.csv, settings.plot)
     gpu = next(gpu for gpu in GPUS if gpu.name == settings.gpu)
     reasons = {backend: why_not(backend) for backend in settings.backend or BACKENDS}
     for backend, reason in reasons.items():

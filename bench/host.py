@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench import machine
 from bench.measure import Samples, Stopwatch, percentiles, take_samples
+from bench.options import check_files
 from linformer_kernels import linformer_attention
 
 PROBLEMS = ((1, 1, 1, 8, 8), (1, 1, 16, 8, 8), (1, 12, 128, 32, 64), (8, 12, 128, 32, 64), (8, 12, 512, 64, 64))
@@ -86,6 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not set(options.mode.split(",")) <= set(MODES):
         parser.error(f"--mode is {options.mode}; wanted: {', '.join(MODES)}, or some of them")
+    check_files(parser, options.json)
     options.device, options.flush, options.min_time = "cpu", False, 1e-4
     torch.set_num_threads(1)
     about = machine.facts(options)

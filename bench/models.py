@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from bench.machine import facts
 from bench.measure import Stopwatch, extra_memory, percentiles, take_samples
-from bench.options import size
+from bench.options import check_files, size
 from linformer_kernels.integrations.transformers import linformerize
 
 MIB = 2**20
@@ -85,6 +85,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.ops = options.op.split(",")
     if not set(options.ops) <= {"fwd", "train"}:
         parser.error(f"--op is {options.op}; wanted: fwd, train or fwd,train")
+    check_files(parser, options.json)
     options.flush, options.min_time, options.cell_time, options.probe = False, 0.0, 1e9, 0.0
     return options
 

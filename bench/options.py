@@ -162,11 +162,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--timing graph replays CUDA graphs: add --device cuda, leave out --flush")
     if options.capability and options.device != "cpu":
         parser.error("--capability names builds of the CPU kernels; add --device cpu")
-    for path in filter(None, (options.csv, options.json, options.plot)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            parser.error(f"cannot write {path}: no such directory")
+    check_files(parser, options.csv, options.json, options.plot)
     options.max_memory = options.max_memory or 0.7 * free_bytes(options.device) / 2**30
     return options
+
+
+def check_files(parser: argparse.ArgumentParser, *paths: str | os.PathLike[str] | None) -> None:
+    """That they can be written, before hours of measuring."""
+    for path in filter(None, paths):
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder):
+            parser.error(f"cannot write {path}: no such directory")
+        if os.path.isdir(path):
+            parser.error(f"cannot write {path}: it is a directory; wanted: a file")
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            parser.error(f"cannot write {path}: this user may not")
 
 
 def free_bytes(device: str) -> int:

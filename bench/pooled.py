@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=options.size, default=21, help="samples of each, at most")
     parser.add_argument("--json", type=Path, help="file to write")
     settings = parser.parse_args()
+    options.check_files(parser, settings.json)
     vars(settings).update(device="cpu", clock="cpu", flush=False, min_time=0.02, probe=0.75)
     torch.set_num_threads(1)
     torch.manual_seed(0)

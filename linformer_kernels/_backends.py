@@ -311,12 +311,18 @@ def _spread(backend: Backend, call: Call) -> Backend:
     from . import _sharding  # which loads torch.distributed
 
     _sharding.check_distributed(call)
+    if backend.name == "reference" and call.dropout_p:
+        raise NotImplementedError(
+            f'dropout_p is {call.dropout_p}, and "reference" draws dropout numbers for plain tensors, and not for '
+            "DTensors; wanted: 0. To fix it: use a backend of kernels, and no float64"
+        )
     if backend.name in ("composed", "reference"):
         return backend  # PyTorch's own operators
     return dataclasses.replace(
         backend,
         attention=functools.partial(_sharding.attention, backend),
         project=functools.partial(_sharding.project, backend),
+        projected_attention=functools.partial(_sharding.projected_attention, backend),
         pool=functools.partial(_sharding.pool, backend),
     )
 

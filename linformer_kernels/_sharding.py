@@ -8,8 +8,10 @@ of a head. What an op returns without the letter is a sum over the devices, wher
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -80,7 +82,7 @@ def _strategies(op: str, names: list[str], *arguments: Any) -> list[tuple[list[A
         if sizes:
             heads[letter] = max(sizes)
     if heads["g"] == 1:  # that all heads read: each device has it
-        shardable = tuple(choice.replace("g", "") for choice in shardable)
+        shardable = tuple(choice.replace("hg", "h" if "h" in heads else "") for choice in shardable)
     shardable = tuple(choice for choice in shardable if choice and (not packed or "h" in choice or "g" in choice))
     backward = op.endswith("_backward")
     if not backward:
@@ -93,10 +95,10 @@ def _strategies(op: str, names: list[str], *arguments: Any) -> list[tuple[list[A
                 return Shard(i)
         return otherwise
 
+    if not _heads_fit(heads, _over_heads(tensors, letters)):
+        shardable = tuple(choice for choice in shardable if choice not in ("hg", "h", "g"))
     choices = []
     for sharded in ("", *shardable):
-        if "h" in sharded and "h" in heads and any(_divided(heads, size) for size in tensors["query"].mesh.shape):
-            continue
         summed: Placement = Partial() if sharded and (backward or op == "project") else Replicate()
         made: list[Any] = []
         for i, name in enumerate(results):
@@ -111,6 +113,41 @@ def _strategies(op: str, names: list[str], *arguments: Any) -> list[tuple[list[A
 def _divided(heads: dict[str, int], devices: int) -> bool:
     """Whether the queries of a key head would come to lie on several devices, without that head on each."""
     return heads["g"] not in (1, heads["h"]) and heads["g"] % devices != 0
+
+
+def _over_heads(tensors: dict[str, Any], letters: dict[str, str]) -> list[int]:
+    """Sizes of the dimensions of the mesh over which heads are sharded, or where a sum may be left that way."""
+    mesh = next(iter(tensors.values())).mesh
+    return [
+        size
+        for i, size in enumerate(mesh.shape)
+        if any(
+            spec.placements[i].is_partial()
+            or (spec.placements[i].is_shard() and letters[name][spec.placements[i].dim :][:1] in ("h", "g"))
+            for name, spec in tensors.items()
+        )
+    ]
+
+
+def _heads_fit(heads: dict[str, int], mesh: Sequence[int]) -> bool:
+    """Whether over all or some of these dimensions each device gets heads, and to its queries the heads they read.
+
+    Of fewer heads than devices torch leaves all on each.
+    """
+    grouped = heads["g"] not in (1, heads.get("h", heads["g"]))
+    number = heads.get("h", 1) if heads["g"] == 1 else heads["g"]
+    for some in (some for n in range(1, len(mesh) + 1) for some in combinations(mesh, n)):
+        if math.prod(some) <= number and (number % math.prod(some) if grouped else 0 in _parts(number, some)):
+            return False
+    return True
+
+
+def _parts(number: int, mesh: Sequence[int]) -> list[int]:
+    """Of so many, how many devices get: divided as torch.chunk divides, over one dimension after the other."""
+    parts = [number]
+    for size in mesh:
+        parts = [min(-(-n // size), max(n - i * -(-n // size), 0)) for n in parts for i in range(size)]
+    return parts
 
 
 def _check_placements(
@@ -128,7 +165,7 @@ def _check_placements(
                 raise NotImplementedError(
                     f"{name} has placement Shard({placement.dim}), over {_WORDS[letter]}; wanted by {op}: {allowed}"
                     f"Replicate(). To fix it: use {name}.redistribute(placements=...)"
-                    + (sequence if letter == "k" else "")
+                    + (sequence if name in ("proj_key", "proj_value") and letter == "k" else "")
                 )
             if letter in ("h", "g") and "h" in heads and _divided(heads, size):
                 raise NotImplementedError(
@@ -215,13 +252,21 @@ def project(backend: Any, key: Any, value: Any, proj_key: Any, proj_value: Any, 
 
 def attention(backend: Any, query: Any, key: Any, value: Any, proj_key: Any, proj_value: Any, *rest: Any) -> Any:
     """Of a sequence over several devices in two halves, between which the parts of K' and V' are added up."""
-    key_bias, mask, cu_seqlens_q, cu_seqlens_k, *numbers = rest
+    key_bias, mask, cu_seqlens_q, cu_seqlens_k, rng_state, *numbers = rest
     if cu_seqlens_k is not None or not _over_sequence(key, proj_key):
-        return backend.attention(query, key, value, proj_key, proj_value, *rest)
+        given = query, key, value, proj_key, proj_value, *rest[:4]
+        return _with_numbers(lambda state: backend.attention(*given, state, *numbers), query, rng_state)
     parts = project(backend, key, value, proj_key, proj_value, mask, None, numbers[-1])
     key_proj, value_proj = _Sum.apply(*parts)
-    out = backend.projected_attention(query, key_proj, value_proj, key_bias, cu_seqlens_q, *numbers)
+    out = projected_attention(backend, query, key_proj, value_proj, key_bias, cu_seqlens_q, rng_state, *numbers)
     return out, key_proj, value_proj
+
+
+def projected_attention(backend: Any, query: Any, *rest: Any) -> Any:
+    """With dropout numbers for the parts of the queries."""
+    *given, rng_state, dropout_p, scale, allow_tf32 = rest
+    numbers = dropout_p, scale, allow_tf32
+    return _with_numbers(lambda state: backend.projected_attention(query, *given, state, *numbers), query, rng_state)
 
 
 def _total(parts: Sequence[Tensor], mesh: DeviceMesh, placements: Sequence[Placement], size: Any) -> list[DTensor]:
@@ -287,6 +332,8 @@ def pool(backend: Any, key: Any, value: Any, segments: Any, cu_seqlens_k: Any, n
         *means, count = backend.pool(key, value, segments, cu_seqlens_k, number)
         return *_WithZeros.apply(*means), count
     key = whole(key)
+    if 0 in _parts(key.size(1), [key.device_mesh.size(i) for i in _on(key, 1)]):  # heads for some devices only
+        key = key.redistribute(placements=[Replicate() if place.is_shard(1) else place for place in key.placements])
     lists = [Replicate() if place == Shard(1) and segments.size(1) == 1 else place for place in key.placements]
     value, segments = value.redistribute(placements=key.placements), segments.redistribute(placements=lists)
     overload = "triton" if backend.name == "triton" else "default"
@@ -350,10 +397,22 @@ def chosen_in_parts(query: Any, key: Any, key_padding_mask: Any, cu_seqlens_k: A
     return cu_seqlens_k is None and bool(parts)
 
 
-def rng_state(state: Tensor, query: Any) -> DTensor:
-    """Each part of the queries has dropout numbers of its own; processes with the same part have the same."""
-    mesh, part = query.device_mesh, 0
-    for i, placement in enumerate(query.placements):
+def _with_numbers(call: Any, query: Any, rng_state: Any) -> Any:
+    """A call of dropout numbers: each part of its result has its own; processes with the same part have the same.
+
+    Mostly it is divided as the query is; if it was not, again with the numbers of its parts.
+    """
+    if rng_state is None:
+        return call(None)
+    made = call(_numbers(rng_state, query))
+    rows = made[0] if isinstance(made, tuple) else made
+    over = [[i for i, place in enumerate(one.placements) if place.is_shard()] for one in (query, rows)]
+    return made if over[0] == over[1] else call(_numbers(rng_state, rows))
+
+
+def _numbers(state: Any, rows: Any) -> DTensor:
+    mesh, part = rows.device_mesh, 0
+    for i, placement in enumerate(rows.placements):
         if placement.is_shard():
             part = part * mesh.size(i) + mesh.get_local_rank(i)
     return DTensor.from_local(state + torch.tensor([0, part], device=state.device), mesh, run_check=False)

@@ -24,6 +24,8 @@ def refusal(call: Call) -> str | None:
         return 'it takes float32, float16 and bfloat16, and these tensors are float64: use "reference"'
     if call.dropout_p:
         return 'SDPA draws dropout numbers of its own, and every backend here drops the same elements: use "reference"'
+    if call.segments is not None and hasattr(call.segments, "device_mesh"):
+        return 'it numbers the rows of one device, and these tensors are DTensors: use "reference"'
     packed = call.cu_seqlens_q is not None or call.cu_seqlens_k is not None
     if packed and call.segments is None:
         return 'torch has no products of packed sequences without reading where they end: use "reference"'

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._backends import REFUSALS, choose, is_distributed, short_way
+from ._backends import REFUSALS, choose, short_way
 from ._validation import (
     Call,
     check_attention,
@@ -429,12 +429,7 @@ def _draw_rng_state(call: Call) -> Tensor | None:
     """(seed, offset) of the dropout numbers; None without dropout."""
     if call.dropout_p == 0.0:
         return None
-    state = pad(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=call.device), (0, 1))
-    if not is_distributed(call.query):
-        return state
-    from ._sharding import rng_state
-
-    return rng_state(state, call.query)
+    return pad(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=call.device), (0, 1))
 
 
 def _allow_tf32(call: Call) -> bool:

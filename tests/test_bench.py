@@ -178,6 +178,18 @@ def test_graphs_are_of_a_gpu(more, monkeypatch, capsys):
     assert "--timing graph" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--csv", "--json", "--plot"])
+@pytest.mark.parametrize("where", [".", "no/such/folder/file"])
+def test_files_that_cannot_be_written_are_refused_at_once(option, where, capsys):
+    """A folder was found out when all had been measured, and was lost."""
+    with pytest.raises(SystemExit):
+        options.parse([*TINY, "--device=cpu", option, where])
+    assert f"cannot write {where}: " in capsys.readouterr().err
+    if option == "--json":
+        with pytest.raises(SystemExit):
+            host.main([option, where])
+
+
 def test_samples_beside_a_slow_phase_do_not_count(monkeypatch):
     """A probe before and one after each; rounds go on until enough count."""
     rates = [100, 100, 100, 70, 70, 100, 90, 76, 100, 100, 100, 100]

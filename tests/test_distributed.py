@@ -74,8 +74,9 @@ def placement(what: str, tensor: torch.Tensor, plan: str) -> Shard | Replicate:
     return matrices
 
 
-def spread_over(*plans: str):
-    """For `cases.check`: the case on DTensors, one plan for each dimension of the mesh, all processes in this one."""
+def spread_over(*plans: str, divided: bool = True):
+    """For `cases.check`: the case on DTensors, one plan for each dimension of the mesh, all processes in this one;
+    `divided`: the result is as the queries are."""
 
     def through(x: Inputs, backend: str | None) -> dict[str, torch.Tensor]:
         # Only what is created in here is of several processes.
@@ -91,7 +92,8 @@ def spread_over(*plans: str):
             offsets = {name: getattr(spread, name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
             spread.cu_seqlens, spread.results = lambda: offsets, lambda out: out
             out = cases.run(spread, backend)
-            assert list(out.placements) == [PLANS[plan][0] for plan in plans], "not where the queries are"
+            here = list(out.placements) == [PLANS[plan][0] for plan in plans]
+            assert here or not divided, "not where the queries are"
             spread.grad_out = distribute_tensor(x.grad_out.detach(), mesh, out.placements)
             return {name: full(tensor) for name, tensor in Inputs.results(spread, out).items()}
 
@@ -115,6 +117,53 @@ def test_one_dimension(case, plan, native):
 @pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[7]], ids=str)
 def test_two_dimensions(case, plans, native):
     cases.check(case, "cpu", native, spread_over(*plans))
+
+
+ONE_HEAD = [
+    Case(4, 4, 1, n=37, n_q=30, k=8, d=16, mask="random", bias="normal"),
+    Case(4, 4, 1, n=37, n_q=30, k=8, d=16, pooled="random"),
+]
+
+
+@pytest.mark.parametrize("plans", [("sequence", "whole"), ("whole", "sequence"), ("heads", "keys")], ids=str)
+@pytest.mark.parametrize("case", ONE_HEAD, ids=str)
+def test_one_key_head_and_copies_of_the_sequence(case, plans, native):
+    """K' and V', or gradients of the keys, of each copy were added up, as if each had had some of the heads."""
+    cases.check(case, "cpu", native, spread_over(*plans))
+
+
+UNEVEN = [
+    (Case(1, 24, 6, n=37, n_q=30, k=8, d=16), ("heads", "heads")),
+    (Case(1, 24, 6, n=37, n_q=30, k=8, d=16, bias="normal", sharing="per-head"), ("heads", "heads")),
+    (Case(1, 6, 6, n=37, n_q=30, k=8, d=16), ("heads",)),
+    (Case(1, 6, 1, n=37, n_q=30, k=8, d=16), ("heads",)),
+    (Case(1, 6, 6, n=37, n_q=30, k=8, d=16, pooled="random"), ("heads",)),
+    (Case(2, 1, 1, n=37, n_q=30, k=8, d=16, pooled="random"), ("heads", "sequence")),
+]
+
+
+@pytest.mark.parametrize("case, plans", UNEVEN, ids=str)
+def test_heads_that_the_devices_cannot_divide(case, plans, native):
+    """Two dimensions, each of which divides 6 key heads, gave queries the keys of others; devices without a head ended
+    in an error of the kernels."""
+    cases.check(case, "cpu", native, spread_over(*plans, divided=False))
+
+
+@pytest.mark.parametrize("plan", ["batch", "sequence"])
+def test_means_by_pytorchs_own_parts(plan, native):
+    """ "composed" met them with plain tensors, in an error of torch's."""
+    case = CASES[6]
+    with lk.use_backend("composed"), pytest.raises(NotImplementedError, match=r'refuses this call.*use "reference"'):
+        spread_over(plan)(Inputs(case, "cpu"), "composed")
+    cases.check(case, "cpu", "reference", spread_over(plan))
+
+
+def test_dropout_of_the_reference_is_refused():
+    """In words, and not in an error of torch's about tensors of two kinds."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    rows, proj = (distribute_tensor(torch.randn(shape), mesh, [R]) for shape in ((2, 4, 6, 8), (3, 6)))
+    with pytest.raises(NotImplementedError, match=r'dropout_p is 0\.5.*"reference" .* DTensors; wanted: 0'):
+        lk.linformer_attention(rows, rows, rows, proj, dropout_p=0.5, backend="reference")
 
 
 PACKED = [
@@ -367,6 +416,24 @@ def drops(mesh):
         assert all(torch.equal(other, local) for other in others) == (place == R)
         # Linear in the values: the same elements are dropped backward.
         close((spread[2].grad.full_tensor() * q).sum(), out.detach().full_tensor().sum())
+    # Where the result is not divided as the queries are: it had numbers of theirs, alike on parts of it, and other ones
+    # on each copy.
+    few, more = (torch.randn(1, 1, 1, 8).expand(size, size, 8 * mesh.size(), 8) for size in (1, mesh.size()))
+    for query, keys, places in (
+        (more, more, (R, B, R)),
+        (more, more, (R, H, R)),
+        (few, few, (B, B, R)),
+        (few, few, (H, R, R)),
+        (few[:, :, :1], few, (N, N, Shard(1))),
+    ):
+        q, k, proj = (distribute_tensor(t, mesh, [p]) for t, p in zip((query, keys, e), places, strict=True))
+        projected = lk.project_kv(k, k, proj)
+        outs = [lk.linformer_attention(q, k, k, proj, dropout_p=0.5)]
+        outs.append(lk.projected_attention(q, *projected, dropout_p=0.5))
+        for out in outs:
+            others = [torch.empty_like(out.to_local()).contiguous() for _ in range(mesh.size())]
+            dist.all_gather(others, out.to_local().contiguous())
+            assert all(torch.equal(other, others[0]) for other in others[1:]) == (out.placements == (R,)), places
 
 
 def sent(mesh):
