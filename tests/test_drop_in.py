@@ -1,6 +1,7 @@
 """The modules in the place of torch.nn's, and others in the place of their parts: contract, conversion, sharding."""
 
 import copy
+import functools
 import inspect
 import io
 import os
@@ -191,6 +192,32 @@ def test_a_layer_that_stands_several_times_stays_one(sharing):
     assert ours.layers[0] is ours.layers[2] and ours.layers[0] is not ours.layers[1]
     x = torch.randn(4, 20, 32)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def joined(module, one, other):
+    """With what stands under the first name under the second, too."""
+    owner, _, name = other.rpartition(".")
+    setattr(module.get_submodule(owner), name, functools.reduce(getattr, one.split("."), module))
+    return module
+
+
+@pytest.mark.parametrize("one, other", [
+    ("layers.0.self_attn", "layers.1.self_attn"), ("layers.0.linear1", "layers.1.linear1"),
+    ("layers.0.norm1", "layers.0.norm2"), ("layers.1.norm2", "norm"),
+    ("layers.0.linear2.weight", "layers.1.linear2.weight"),
+    ("layers.0.self_attn.in_proj_weight", "layers.1.self_attn.in_proj_weight"),
+    ("layers.0.self_attn.in_proj_bias", "layers.1.self_attn.in_proj_bias"),
+])  # fmt: skip
+def test_what_is_tied_stays_tied(one, other):
+    """Of an encoder only whole layers did: their parts and weights became several, each to be trained by itself, and a
+    norm that a layer has twice was left on the meta device."""
+    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2, nn.LayerNorm(32))
+    place, _, name = other.rpartition(".")
+    setattr(theirs.get_submodule(place), name, functools.reduce(getattr, one.split("."), theirs))
+    ours = from_torch(theirs, seq_len=N, proj_dim=N, init="identity", sharing="layerwise")
+    size = lambda module: sum(weight.numel() for weight in module.parameters())  # noqa: E731
+    assert size(ours) - size(ours.projection) == size(theirs)
+    right(ours, theirs, torch.randn(4, N, 32))
 
 
 def test_a_subclass_may_replace_a_block_as_of_torch():
