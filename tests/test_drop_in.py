@@ -499,6 +499,18 @@ def test_made_on_the_meta_device(kind, way):
     assert torch.equal(again(x)[0], saved(x)[0])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["learned", "fixed", "mean", "max", "conv", "adaptive"])
+def test_called_on_the_meta_device(kind, autocast):
+    """Of "conv" torch was asked whether there is autocast on "meta", which it refuses to say."""
+    options = {"head_dim": 8} if kind == "conv" else {}
+    module = LinformerAttention(32, 4, projection=LinformerProjection(N, 6, kind=kind, **options), device="meta")
+    x, mask = torch.empty(20, 4, 32, device="meta"), torch.empty(4, 20, dtype=torch.bool, device="meta")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = module.to("meta")(x, key_padding_mask=mask)[0]
+    assert out.shape == x.shape and out.dtype == x.dtype and out.is_meta
+
+
 class Copying(nn.Module):
     """As PEFT's modules_to_save, which says nothing of what it stands for."""
 
