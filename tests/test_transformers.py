@@ -240,6 +240,28 @@ def test_load_says_what_is_missing(tmp_path):
         load(AutoModel, tmp_path / "lost")
 
 
+@pytest.mark.parametrize("kind, sharing, sizes", [
+    ("learned", "key_value", 16), ("fixed", "headwise", [16, 8, 4]), ("adaptive", "layerwise", [16, 8, 4]),
+])  # fmt: skip
+def test_layers_taken_out_of_a_linformerized_model(kind, sharing, sizes, tmp_path):
+    """A loaded layer took the E, or the K, of the one that had stood in its place."""
+    model, batch = linformerize(make("Bert"), LENGTH, sizes, sharing, projection=kind), inputs("Bert")
+    model.save_pretrained(tmp_path / "whole")
+    first = load(AutoModel, tmp_path / "whole", num_hidden_layers=2).eval()  # these are the caller's to leave out
+    assert first.linformer[1].proj_dim == model.linformer[1].proj_dim and len(first.linformer) == 2
+    del model.encoder.layer[1]
+    model.config.num_hidden_layers = 2
+    want = hidden(model, batch)
+    model.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"E and F or K for layers 2, but no such layers.* wanted: layers taken out"):
+        load(AutoModel, tmp_path / "two")
+    del model.linformer[1]
+    if sizes != 16:
+        del model.config.linformer["proj_dim"][1]
+    model.save_pretrained(tmp_path / "two")
+    assert torch.equal(hidden(load(AutoModel, tmp_path / "two").eval(), batch), want)
+
+
 def test_layerwise_is_one_parameter():
     model = linformerize(transformers.RobertaForMaskedLM(transformers.RobertaConfig(**TEXT)), LENGTH, 16)
     names = [name for name, _ in model.named_parameters() if "linformer" in name]

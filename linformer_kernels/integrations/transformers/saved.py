@@ -27,7 +27,8 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
 
     Raises:
         TypeError: model_class is no class, path no path.
-        ValueError: the checkpoint has no settings of `linformerize` or not all of them, or lacks weights of E or F.
+        ValueError: the checkpoint has no settings of `linformerize` or not all of them, lacks weights of E or F, or has
+            them for layers that it does not have.
     """
     if not isinstance(model_class, type):
         raise TypeError(
@@ -65,7 +66,23 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
     lost = [key for key in info["missing_keys"] if f"{NAME}." in key]
     if lost:
         raise ValueError(f"path is {str(path)!r}, whose weights lack {', '.join(sorted(lost))}; wanted: all of E and F")
+    if beyond := _of_no_layer(info["unexpected_keys"], settings, len(attention_layers(model))):
+        raise ValueError(
+            f"path is {str(path)!r}, which has E and F or K for layers {', '.join(beyond)}, but no such layers, and "
+            "nobody can tell which were taken out; wanted: layers taken out before linformerize, or, before "
+            "save_pretrained, del model.base_model.linformer[i], too, for layer i, and its number out of "
+            "model.config.linformer"
+        )
     return (model, info) if with_info else model
+
+
+def _of_no_layer(unexpected: list[str], settings: dict[str, Any], layers: int) -> list[str]:
+    """Numbers of E and F, or of K, beyond the model's layers, that are not of layers which the caller left out, as by
+    num_hidden_layers=: of those all weights are left over."""
+    numbers = {key.split(f"{NAME}.")[1].split(".")[0] for key in unexpected if f"{NAME}." in key}
+    if isinstance(settings["proj_dim"], list):
+        numbers |= {str(index) for index in range(layers, len(settings["proj_dim"]))}
+    return sorted(numbers - {part for key in unexpected if f"{NAME}." not in key for part in key.split(".")}, key=int)
 
 
 def _config(path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
