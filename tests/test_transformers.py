@@ -299,6 +299,9 @@ def test_a_mask_for_the_scores_is_a_padding_mask_or_refused():
         assert torch.equal(model(batch["input_ids"], attention_mask=mask).last_hidden_state[takes_part[:, 0, 0]], want)
     with pytest.raises(ValueError, match="attention_mask adds other numbers to scores than 0 and -10,000 or less"):
         model(batch["input_ids"], attention_mask=torch.where(takes_part, 0.0, -1.0))
+    for number in (0, 1):  # zeros had let all take part, of padding too
+        with pytest.raises(TypeError, match=r"attention_mask is torch.int64 of shape \(3, 1, 1, 50\); wanted"):
+            model(batch["input_ids"], attention_mask=torch.full_like(takes_part, number, dtype=torch.int64))
 
 
 def test_an_encoder_serves_in_its_encoder_decoder_model():
@@ -598,6 +601,7 @@ def test_a_layer_of_another_model_is_refused():
     model.encoder.layer[1] = own
     assert torch.equal(model(ids).last_hidden_state, copy.deepcopy(model)(ids).last_hidden_state)
     assert other(ids).last_hidden_state.isfinite().all()
+    assert torch.equal(copy.copy(other)(ids).last_hidden_state, other(ids).last_hidden_state)  # was taken for another
 
 
 def test_replicas_use_the_projection_of_their_device(monkeypatch):

@@ -211,7 +211,7 @@ def _own_places(model: nn.Module, _: tuple[Any, ...]) -> None:
         return
     for name, layer in model.named_modules():
         place: Place | None = getattr(layer, PLACE, None)
-        if place is None or place.owner is model:
+        if place is None or getattr(place.owner, NAME, None) is getattr(model, NAME, None):  # itself, or a shallow copy
             continue
         if getattr(model, "_is_replica", False):  # nn.DataParallel makes them anew in every call
             layer.__dict__[PLACE] = Place(model, place.index)
