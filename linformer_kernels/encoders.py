@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ._backends import on_this_backend
 from ._masks import refuse_mask, takes_part
 from ._validation import integer, refuse_causal
 from .modules import LinformerAttention, check_projection, make_projection
@@ -263,7 +264,7 @@ class LinformerEncoder(nn.Module):
         }
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                src = checkpoint(layer, src, use_reentrant=False, **options)
+                src = checkpoint(on_this_backend(layer), src, use_reentrant=False, **options)
             else:
                 src = layer(src, **options)
         return src if self.norm is None else self.norm(src)

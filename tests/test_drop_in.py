@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import oracle
@@ -480,6 +481,20 @@ def test_gradient_checkpointing_changes_no_gradient(sharing):
         loss = stack(x, src_key_padding_mask=mask).square().sum()
         gradients.append(torch.autograd.grad(loss, list(stack.parameters())))
     assert len(calls) == 3 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradient_checkpointing_repeats_a_layer_on_its_backend():
+    """What was repeated after the block of `use_backend`, or in another thread, as of a GPU, ran on another backend,
+    which saves other tensors: torch raised CheckpointError."""
+    stack, gradients = LinformerEncoder(32, 4, 48, 0.2, num_layers=2, gradient_checkpointing=True, **SIZES), []
+    x, weights = torch.randn(20, 4, 32), list(stack.parameters())
+    for stack.gradient_checkpointing in (False, True):
+        torch.manual_seed(3)
+        with lk.use_backend("reference"):
+            loss = stack(x).square().sum()
+        with ThreadPoolExecutor(1) as pool:
+            gradients.append(pool.submit(torch.autograd.grad, loss, weights).result())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("way", ["to_empty", "assign"])
