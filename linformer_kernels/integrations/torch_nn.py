@@ -57,13 +57,7 @@ def _from_torch(module: nn.Module, proj_dim: Any, options: dict[str, Any], memo:
                     f"module is a {type(module).__name__}, with a {name} of its own; wanted: a "
                     f"torch.nn.{kind.__name__}, or from_torch for the modules in it"
                 )
-    hooked = [name for name in HOOKS if getattr(module, name, None)]
-    if hooked or is_parametrized(module):
-        raise ValueError(
-            f"module has {hooked[0].strip('_').replace('_', ' ') if hooked else 'parametrizations'} (of its own, or "
-            "through torch.nn.utils), which its Linformer would not have; wanted: a module without, and them on what "
-            "from_torch returns"
-        )
+    refuse_hooks("module", module, "from_torch")
     made = id(module), str(proj_dim)
     if made not in memo and isinstance(module, nn.MultiheadAttention):
         memo[made] = _attention_from_torch(module, options | {"proj_dim": proj_dim}, memo)
@@ -77,6 +71,17 @@ def _from_torch(module: nn.Module, proj_dim: Any, options: dict[str, Any], memo:
         f"module is a {type(module).__name__}; wanted: a MultiheadAttention, TransformerEncoderLayer or "
         "TransformerEncoder of torch.nn itself, as in model.encoder = from_torch(model.encoder, ...)"
     )
+
+
+def refuse_hooks(name: str, module: nn.Module, function: str) -> None:
+    """Of a module in whose place another comes, which would not have them."""
+    hooked = [hooks for hooks in HOOKS if getattr(module, hooks, None)]
+    if hooked or is_parametrized(module):
+        raise ValueError(
+            f"{name} has {hooked[0].strip('_').replace('_', ' ') if hooked else 'parametrizations'} (of its own, or "
+            "through torch.nn.utils), which its Linformer would not have; wanted: a module without, and them on what "
+            f"{function} returns"
+        )
 
 
 def _attention_from_torch(
