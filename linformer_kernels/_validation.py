@@ -303,7 +303,7 @@ def integer(name: str, value: SupportsIndex, wanted: str = "an integer") -> int:
     """A size: Python's integers, numpy's, what torch.compile has for them."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]  # the compiler cannot trace what follows for a size that may change
-    if not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {value!r}; wanted: {wanted}")
     return operator.index(value)
 
