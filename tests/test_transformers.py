@@ -728,6 +728,18 @@ def test_load_hands_options_to_both_readers(tmp_path):
         load(AutoModel, tmp_path / "older")
 
 
+def test_load_says_which_classes_it_takes(tmp_path):
+    """It had AttributeError, KeyError and numbers of values to unpack for others, and for config=None."""
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hidden(load(AutoModel, tmp_path, config=None).eval(), batch), hidden(model, batch))
+    for model_class in (nn.Linear, transformers.AutoConfig, AutoTokenizer):
+        with pytest.raises(TypeError, match=f"model_class is {model_class.__name__}; wanted: a class of"):
+            load(model_class, tmp_path)
+    with pytest.raises(ValueError, match="has no model for a BertConfig, that of the checkpoint; wanted: another"):
+        load(transformers.AutoModelForImageClassification, tmp_path)
+
+
 def test_loaded_with_exact_attention(tmp_path):
     """`attn_implementation` was overruled in silence. What a folder says is that the model was converted: it is loaded
     so, whatever it was set to when it was saved."""
@@ -821,6 +833,8 @@ def test_arguments_that_do_not_fit(arguments, says):
     (lambda: linformerize(make("Bert"), projection=nn.Identity()), "projection is a Identity; wanted: the name"),
     (lambda: linformerize(make("Bert"), init="svd", calibration=torch.ones(1, 8).long()), "calibration holds a Tensor"),
     (lambda: load(make("Bert"), "anywhere"), "model_class is a BertModel; wanted: a class"),
+    (lambda: linformerize(make("Bert"), init="svd", calibration=5), "calibration is a int; wanted: batches"),
+    (lambda: linformerize(make("Bert"), proj_dim=None), "proj_dim is None; wanted: an integer"),
     (lambda: load(transformers.BertModel, None), "path is a NoneType; wanted: a folder"),
 ])  # fmt: skip
 def test_arguments_of_another_type(call, says):
@@ -838,7 +852,8 @@ def test_calibration_that_is_too_long_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("sizes, says", [
     (dict(proj_dim=[8.7, 4.2, 4.0]), r"proj_dim is 8\.7; wanted: an integer, or a sequence of one a layer"),
-    (dict(proj_dim="16"), "proj_dim is '1'"), (dict(seq_len=50.0), r"seq_len is 50\.0; wanted: an integer"),
+    (dict(proj_dim="16"), "proj_dim is '1'"), (dict(proj_dim=True), "proj_dim is True"),
+    (dict(seq_len=50.0), r"seq_len is 50\.0; wanted: an integer"),
 ], ids=str)  # fmt: skip
 def test_sizes_that_are_no_integers(sizes, says):
     with pytest.raises(TypeError, match=says):
