@@ -216,8 +216,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, this thread's calls run on backend `name` unless the call itself names another.
 
     Compiled code follows it too (but keeps what the environment variable said when it was compiled). A backward pass
-    runs where its forward ran, except under activation checkpointing, which repeats the forward during backward: keep
-    that inside the block as well.
+    runs where its forward ran, except under activation checkpointing other than `LinformerEncoder`'s, which repeats the
+    forward during backward: keep that inside the block as well. On a GPU torch does so in a thread of its own: there
+    take the environment variable.
 
     Raises ValueError for an unknown name.
     """
@@ -228,6 +229,19 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.name = previous
+
+
+def on_this_backend(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on the backend of this block of `use_backend`, whenever and in whatever thread it is called."""
+    name = None if torch.compiler.is_compiling() else getattr(_chosen, "name", None)
+    if name is None:
+        return function
+
+    def on_backend(*arguments: Any, **options: Any) -> Any:
+        with use_backend(name):
+            return function(*arguments, **options)
+
+    return on_backend
 
 
 def _in_order(call: Call) -> Iterable[Backend]:

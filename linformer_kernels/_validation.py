@@ -281,16 +281,29 @@ def check_pooling(
         if tensor.size(-1) != head_dim or num_heads not in (None, tensor.size(1)):
             wanted = f"(B, {heads}, N, {head_dim}), as the convolution was made for"
             _fail(_shape(name, tensor), wanted, "make the projection with the num_heads and head_dim of the keys")
-    if not torch.is_autocast_enabled(key.device.type):
+    if not is_autocast(key.device.type):
         _check_floating(key=key, proj_key=weight)
     _check_device("proj_key", weight, "key", key)
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast casts there. Devices without it, as "meta", are not to be asked."""
+    return torch._C._is_any_autocast_enabled() and _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# The compiler of torch 2.10 and 2.11 cannot trace what this calls, and may take the answer for a constant.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def integer(name: str, value: SupportsIndex, wanted: str = "an integer") -> int:
     """A size: Python's integers, numpy's, what torch.compile has for them."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]  # the compiler cannot trace what follows for a size that may change
-    if not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {value!r}; wanted: {wanted}")
     return operator.index(value)
 

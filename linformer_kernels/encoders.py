@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from ._backends import on_this_backend
 from ._masks import refuse_mask, takes_part
 from ._validation import integer, refuse_causal
 from .modules import LinformerAttention, check_projection, make_projection
@@ -82,7 +83,7 @@ class LinformerEncoderLayer(nn.TransformerEncoderLayer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
     ) -> None:
-        if isinstance(activation, str) and activation not in ("relu", "gelu"):
+        if activation not in ("relu", "gelu") and not callable(activation):
             raise ValueError(f'activation is {activation!r}; wanted: "relu", "gelu" or a callable')
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         attention = LinformerAttention(
@@ -204,11 +205,9 @@ class LinformerEncoder(nn.Module):
             raise ValueError(f"num_layers is {num_layers}; wanted: at least 1")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         sizes = sizes_by_layer(proj_dim, num_layers, sharing if projection is None else "layerwise")
-        if projection is not None:
-            heads = (num_kv_heads or nhead, head_dim or d_model // nhead)
-            check_projection(projection, seq_len, sizes[0], sharing, init, *heads)
-        elif sharing == "layerwise":
-            projection = make_projection(seq_len, sizes[0], "key_value", nhead, init, **factory)
+        given, size = projection, sizes[0]
+        if projection is None and sharing == "layerwise":
+            projection = make_projection(seq_len, size, "key_value", nhead, init, **factory)
         own: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "init": init}
         if projection is not None:  # that of the encoder, which has the sizes
             own, sizes = {"sharing": "layerwise"}, [None] * num_layers
@@ -228,6 +227,10 @@ class LinformerEncoder(nn.Module):
             )
             for size in sizes
         )
+        if given is not None:
+            first: Any = self.layers[0]
+            heads = first.self_attn.num_kv_heads, first.self_attn.head_dim
+            check_projection(given, seq_len, size, sharing, init, *heads)
         self.num_layers, self.norm, self.projection = num_layers, norm, projection
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -261,7 +264,7 @@ class LinformerEncoder(nn.Module):
         }
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                src = checkpoint(layer, src, use_reentrant=False, **options)
+                src = checkpoint(on_this_backend(layer), src, use_reentrant=False, **options)
             else:
                 src = layer(src, **options)
         return src if self.norm is None else self.norm(src)

@@ -35,6 +35,7 @@ from ._validation import (
     check_pooled_attention,
     check_project,
     check_projected_attention,
+    is_autocast,
 )
 
 
@@ -405,24 +406,13 @@ def _plain_factor(query: Tensor, dropout_p: float, scale: float | None) -> float
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as autocast casts for an op on its lower-precision list. What is no tensor is left to the checks."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
+    if not isinstance(tensors[0], Tensor) or not is_autocast(tensors[0].device.type):
         return tensors
-    device_type = tensors[0].device.type
-    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
-
-
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-# The compiler of torch 2.10 and 2.11 cannot trace what this calls, and may take the answer for a constant.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _draw_rng_state(call: Call) -> Tensor | None:

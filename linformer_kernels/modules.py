@@ -92,7 +92,8 @@ class LinformerAttention(nn.Module):
                 raise NotImplementedError(
                     f"{name}=True came; wanted: False, as a row beyond the sequence has no column in E and F"
                 )
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+        kdim, vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
             if integer(name, size) < 1:
                 raise ValueError(f"{name} is {size}; wanted: at least 1")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -108,8 +109,7 @@ class LinformerAttention(nn.Module):
             raise ValueError(f"dropout is {dropout}; wanted: a float in [0, 1)")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
+        self.kdim, self.vdim = kdim, vdim
         self.dropout, self.batch_first = dropout, batch_first
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if projection is not None:
@@ -207,6 +207,8 @@ class LinformerAttention(nn.Module):
                 'sharing is "layerwise" but the call has no projection; wanted: projection=, in each call, as '
                 "LinformerEncoder gives it to its layers"
             )
+        if not isinstance(projection, nn.Module):
+            raise TypeError(f"projection is a {type(projection).__name__}; wanted: a LinformerProjection or None")
         key = query if key is None else key
         value = key if value is None else value
         inputs = {"query": (query, self.embed_dim), "key": (key, self.kdim), "value": (value, self.vdim)}

@@ -1,6 +1,7 @@
 """The modules in the place of torch.nn's, and others in the place of their parts: contract, conversion, sharding."""
 
 import copy
+import functools
 import inspect
 import io
 import os
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import oracle
@@ -191,6 +193,32 @@ def test_a_layer_that_stands_several_times_stays_one(sharing):
     assert ours.layers[0] is ours.layers[2] and ours.layers[0] is not ours.layers[1]
     x = torch.randn(4, 20, 32)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def joined(module, one, other):
+    """With what stands under the first name under the second, too."""
+    owner, _, name = other.rpartition(".")
+    setattr(module.get_submodule(owner), name, functools.reduce(getattr, one.split("."), module))
+    return module
+
+
+@pytest.mark.parametrize("one, other", [
+    ("layers.0.self_attn", "layers.1.self_attn"), ("layers.0.linear1", "layers.1.linear1"),
+    ("layers.0.norm1", "layers.0.norm2"), ("layers.1.norm2", "norm"),
+    ("layers.0.linear2.weight", "layers.1.linear2.weight"),
+    ("layers.0.self_attn.in_proj_weight", "layers.1.self_attn.in_proj_weight"),
+    ("layers.0.self_attn.in_proj_bias", "layers.1.self_attn.in_proj_bias"),
+])  # fmt: skip
+def test_what_is_tied_stays_tied(one, other):
+    """Of an encoder only whole layers did: their parts and weights became several, each to be trained by itself, and a
+    norm that a layer has twice was left on the meta device."""
+    theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, 0.0, batch_first=True), 2, nn.LayerNorm(32))
+    place, _, name = other.rpartition(".")
+    setattr(theirs.get_submodule(place), name, functools.reduce(getattr, one.split("."), theirs))
+    ours = from_torch(theirs, seq_len=N, proj_dim=N, init="identity", sharing="layerwise")
+    size = lambda module: sum(weight.numel() for weight in module.parameters())  # noqa: E731
+    assert size(ours) - size(ours.projection) == size(theirs)
+    right(ours, theirs, torch.randn(4, N, 32))
 
 
 def test_a_subclass_may_replace_a_block_as_of_torch():
@@ -455,6 +483,20 @@ def test_gradient_checkpointing_changes_no_gradient(sharing):
     assert len(calls) == 3 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_gradient_checkpointing_repeats_a_layer_on_its_backend():
+    """What was repeated after the block of `use_backend`, or in another thread, as of a GPU, ran on another backend,
+    which saves other tensors: torch raised CheckpointError."""
+    stack, gradients = LinformerEncoder(32, 4, 48, 0.2, num_layers=2, gradient_checkpointing=True, **SIZES), []
+    x, weights = torch.randn(20, 4, 32), list(stack.parameters())
+    for stack.gradient_checkpointing in (False, True):
+        torch.manual_seed(3)
+        with lk.use_backend("reference"):
+            loss = stack(x).square().sum()
+        with ThreadPoolExecutor(1) as pool:
+            gradients.append(pool.submit(torch.autograd.grad, loss, weights).result())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("way", ["to_empty", "assign"])
 @pytest.mark.parametrize("kind", ["learned", "fixed", "mean", "max", "conv"])
 def test_made_on_the_meta_device(kind, way):
@@ -470,6 +512,18 @@ def test_made_on_the_meta_device(kind, way):
             tensor.data.fill_(torch.nan)
     assert again.load_state_dict(saved.state_dict(), assign=way == "assign") == ([], [])
     assert torch.equal(again(x)[0], saved(x)[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["learned", "fixed", "mean", "max", "conv", "adaptive"])
+def test_called_on_the_meta_device(kind, autocast):
+    """Of "conv" torch was asked whether there is autocast on "meta", which it refuses to say."""
+    options = {"head_dim": 8} if kind == "conv" else {}
+    module = LinformerAttention(32, 4, projection=LinformerProjection(N, 6, kind=kind, **options), device="meta")
+    x, mask = torch.empty(20, 4, 32, device="meta"), torch.empty(4, 20, dtype=torch.bool, device="meta")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = module.to("meta")(x, key_padding_mask=mask)[0]
+    assert out.shape == x.shape and out.dtype == x.dtype and out.is_meta
 
 
 class Copying(nn.Module):

@@ -316,7 +316,7 @@ def test_the_module_functions_take_numpy_integers_and_no_other_numbers(device):
     numpy = pytest.importorskip("numpy")
     key, segments = torch.randn(1, 1, 4, 8, device=device), torch.tensor([[0, 1, 1, -1]], device=device)
     assert lk.pool_kv(key, key, segments, numpy.int64(2))[0].shape == (1, 1, 2, 8)
-    for wrong in (2.0, "2", None):
+    for wrong in (2.0, "2", None, True):
         with pytest.raises(TypeError, match="num_segments is"):
             lk.pool_kv(key, key, segments, wrong)
 

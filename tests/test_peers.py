@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import sys
 import types
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 from oracle import assert_as_promised as agree
 from torch import nn
+from torch.nn.utils import prune
 
 from linformer_kernels import LinformerAttention, LinformerEncoderLayer, LinformerProjection, projected_attention
 from linformer_kernels.integrations.peers import (
@@ -357,6 +359,37 @@ def test_the_result_is_a_copy_in_the_same_type_and_mode(device):
         assert torch.equal(first(), before) and not any(m.training for m in ours.modules())
         ours = convert(peer.to(torch.bfloat16).train())
         assert {p.dtype for p in ours.parameters()} == {torch.bfloat16} and all(m.training for m in ours.modules())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_frozen_weights_come_along(frozen, grad):
+    """All were trained. Which is which is told by numbers: 2 for those that are, 1 for the frozen."""
+    peers = {
+        attention_from_linformer: linformer.LinformerSelfAttention(WIDTH, N, k=K, heads=4),
+        encoder_from_linformer: linformer.Linformer(WIDTH, N, 1, k=K, heads=4),
+        attention_from_linformer_pytorch: theirs("cpu", parameter_sharing="none").seq[0].fn,
+        encoder_from_linformer_pytorch: theirs("cpu"),
+        projection_from_linformer_pytorch: theirs("cpu").seq[0].fn.heads[0],
+    }
+    for convert, peer in peers.items():
+        kinds = sorted({re.sub("[0-9]", "", name) for name, _ in peer.named_parameters()})  # alike in all heads
+        for name, weight in peer.named_parameters():
+            nn.init.constant_(weight, 1 + (kinds.index(re.sub("[0-9]", "", name)) + frozen) % 2)
+            weight.requires_grad_(bool((weight == 2).all()))
+        with torch.set_grad_enabled(grad):
+            ours = convert(peer)
+        assert {int(weight.max()) for weight in ours.parameters()} >= {1, 2}
+        assert all(weight.requires_grad == bool((weight == 2).all()) for weight in ours.parameters())
+
+
+def test_hooks_of_a_peer_are_refused():
+    """They were left behind, in silence, and so were parametrizations and what prunes."""
+    peer = linformer.Linformer(WIDTH, N, 1, k=K, heads=4)
+    place = next(name for name, module in peer.named_modules() if name.endswith("to_q"))
+    prune.random_unstructured(peer.get_submodule(place), "weight", 0.5)
+    with pytest.raises(ValueError, match=rf"peer\.{place} has forward pre hooks .* wanted: a module without"):
+        encoder_from_linformer(peer)
 
 
 def test_dropout_comes_along(device):

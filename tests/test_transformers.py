@@ -240,6 +240,28 @@ def test_load_says_what_is_missing(tmp_path):
         load(AutoModel, tmp_path / "lost")
 
 
+@pytest.mark.parametrize("kind, sharing, sizes", [
+    ("learned", "key_value", 16), ("fixed", "headwise", [16, 8, 4]), ("adaptive", "layerwise", [16, 8, 4]),
+])  # fmt: skip
+def test_layers_taken_out_of_a_linformerized_model(kind, sharing, sizes, tmp_path):
+    """A loaded layer took the E, or the K, of the one that had stood in its place."""
+    model, batch = linformerize(make("Bert"), LENGTH, sizes, sharing, projection=kind), inputs("Bert")
+    model.save_pretrained(tmp_path / "whole")
+    first = load(AutoModel, tmp_path / "whole", num_hidden_layers=2).eval()  # these are the caller's to leave out
+    assert first.linformer[1].proj_dim == model.linformer[1].proj_dim and len(first.linformer) == 2
+    del model.encoder.layer[1]
+    model.config.num_hidden_layers = 2
+    want = hidden(model, batch)
+    model.save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"E and F or K for layers 2, but no such layers.* wanted: layers taken out"):
+        load(AutoModel, tmp_path / "two")
+    del model.linformer[1]
+    if sizes != 16:
+        del model.config.linformer["proj_dim"][1]
+    model.save_pretrained(tmp_path / "two")
+    assert torch.equal(hidden(load(AutoModel, tmp_path / "two").eval(), batch), want)
+
+
 def test_layerwise_is_one_parameter():
     model = linformerize(transformers.RobertaForMaskedLM(transformers.RobertaConfig(**TEXT)), LENGTH, 16)
     names = [name for name, _ in model.named_parameters() if "linformer" in name]
@@ -277,6 +299,9 @@ def test_a_mask_for_the_scores_is_a_padding_mask_or_refused():
         assert torch.equal(model(batch["input_ids"], attention_mask=mask).last_hidden_state[takes_part[:, 0, 0]], want)
     with pytest.raises(ValueError, match="attention_mask adds other numbers to scores than 0 and -10,000 or less"):
         model(batch["input_ids"], attention_mask=torch.where(takes_part, 0.0, -1.0))
+    for number in (0, 1):  # zeros had let all take part, of padding too
+        with pytest.raises(TypeError, match=r"attention_mask is torch.int64 of shape \(3, 1, 1, 50\); wanted"):
+            model(batch["input_ids"], attention_mask=torch.full_like(takes_part, number, dtype=torch.int64))
 
 
 def test_an_encoder_serves_in_its_encoder_decoder_model():
@@ -576,6 +601,7 @@ def test_a_layer_of_another_model_is_refused():
     model.encoder.layer[1] = own
     assert torch.equal(model(ids).last_hidden_state, copy.deepcopy(model)(ids).last_hidden_state)
     assert other(ids).last_hidden_state.isfinite().all()
+    assert torch.equal(copy.copy(other)(ids).last_hidden_state, other(ids).last_hidden_state)  # was taken for another
 
 
 def test_replicas_use_the_projection_of_their_device(monkeypatch):
@@ -702,6 +728,18 @@ def test_load_hands_options_to_both_readers(tmp_path):
         load(AutoModel, tmp_path / "older")
 
 
+def test_load_says_which_classes_it_takes(tmp_path):
+    """It had AttributeError, KeyError and numbers of values to unpack for others, and for config=None."""
+    model, batch = linformerize(make("Bert"), LENGTH, 16), inputs("Bert")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(hidden(load(AutoModel, tmp_path, config=None).eval(), batch), hidden(model, batch))
+    for model_class in (nn.Linear, transformers.AutoConfig, AutoTokenizer):
+        with pytest.raises(TypeError, match=f"model_class is {model_class.__name__}; wanted: a class of"):
+            load(model_class, tmp_path)
+    with pytest.raises(ValueError, match="has no model for a BertConfig, that of the checkpoint; wanted: another"):
+        load(transformers.AutoModelForImageClassification, tmp_path)
+
+
 def test_loaded_with_exact_attention(tmp_path):
     """`attn_implementation` was overruled in silence. What a folder says is that the model was converted: it is loaded
     so, whatever it was set to when it was saved."""
@@ -795,6 +833,8 @@ def test_arguments_that_do_not_fit(arguments, says):
     (lambda: linformerize(make("Bert"), projection=nn.Identity()), "projection is a Identity; wanted: the name"),
     (lambda: linformerize(make("Bert"), init="svd", calibration=torch.ones(1, 8).long()), "calibration holds a Tensor"),
     (lambda: load(make("Bert"), "anywhere"), "model_class is a BertModel; wanted: a class"),
+    (lambda: linformerize(make("Bert"), init="svd", calibration=5), "calibration is a int; wanted: batches"),
+    (lambda: linformerize(make("Bert"), proj_dim=None), "proj_dim is None; wanted: an integer"),
     (lambda: load(transformers.BertModel, None), "path is a NoneType; wanted: a folder"),
 ])  # fmt: skip
 def test_arguments_of_another_type(call, says):
@@ -812,7 +852,8 @@ def test_calibration_that_is_too_long_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("sizes, says", [
     (dict(proj_dim=[8.7, 4.2, 4.0]), r"proj_dim is 8\.7; wanted: an integer, or a sequence of one a layer"),
-    (dict(proj_dim="16"), "proj_dim is '1'"), (dict(seq_len=50.0), r"seq_len is 50\.0; wanted: an integer"),
+    (dict(proj_dim="16"), "proj_dim is '1'"), (dict(proj_dim=True), "proj_dim is True"),
+    (dict(seq_len=50.0), r"seq_len is 50\.0; wanted: an integer"),
 ], ids=str)  # fmt: skip
 def test_sizes_that_are_no_integers(sizes, says):
     with pytest.raises(TypeError, match=says):

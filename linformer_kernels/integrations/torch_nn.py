@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -26,7 +25,8 @@ def from_torch(
     projection: LinformerProjection | None = None,
     init: str | None = None,
 ) -> Any:
-    """The Linformer of a module of torch.nn, with a copy of its weights, and its device, dtype and mode.
+    """The Linformer of a module of torch.nn, with a copy of its weights, and its device, dtype and mode. What stands in
+    it several times, a layer, a part of one or a weight, stands several times in the result.
 
     E and F have no counterpart there. With `init="identity"` and proj_dim = seq_len the result computes what the module
     does. With proj_dim < seq_len it is another model, to be trained further; `init="mean"` is the start for that.
@@ -44,6 +44,12 @@ def from_torch(
         NotImplementedError: add_bias_kv, add_zero_attn.
         ValueError: the other arguments do not fit.
     """
+    options: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "projection": projection, "init": init}
+    return _from_torch(module, proj_dim, options, {})
+
+
+def _from_torch(module: nn.Module, proj_dim: Any, options: dict[str, Any], memo: dict[Any, Any]) -> Any:
+    """`memo` is copy.deepcopy's, one for all that is converted; what is made anew is in it, too."""
     for kind in (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder):
         for name in ("forward", "_sa_block", "_ff_block"):
             if isinstance(module, kind) and getattr(type(module), name, None) is not getattr(kind, name, None):
@@ -51,27 +57,36 @@ def from_torch(
                     f"module is a {type(module).__name__}, with a {name} of its own; wanted: a "
                     f"torch.nn.{kind.__name__}, or from_torch for the modules in it"
                 )
-    hooked = [name for name in HOOKS if getattr(module, name, None)]
-    if hooked or is_parametrized(module):
-        raise ValueError(
-            f"module has {hooked[0].strip('_').replace('_', ' ') if hooked else 'parametrizations'} (of its own, or "
-            "through torch.nn.utils), which its Linformer would not have; wanted: a module without, and them on what "
-            "from_torch returns"
-        )
-    options: dict[str, Any] = {"seq_len": seq_len, "sharing": sharing, "projection": projection, "init": init}
-    if isinstance(module, nn.MultiheadAttention):
-        return _attention_from_torch(module, options | {"proj_dim": proj_dim})
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return _layer_from_torch(module, options | {"proj_dim": proj_dim})
-    if isinstance(module, nn.TransformerEncoder):
-        return _encoder_from_torch(module, proj_dim, options)
+    refuse_hooks("module", module, "from_torch")
+    made = id(module), str(proj_dim)
+    if made not in memo and isinstance(module, nn.MultiheadAttention):
+        memo[made] = _attention_from_torch(module, options | {"proj_dim": proj_dim}, memo)
+    elif made not in memo and isinstance(module, nn.TransformerEncoderLayer):
+        memo[made] = _layer_from_torch(module, proj_dim, options, memo)
+    elif isinstance(module, nn.TransformerEncoder):
+        memo[made] = _encoder_from_torch(module, proj_dim, options, memo)
+    if made in memo:
+        return memo[made]
     raise TypeError(
         f"module is a {type(module).__name__}; wanted: a MultiheadAttention, TransformerEncoderLayer or "
         "TransformerEncoder of torch.nn itself, as in model.encoder = from_torch(model.encoder, ...)"
     )
 
 
-def _attention_from_torch(module: nn.MultiheadAttention, options: dict[str, Any]) -> LinformerAttention:
+def refuse_hooks(name: str, module: nn.Module, function: str) -> None:
+    """Of a module in whose place another comes, which would not have them."""
+    hooked = [hooks for hooks in HOOKS if getattr(module, hooks, None)]
+    if hooked or is_parametrized(module):
+        raise ValueError(
+            f"{name} has {hooked[0].strip('_').replace('_', ' ') if hooked else 'parametrizations'} (of its own, or "
+            "through torch.nn.utils), which its Linformer would not have; wanted: a module without, and them on what "
+            f"{function} returns"
+        )
+
+
+def _attention_from_torch(
+    module: nn.MultiheadAttention, options: dict[str, Any], memo: dict[Any, Any]
+) -> LinformerAttention:
     bias = module.in_proj_bias is not None
     attention = LinformerAttention(
         module.embed_dim,
@@ -87,36 +102,34 @@ def _attention_from_torch(module: nn.MultiheadAttention, options: dict[str, Any]
         module.out_proj.weight.dtype,
         **options,
     )
+    weights: list[Any] = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
     if module._qkv_same_embed_dim:
-        source = module.in_proj_weight
-        weights = list(source.detach().chunk(3))
-        trained = [source.requires_grad] * 3
-    else:
-        sources = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
-        weights, trained = list(sources), [source.requires_grad for source in sources]
-    linears = attention.q_proj, attention.k_proj, attention.v_proj
-    with torch.no_grad():
-        for index, linear in enumerate(linears):
-            linear.weight.copy_(weights[index]).requires_grad_(trained[index])
-            if bias:
-                linear.bias.copy_(module.in_proj_bias.chunk(3)[index])
-                linear.bias.requires_grad_(module.in_proj_bias.requires_grad)
-    attention.out_proj = copy.deepcopy(module.out_proj)
+        weights = [module.in_proj_weight] * 3
+    for index, linear in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
+        for name, source in (("weight", weights[index]), *([("bias", module.in_proj_bias)] if bias else [])):
+            joint = name == "bias" or module._qkv_same_embed_dim
+            part = source.detach().chunk(3)[index] if joint else source.detach()
+            ours = memo.setdefault((id(source), part.storage_offset()), getattr(linear, name))
+            ours.data.copy_(part)
+            setattr(linear, name, ours.requires_grad_(source.requires_grad))
+    attention.out_proj = copy.deepcopy(module.out_proj, memo)
     return attention.train(module.training)
 
 
-def _layer_from_torch(module: nn.TransformerEncoderLayer, options: dict[str, Any]) -> LinformerEncoderLayer:
-    attention = from_torch(module.self_attn, **options)
+def _layer_from_torch(
+    module: nn.TransformerEncoderLayer, proj_dim: Any, options: dict[str, Any], memo: dict[Any, Any]
+) -> LinformerEncoderLayer:
+    attention = _from_torch(module.self_attn, proj_dim, options, memo)
     layer = LinformerEncoderLayer(attention.embed_dim, attention.num_heads, 1, sharing="layerwise", device="meta")
-    for name, child in module.named_children():
-        setattr(layer, name, attention if name == "self_attn" else copy.deepcopy(child))
+    for name, child in module._modules.items():  # named_children leaves out what stands there twice
+        setattr(layer, name, attention if name == "self_attn" else copy.deepcopy(child, memo))
     for name in ("activation", "activation_relu_or_gelu", "norm_first"):
-        setattr(layer, name, copy.deepcopy(getattr(module, name)))
+        setattr(layer, name, copy.deepcopy(getattr(module, name), memo))
     return layer.train(module.training)
 
 
 def _encoder_from_torch(
-    module: nn.TransformerEncoder, proj_dim: int | Sequence[int] | None, options: dict[str, Any]
+    module: nn.TransformerEncoder, proj_dim: Any, options: dict[str, Any], memo: dict[Any, Any]
 ) -> LinformerEncoder:
     for index, of_one in enumerate(module.layers):
         if not isinstance(of_one, nn.TransformerEncoderLayer):
@@ -135,7 +148,7 @@ def _encoder_from_torch(
         first.self_attn.num_heads,
         1,
         num_layers=len(module.layers),
-        norm=copy.deepcopy(module.norm),
+        norm=copy.deepcopy(module.norm, memo),
         device="meta",
         proj_dim=proj_dim,
         **options,
@@ -145,9 +158,6 @@ def _encoder_from_torch(
         encoder.projection = make_projection(*heads, device=weight.device, dtype=weight.dtype)
     if encoder.projection is not None:  # which has the sizes
         options, sizes = {"sharing": "layerwise"}, [None] * len(sizes)
-    made: dict[Any, Any] = {}  # a layer that stands there several times stays one
-    for index, of_one in enumerate(zip(module.layers, sizes, strict=True)):
-        if of_one not in made:
-            made[of_one] = from_torch(of_one[0], **options, proj_dim=of_one[1])
-        encoder.layers[index] = made[of_one]
+    for index, (layer, size) in enumerate(zip(module.layers, sizes, strict=True)):
+        encoder.layers[index] = _from_torch(layer, size, options, memo)
     return encoder.train(module.training)

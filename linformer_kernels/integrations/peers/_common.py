@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...encoders import LinformerEncoderLayer
 from ...modules import LinformerAttention
 from ...projections import LinformerProjection
+from ..torch_nn import refuse_hooks
 
 
 class LinearWithDropout(nn.Linear):
@@ -51,9 +52,15 @@ def make_attention(
     )
     linears = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
     for linear, weight, bias in zip(linears, (q, k, v, out.weight), (*biases, out.bias), strict=True):
-        linear.load_state_dict({"weight": weight, "bias": torch.zeros_like(linear.bias) if bias is None else bias})
-        linear.bias.requires_grad_(bias is not None)
+        take(linear, {"weight": weight, "bias": torch.zeros_like(linear.bias) if bias is None else bias})
     return attention
+
+
+def take(ours: nn.Module, weights: dict[str, Tensor]) -> None:
+    """The peer's weights, and which of them are trained."""
+    ours.load_state_dict(weights)
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(weights[name].requires_grad)
 
 
 def make_layer(
@@ -86,7 +93,7 @@ def make_layer(
         (layer.norm1, norm1),
         (layer.norm2, norm2),
     ):
-        ours.load_state_dict(theirs.state_dict())
+        take(ours, dict(theirs.named_parameters()))
     return layer
 
 
@@ -98,4 +105,6 @@ def checked(peer: nn.Module, wanted: str, *names: str) -> Any:
     missing = [name for name in names if not hasattr(peer, name)]
     if missing:
         raise TypeError(f"peer is a {type(peer).__name__}, without {', '.join(missing)}; wanted: {wanted}")
+    for name, module in peer.named_modules():
+        refuse_hooks(f"peer.{name}" if name else "peer", module, "the conversion")
     return peer

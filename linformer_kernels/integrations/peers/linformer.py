@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ...modules import LinformerAttention
 from ...projections import LinformerProjection
-from ._common import checked, made_like, make_attention, make_layer
+from ._common import checked, made_like, make_attention, make_layer, take
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def attention_from_linformer(peer: nn.Module) -> LinformerAttention:
     """`linformer.LinformerSelfAttention`, or that of vision_xformer, as LinformerAttention.
 
@@ -26,7 +28,7 @@ def attention_from_linformer(peer: nn.Module) -> LinformerAttention:
     seq_len, proj_dim = theirs.proj_k.shape
     projection = LinformerProjection(seq_len, proj_dim, share_kv=theirs.share_kv, **made_like(theirs.proj_k))
     matrices = {"proj_key": theirs.proj_k.T} | ({} if theirs.share_kv else {"proj_value": theirs.proj_v.T})
-    projection.load_state_dict(matrices)
+    take(projection, matrices)
     to_v = theirs.to_k if theirs.share_kv else theirs.to_v
     weights = theirs.to_q.weight, theirs.to_k.weight, to_v.weight
     attention = make_attention(theirs.heads, projection, *weights, theirs.to_out, theirs.dropout.p)
@@ -35,6 +37,7 @@ def attention_from_linformer(peer: nn.Module) -> LinformerAttention:
     return attention.train(peer.training)
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def encoder_from_linformer(peer: nn.Module) -> nn.Sequential:
     """`linformer.Linformer` as a sequence of LinformerEncoderLayer.
 
@@ -63,6 +66,7 @@ def encoder_from_linformer(peer: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers).train(peer.training)
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def encoder_from_vision_xformer(peer: nn.Module) -> nn.Sequential:
     """`vision_xformer.vision_linformer.Transformer` as a sequence of LinformerEncoderLayer.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...functional import project_kv
 from ...modules import LinformerAttention
 from ...projections import LinformerProjection
-from ._common import LinearWithDropout, checked, made_like, make_attention, make_layer
+from ._common import LinearWithDropout, checked, made_like, make_attention, make_layer, take
 
 
 class BiasedProjection(LinformerProjection):
@@ -66,6 +66,7 @@ class BiasedProjection(LinformerProjection):
         return keys + self.bias_key[..., None], values + bias_value[..., None]
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def projection_from_linformer_pytorch(peer: nn.Module) -> LinformerProjection:
     """E and F of a `linformer_pytorch.LinearAttentionHead`: all the weights it has.
 
@@ -83,6 +84,7 @@ def projection_from_linformer_pytorch(peer: nn.Module) -> LinformerProjection:
     return _projection([_checked_head(peer)], {}).train(peer.training)
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def attention_from_linformer_pytorch(peer: nn.Module) -> LinformerAttention:
     """`linformer_pytorch.MHAttention` as LinformerAttention.
 
@@ -106,6 +108,7 @@ def attention_from_linformer_pytorch(peer: nn.Module) -> LinformerAttention:
     return attention.train(peer.training)
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def encoder_from_linformer_pytorch(peer: nn.Module) -> nn.Sequential:
     """`linformer_pytorch.Linformer` as a sequence of LinformerEncoderLayer.
 
@@ -206,7 +209,7 @@ def _projection(
     else:
         kind = "fixed" if isinstance(keys[0], Tensor) else "learned"
         projection = LinformerProjection(seq_len, proj_dim, kind=kind, from_first=False, **options)
-    projection.load_state_dict(state)
+    take(projection, state)
     made[identity] = projection
     return projection
 

@@ -6,13 +6,15 @@ first columns of E do without the zeros.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ...modules import LinformerAttention
 from ...projections import LinformerProjection
-from ._common import LinearWithDropout, checked, made_like, make_attention
+from ._common import LinearWithDropout, checked, made_like, make_attention, take
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def projection_from_xformers(peer: nn.Module) -> LinformerProjection:
     """E and F of a `xformers.components.attention.LinformerAttention`: all the weights it has.
 
@@ -26,10 +28,11 @@ def projection_from_xformers(peer: nn.Module) -> LinformerProjection:
     wanted = "a LinformerAttention of xformers; for a MultiHeadDispatch: attention_from_xformers"
     theirs = checked(peer, wanted, "E", "F", "seq_len", "attn_drop")
     projection = LinformerProjection(theirs.seq_len, theirs.E.out_features, **made_like(theirs.E.weight))
-    projection.load_state_dict({"proj_key": theirs.E.weight, "proj_value": theirs.F.weight})
+    take(projection, {"proj_key": theirs.E.weight, "proj_value": theirs.F.weight})
     return projection.train(peer.training)
 
 
+@torch.enable_grad()  # to tell which weights are trained
 def attention_from_xformers(peer: nn.Module) -> LinformerAttention:
     """`xformers.components.MultiHeadDispatch` with Linformer attention as LinformerAttention.
 

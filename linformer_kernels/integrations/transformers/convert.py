@@ -129,6 +129,8 @@ def _check(
             f'sharing is "none" but projection is "{kind}", which has no weights that heads could have of their own; '
             'wanted: another sharing, as "layerwise"'
         )
+    if proj_dim is None:
+        raise TypeError("proj_dim is None; wanted: an integer, or a sequence of one a layer")
     # What has no weights is shared in any case, and may yet have a size a layer.
     one_size = sharing if kind not in WEIGHTLESS or isinstance(proj_dim, int) else "key_value"
     sizes = sizes_by_layer(proj_dim, layers, one_size)
@@ -146,6 +148,8 @@ def _check(
             f"init is {init!r} and calibration is {'missing' if calibration is None else 'given'}; wanted: calibration "
             'for init="svd" and for it alone'
         )
+    if calibration is not None and not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
+        raise TypeError(f"calibration is a {type(calibration).__name__}; wanted: batches, as a list or a DataLoader")
     return {
         "seq_len": seq_len,
         "proj_dim": sizes[0] if len(set(sizes)) == 1 else sizes,
@@ -211,7 +215,7 @@ def _own_places(model: nn.Module, _: tuple[Any, ...]) -> None:
         return
     for name, layer in model.named_modules():
         place: Place | None = getattr(layer, PLACE, None)
-        if place is None or place.owner is model:
+        if place is None or getattr(place.owner, NAME, None) is getattr(model, NAME, None):  # itself, or a shallow copy
             continue
         if getattr(model, "_is_replica", False):  # nn.DataParallel makes them anew in every call
             layer.__dict__[PLACE] = Place(model, place.index)

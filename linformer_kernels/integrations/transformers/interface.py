@@ -103,6 +103,11 @@ def of_keys(mask: Tensor | None) -> Tensor | None:
             f"attention_mask is {mask.dtype} of shape {tuple(mask.shape)}; wanted: the tokenizer's padding mask "
             "(B, N), as a mask between pairs of positions has no meaning in Linformer"
         )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"attention_mask is {mask.dtype} of shape {tuple(mask.shape)}; wanted: the tokenizer's padding mask "
+            "(B, N), or of four dimensions bool, True where a position takes part, or floating, 0 there and else -inf"
+        )
     mask = mask[:, 0, 0]
     return mask if mask.dtype == torch.bool else of_scores("attention_mask", mask)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from .convert import SETTINGS, install, own_configs
 from .interface import NAME
@@ -26,8 +26,9 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
             F in it; without it the model is set to "linformer", whatever it was set to when it was saved.
 
     Raises:
-        TypeError: model_class is no class, path no path.
-        ValueError: the checkpoint has no settings of `linformerize` or not all of them, or lacks weights of E or F.
+        TypeError: model_class is no class of models, path no path.
+        ValueError: the checkpoint has no settings of `linformerize` or not all of them, lacks weights of E or F, or has
+            them for layers that it does not have; model_class has no model for it.
     """
     if not isinstance(model_class, type):
         raise TypeError(
@@ -50,6 +51,11 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
             "linformerize wrote there"
         )
     plain = _concrete_class(model_class, config)
+    if not issubclass(plain, PreTrainedModel):
+        raise TypeError(
+            f"model_class is {model_class.__name__}; wanted: a class of transformers' models, as RobertaForMaskedLM or "
+            "AutoModel"
+        )
 
     class WithProjections(plain):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *arguments: Any, **keywords: Any) -> None:
@@ -65,12 +71,29 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
     lost = [key for key in info["missing_keys"] if f"{NAME}." in key]
     if lost:
         raise ValueError(f"path is {str(path)!r}, whose weights lack {', '.join(sorted(lost))}; wanted: all of E and F")
+    if beyond := _of_no_layer(info["unexpected_keys"], settings, len(attention_layers(model))):
+        raise ValueError(
+            f"path is {str(path)!r}, which has E and F or K for layers {', '.join(beyond)}, but no such layers, and "
+            "nobody can tell which were taken out; wanted: layers taken out before linformerize, or, before "
+            "save_pretrained, del model.base_model.linformer[i], too, for layer i, and its number out of "
+            "model.config.linformer"
+        )
     return (model, info) if with_info else model
+
+
+def _of_no_layer(unexpected: list[str], settings: dict[str, Any], layers: int) -> list[str]:
+    """Numbers of E and F, or of K, beyond the model's layers, that are not of layers which the caller left out, as by
+    num_hidden_layers=: of those all weights are left over."""
+    numbers = {key.split(f"{NAME}.")[1].split(".")[0] for key in unexpected if f"{NAME}." in key}
+    if isinstance(settings["proj_dim"], list):
+        numbers |= {str(index) for index in range(layers, len(settings["proj_dim"]))}
+    return sorted(numbers - {part for key in unexpected if f"{NAME}." not in key for part in key.split(".")}, key=int)
 
 
 def _config(path: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The config, and the options that are left for from_pretrained."""
-    config = options.pop("config", path)
+    config = options.pop("config", None)
+    config = path if config is None else config
     if not isinstance(config, (str, os.PathLike)):
         return config, options
     where = {name: options[name] for name in _WHERE if name in options}
@@ -83,5 +106,10 @@ def _concrete_class(model_class: Any, config: Any) -> Any:
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is None:
         return model_class
+    if type(config) not in mapping:
+        raise ValueError(
+            f"model_class is {model_class.__name__}, which has no model for a {type(config).__name__}, that of the "
+            "checkpoint; wanted: another class, as AutoModel"
+        )
     found = mapping[type(config)]
     return found[0] if isinstance(found, (tuple, list)) else found
