@@ -258,6 +258,17 @@ def test_cald_without_the_copies_that_a_file_leaves_out(mode, device):
     assert len(kept) < len(weights) and torch.equal(got, want)
 
 
+def test_cald_with_a_decoder_of_its_own():
+    """A config that ties it to the embeddings put its numbers there, in silence."""
+    apart = RobertaConfig(**CONFIG, tie_word_embeddings=False)
+    peer = cald("layer", apart, RobertaForMaskedLM)
+    ours = roberta_from_cald(RobertaForMaskedLM, apart, peer.state_dict())
+    tokens = torch.randint(4, TOKENS, (2, 31))
+    agree(ours(tokens).logits, peer(tokens).logits, "logits")
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight than for .* wanted: .*tie_word_embeddings=False"):
+        roberta_from_cald(RobertaForMaskedLM, RobertaConfig(**CONFIG), peer.state_dict())
+
+
 def fake(**changes):
     """A checkpoint of fairseq of which no model was built."""
     layer = "encoder.sentence_encoder.layers.0.self_attn.compress_k.weight"
@@ -277,6 +288,11 @@ def fake(**changes):
     (lambda: roberta_from_fairseq(fake()), ValueError, "checkpoint lacks"),
     (lambda: roberta_from_cald(7, RobertaConfig(), {}), TypeError, "model_class is 7"),
     (lambda: roberta_from_cald(RobertaModel, RobertaConfig(), {}), ValueError, "proj_k"),
+    (lambda: roberta_from_cald(RobertaModel, {}, {}), TypeError, "config is a dict"),
+    (lambda: roberta_from_cald(RobertaModel, RobertaConfig(), None), TypeError, "weights is a NoneType"),
+    (lambda: roberta_from_fairseq({"model": None, "args": {}}), TypeError, r'checkpoint\["model"\] is a NoneType'),
+    (lambda: roberta_from_cald(RobertaModel, RobertaConfig(), {"layer.0.attention.self.proj_k": torch.zeros(4)}),
+     ValueError, "proj_k of other than two dimensions"),
     (lambda: roberta_from_cald(RobertaModel, RobertaConfig(**CONFIG),
                                {"encoder.layer.0.attention.self.proj_k": torch.zeros(N, 4)}),
      ValueError, "checkpoint lacks"),

@@ -131,17 +131,24 @@ def roberta_from_cald(
             (max_position_embeddings, K). One that a file left out because it is shared is taken from where it is.
 
     Raises:
-        TypeError: model_class is no class of models.
+        TypeError: model_class is no class of models, config no RobertaConfig, weights no mapping.
         ValueError: a checkpoint of another shape.
     """
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise TypeError(f"model_class is {model_class!r}; wanted: a class of transformers, as RobertaForMaskedLM")
+    if not isinstance(config, RobertaConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; wanted: a RobertaConfig, as RobertaConfig.from_pretrained"
+        )
+    _check_weights("weights", weights)
     matrices = {name: weight for name, weight in weights.items() if re.search(r"[.]self[.]proj_[kv]$", name)}
     if not matrices:
         raise ValueError(
             "weights hold no ...attention.self.proj_k; wanted: the state_dict of a model after CALD's "
             "substitute_layer; for a RoBERTa: linformerize"
         )
+    if flat := sorted(name for name, matrix in matrices.items() if matrix.dim() != 2):
+        raise ValueError(f"weights hold {', '.join(flat)} of other than two dimensions; wanted: (N, K)")
     anywhere = next(iter(matrices.values()))
     scale = anywhere.size(0) ** -0.5
     keys: list[Tensor] = []
@@ -167,7 +174,13 @@ def _parts_of_fairseq(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Tenso
         raise ValueError(
             f'checkpoint holds {sorted(checkpoint)}; wanted: "model" and "args" or "cfg", as fairseq saves them'
         )
+    _check_weights('checkpoint["model"]', checkpoint["model"])
     return checkpoint["model"], options
+
+
+def _check_weights(name: str, weights: object) -> None:
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"{name} is a {type(weights).__name__}; wanted: a state_dict, tensors by name")
 
 
 def _option(options: Any, name: str, default: Any) -> Any:
@@ -259,6 +272,12 @@ def _with_matrices(
         raise ValueError(
             f"checkpoint lacks {sorted(missing)} and has {sorted(unexpected)} beyond a {type(model).__name__}; wanted: "
             "all of its weights and no other"
+        )
+    held = model.state_dict()
+    if lost := sorted(name for name, weight in weights.items() if not held[name].equal(weight.to(held[name]))):
+        raise ValueError(
+            f"checkpoint has other numbers for {', '.join(lost)} than for what config ties it to; wanted: a config "
+            "with tie_word_embeddings=False"
         )
     if not all(key.equal(value) for key, value in zip(keys, values, strict=True)):
         sharing = "headwise"

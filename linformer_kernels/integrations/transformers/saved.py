@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
@@ -84,7 +85,7 @@ def load(model_class: Any, path: str, **options: Any) -> Any:
 def _of_no_layer(unexpected: list[str], settings: dict[str, Any], layers: int) -> list[str]:
     """Numbers of E and F, or of K, beyond the model's layers, that are not of layers which the caller left out, as by
     num_hidden_layers=: of those all weights are left over."""
-    numbers = {key.split(f"{NAME}.")[1].split(".")[0] for key in unexpected if f"{NAME}." in key}
+    numbers = {found[1] for key in unexpected if (found := re.search(rf"\b{NAME}[.](\d+)[.]", key))}
     if isinstance(settings["proj_dim"], list):
         numbers |= {str(index) for index in range(layers, len(settings["proj_dim"]))}
     return sorted(numbers - {part for key in unexpected if f"{NAME}." not in key for part in key.split(".")}, key=int)
