@@ -361,6 +361,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.width % options.heads:
         parser.error(f"--width {options.width} is not a multiple of --heads {options.heads}")
+    if options.attention in ("linformer", "both") and options.proj_dim > options.seq_len:
+        parser.error(f"--proj-dim is {options.proj_dim}; wanted: no more than --seq-len, {options.seq_len}")
     if options.save and not options.save.parent.is_dir():
         parser.error(f"--save: there is no folder {options.save.parent}")
     if options.save and options.save.is_dir():
@@ -390,11 +392,11 @@ def main(arguments: list[str] | None = None) -> None:
         copy_common_weights(runs[0].model, runs[1].model)
     train(runs, corpus, settings, options.steps, options.minutes)
     report(runs, memory, unigram, settings)
-    draw(runs, unigram, PICTURE)
-    if options.save:
+    if options.save:  # before the picture, whose folder may not be writable
         models = {run.name: run.model.state_dict() for run in runs}
         torch.save({"settings": vars(settings), "models": models}, options.save)
         print(f"Weights: {options.save}")
+    draw(runs, unigram, PICTURE)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
         The module, changed in place.
 
     Raises:
-        ValueError: unknown plan, a mesh of several dimensions, a module without Linformer attention, heads that the
-            devices do not divide.
+        ValueError: unknown plan, a mesh of several dimensions, a module without Linformer attention or that is spread
+            already, heads that the devices do not divide.
         NotImplementedError: an E for each head with "heads"; with "sequence" projections of windows ("mean", "max",
             "conv") and length_norm.
         And, when it is called with "sequence", ValueError for a part of the sequence of another length than this
@@ -57,6 +57,10 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
     """
     if plan not in PLANS:
         raise ValueError(f"plan is {plan!r}; wanted: one of {', '.join(PLANS)}")
+    for name, given, kind in (("module", module, nn.Module), ("mesh", mesh, DeviceMesh)):
+        if not isinstance(given, kind):
+            wanted = "torch.nn.Module" if kind is nn.Module else "DeviceMesh, as init_device_mesh makes it"
+            raise TypeError(f"{name} is a {type(given).__name__}; wanted: a {wanted}")
     if mesh.ndim != 1:
         raise ValueError(
             f'mesh has {mesh.ndim} dimensions; wanted: one, as mesh["name"] gives it, for mesh_dim_names with that name'
@@ -65,6 +69,9 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
     projections = {name: part for name, part in module.named_modules() if isinstance(part, LinformerProjection)}
     if not attentions:
         raise ValueError(f"module is a {type(module).__name__} without a LinformerAttention; wanted: one with some")
+    for name, part in (attentions | projections).items():
+        if any(isinstance(tensor, DTensor) for tensor in (*part.parameters(), *part.buffers())):
+            raise ValueError(f"{name or 'module'} is on several devices already; wanted: a module that is not")
     styles: dict[str, ParallelStyle] = {}
     if plan == "heads":
         for name, attention in attentions.items():
@@ -161,8 +168,10 @@ def _add_up(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
         return grad
 
     for parameter in parameters:
-        if parameter.requires_grad:
-            parameter.register_hook(total)
+        if parameter.is_floating_point():
+            trained = parameter.requires_grad  # or is later
+            parameter.requires_grad_(True).register_hook(total)
+            parameter.requires_grad_(trained)
 
 
 def _check_heads(name: str, attention: LinformerAttention, devices: int) -> None:

@@ -113,16 +113,22 @@ def projected_attention(
 def _attention_operator(query: Any, key_proj: Any, value_proj: Any, key_bias: Any, scale: float) -> Any:
     from onnxscript import opset23
 
-    if key_bias is None:
-        return opset23.Attention(query, key_proj, value_proj, scale=scale)[0]
-    # The bias as one column more of K', for ones of the query: onnxruntime wants a mask of all N_q rows.
     op = _opset()
-    some = op.Greater(op.ReduceMax(key_bias, _ints(-1), keepdims=1), op.Constant(value_float=float("-inf")))
-    bias = op.CastLike(op.Unsqueeze(op.Where(some, key_bias, _zero(key_bias)), _ints(3)), key_proj)
+    if key_bias is None and scale > 0:
+        return opset23.Attention(query, key_proj, value_proj, scale=scale)[0]
+    # Into the query, as onnxruntime takes positive scales alone.
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=scale), query))
+    if key_bias is None:
+        return opset23.Attention(scaled, key_proj, value_proj, scale=1.0)[0]
+    # The bias as one column more of K', for ones of the query: onnxruntime wants a mask of all N_q rows. Less its
+    # largest element, which the softmax does not see: in 16 bits it might be infinite.
+    most = op.ReduceMax(key_bias, _ints(-1), keepdims=1)
+    some = op.Greater(most, op.Constant(value_float=float("-inf")))
+    bias = op.Where(some, op.Sub(key_bias, most), _zero(key_bias))
+    bias = op.CastLike(op.Unsqueeze(bias, _ints(3)), key_proj)
     ones = op.Expand(
         op.CastLike(op.Constant(value_float=1.0), query), op.Concat(op.Shape(query, end=3), _ints(1), axis=0)
     )
-    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=scale), query))
     rows = op.Concat(scaled, ones, axis=-1), op.Concat(key_proj, bias, axis=-1)
     out = opset23.Attention(*rows, value_proj, scale=1.0)[0]
     # Each head of keys for the queries that read it.

@@ -135,6 +135,11 @@ def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     while functorch.is_functorch_wrapped_tensor(cu_seqlens) and torch._is_functional_tensor(cu_seqlens):
         torch._sync(cu_seqlens)  # within functionalize: the values are inside
         cu_seqlens = torch._from_functional_tensor(cu_seqlens)
+    if functorch.is_batchedtensor(cu_seqlens):
+        raise NotImplementedError(
+            "cu_seqlens_q or cu_seqlens_k differs within torch.vmap, and the reference loops over sequences; wanted: "
+            "offsets that all calls share, or a backend of kernels"
+        )
     return list(pairwise(cu_seqlens.tolist()))
 
 

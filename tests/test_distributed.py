@@ -307,10 +307,26 @@ def test_modules_that_are_not_spread():
                 "sequence",
             ),
         ),
+        (TypeError, "module is a function; wanted: a torch.nn.Module", lambda: parallelize(close, mesh, "heads")),
+        (
+            TypeError,
+            "mesh is a ProcessGroup; wanted: a DeviceMesh",
+            lambda: parallelize(encoder(), dist.group.WORLD, "heads"),
+        ),
         (TypeError, "came for a Linear", lambda: ProjectionOfParts()._apply(torch.nn.Linear(3, 3), mesh)),
     ):
         with pytest.raises(error, match=says):
             spread()
+
+
+@pytest.mark.parametrize("plan", ["heads", "sequence"])
+def test_a_module_is_spread_once(plan):
+    """Twice gradients were added up twice; "sequence" took it, and its calls asked for another length."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    spread = parallelize(encoder(), mesh, plan)
+    for module in (spread, torch.nn.ModuleList([torch.nn.Linear(3, 3), spread.layers[1]])):
+        with pytest.raises(ValueError, match=r"self_attn.* is on several devices already; wanted: a module"):
+            parallelize(module, mesh, plan)
 
 
 def test_parts_that_are_refused():
@@ -366,7 +382,10 @@ def modules(mesh):
             want = swap(model(swap(x), src_key_padding_mask=mask))
             (want * grad).sum().backward()
             of_input, of_weights = x.grad, gradients(model)
+            frozen = options.get("sharing") == "headwise"  # and trained later: gradients were those of a process
+            model.requires_grad_(not frozen)
             parallelize(model, mesh, plan)
+            model.requires_grad_(True)
             for _ in range(2):  # gradients that are added to others
                 x.grad = None
                 out = swap(model(swap(part(x)), src_key_padding_mask=None if mask is None else part(mask)))

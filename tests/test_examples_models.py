@@ -48,6 +48,7 @@ def examples():
             "pretrain_mlm",
             "recording",
             "tasks",
+            "train_mlm",
             "training",
         )
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -314,6 +315,30 @@ def test_finetune_from_a_checkpoint(examples, pretrained, tmp_path, capsys):
     assert head.split()[:5] == ["task", "attention", "N", "K", "weights"]
     assert row.split()[:4] == ["qnli", attention, "48", "8" if attention == "linformer" else "-"]
     assert f"{last['accuracy']:.4f}" in row and f"{last['f1']:.4f}" in row
+
+
+def test_more_rows_than_positions_are_refused_by_name(examples, text, capsys):
+    """It was the projection's error, from another process and with its traceback."""
+    with pytest.raises(SystemExit):
+        examples.train_mlm.parse_arguments([f"--data={text}", "--seq-len=16", "--proj-dim=32"])
+    assert "--proj-dim is 32; wanted: no more than --seq-len, 16" in capsys.readouterr().err
+    examples.train_mlm.parse_arguments([f"--data={text}", "--seq-len=16", "--proj-dim=32", "--attention=exact"])
+
+
+def test_weights_are_saved_before_the_picture(examples, text, tmp_path, monkeypatch):
+    """They were lost where the picture's folder could not be written."""
+
+    def unwritable(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(examples.train_mlm, "draw", unwritable)
+    for name in ("memory_of_one_step", "train", "report"):
+        monkeypatch.setattr(examples.train_mlm, name, lambda *_: None)
+    sizes = ["--seq-len=16", "--proj-dim=8", "--layers=1", "--width=8", "--attention=linformer"]
+    with pytest.raises(PermissionError):
+        examples.train_mlm.main([f"--data={text}", *sizes, f"--save={tmp_path / 'weights.pt'}"])
+    saved = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert saved["settings"]["seq_len"] == 16 and saved["models"]["linformer"]
 
 
 @pytest.mark.parametrize("attention", ["linformer", "exact"])

@@ -1,5 +1,6 @@
 """The exported model in onnxruntime gives the numbers of the module: any batch and length, padding, "adaptive"."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def test_operators(case, way, opset, tmp_path):
         assert any("linformer_kernels" in str(node.target) for node in model.graph.nodes)
     (got,) = session(model, given, tmp_path, opset_version=opset)(*given)
     cases.compare({f"{way} of {case}": {"out": got}}, x)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(scale, tmp_path):
+    """onnxruntime's Attention refuses it."""
+    x = Inputs(dataclasses.replace(CASES[1], scale=scale), "cpu")
+    given = [t if t is None else t.detach() for t in (*x.positional(), None, None, None)]
+    (got,) = session(Attend(x.case), given, tmp_path, opset_version=23)(*given)
+    cases.compare({f"scale {scale}": {"out": got}}, x)
+
+
+def test_a_bias_beyond_the_numbers_of_the_type(tmp_path):
+    """In float16 it became infinite, and the result NaN."""
+    x = Inputs(Case(kv_heads=2, n=33, n_q=20, k=8, d=16, bias="normal", dtype=torch.float16), "cpu")
+    x.key_bias = (x.key_bias - 1e5).detach().requires_grad_()
+    given = [t if t is None else t.detach() for t in (*x.positional(), x.key_bias, None, None)]
+    (got,) = session(Attend(x.case), given, tmp_path, opset_version=23)(*given)
+    cases.compare({"bias of -100,000": {"out": got}}, x)
 
 
 class Project(torch.nn.Module):

@@ -446,6 +446,18 @@ def test_torch_func_is_refused_with_the_remedy(device, native):
         torch.func.jvp(call, (key,), (key,))
 
 
+def test_vmap_of_offsets_is_refused_by_the_reference(device):
+    """It was torch's error about a tensor without storage."""
+    rows, proj, ends = torch.randn(9, 2, 8, device=device), torch.randn(3, 9, device=device), [[0, 4, 9], [0, 9, 9]]
+
+    def call(ends):
+        offsets = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        return lk.linformer_attention_varlen(rows, rows, rows, proj, **offsets, backend="reference")
+
+    with pytest.raises(NotImplementedError, match=r"cu_seqlens_q or cu_seqlens_k differs within torch\.vmap"):
+        torch.func.vmap(call)(torch.tensor(ends, device=device))
+
+
 def test_vmap_keeps_gradients(device, native):
     """Of what is mapped, and of what is not, where no tensor under vmap says that it requires any."""
     x = Inputs(Case(), device)
