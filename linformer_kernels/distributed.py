@@ -22,6 +22,7 @@ from .modules import LinformerAttention
 from .projections import LinformerProjection
 
 PLANS = ("heads", "sequence")
+_SPREAD = "_is_spread"  # of what `parallelize` has seen: not everything has DTensors to tell it by
 
 
 def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
@@ -70,7 +71,8 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
     if not attentions:
         raise ValueError(f"module is a {type(module).__name__} without a LinformerAttention; wanted: one with some")
     for name, part in (attentions | projections).items():
-        if any(isinstance(tensor, DTensor) for tensor in (*part.parameters(), *part.buffers())):
+        of_several = any(isinstance(tensor, DTensor) for tensor in (*part.parameters(), *part.buffers()))
+        if of_several or hasattr(part, _SPREAD):
             raise ValueError(f"{name or 'module'} is on several devices already; wanted: a module that is not")
     styles: dict[str, ParallelStyle] = {}
     if plan == "heads":
@@ -94,7 +96,10 @@ def parallelize(module: nn.Module, mesh: DeviceMesh, plan: str) -> nn.Module:
             styles[name] = ProjectionOfParts()
         apart = {id(parameter) for projection in projections.values() for parameter in projection.parameters()}
         _add_up((parameter for parameter in module.parameters() if id(parameter) not in apart), mesh)
-    return parallelize_module(module, mesh, styles)
+    spread = parallelize_module(module, mesh, styles)
+    for one in (*attentions.values(), *projections.values()):
+        setattr(one, _SPREAD, True)
+    return spread
 
 
 class ProjectionOfParts(ParallelStyle):

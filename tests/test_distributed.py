@@ -319,13 +319,16 @@ def test_modules_that_are_not_spread():
             spread()
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": "adaptive"}], ids=str)
 @pytest.mark.parametrize("plan", ["heads", "sequence"])
-def test_a_module_is_spread_once(plan):
+def test_a_module_is_spread_once(plan, options):
     """Twice gradients were added up twice; "sequence" took it, and its calls asked for another length."""
     mesh = init_device_mesh("cpu", (WORLD,))
-    spread = parallelize(encoder(), mesh, plan)
+    if options:
+        options = {"projection": lk.LinformerProjection(None, 6, **options), "seq_len": None, "proj_dim": None}
+    spread = parallelize(encoder(**options), mesh, plan)
     for module in (spread, torch.nn.ModuleList([torch.nn.Linear(3, 3), spread.layers[1]])):
-        with pytest.raises(ValueError, match=r"self_attn.* is on several devices already; wanted: a module"):
+        with pytest.raises(ValueError, match=r"(self_attn|projection).* is on several devices already; wanted"):
             parallelize(module, mesh, plan)
 
 
