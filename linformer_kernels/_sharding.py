@@ -137,12 +137,12 @@ def _heads_fit(heads: dict[str, int], mesh: Sequence[int]) -> bool:
     grouped = heads["g"] not in (1, heads.get("h", heads["g"]))
     number = heads.get("h", 1) if heads["g"] == 1 else heads["g"]
     for some in (some for n in range(1, len(mesh) + 1) for some in combinations(mesh, n)):
-        if math.prod(some) <= number and (number % math.prod(some) if grouped else 0 in _parts(number, some)):
+        if math.prod(some) <= number and (number % math.prod(some) if grouped else 0 in chunks(number, some)):
             return False
     return True
 
 
-def _parts(number: int, mesh: Sequence[int]) -> list[int]:
+def chunks(number: int, mesh: Sequence[int]) -> list[int]:
     """Of so many, how many devices get: divided as torch.chunk divides, over one dimension after the other."""
     parts = [number]
     for size in mesh:
@@ -332,7 +332,7 @@ def pool(backend: Any, key: Any, value: Any, segments: Any, cu_seqlens_k: Any, n
         *means, count = backend.pool(key, value, segments, cu_seqlens_k, number)
         return *_WithZeros.apply(*means), count
     key = whole(key)
-    if 0 in _parts(key.size(1), [key.device_mesh.size(i) for i in _on(key, 1)]):  # heads for some devices only
+    if 0 in chunks(key.size(1), [key.device_mesh.size(i) for i in _on(key, 1)]):  # heads for some devices only
         key = key.redistribute(placements=[Replicate() if place.is_shard(1) else place for place in key.placements])
     lists = [Replicate() if place == Shard(1) and segments.size(1) == 1 else place for place in key.placements]
     value, segments = value.redistribute(placements=key.placements), segments.redistribute(placements=lists)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard as _fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from ._sharding import whole
+from ._sharding import chunks, whole
 from .encoders import LinformerEncoderLayer
 from .modules import LinformerAttention
 from .projections import LinformerProjection
@@ -230,8 +230,7 @@ def _lengths(here: list[int], mesh: DeviceMesh) -> list[int]:
     parts = DTensor.from_local(torch.tensor([here], device=mesh.device_type), mesh, [Shard(0)], run_check=False)
     lengths: list[list[int]] = parts.full_tensor().T.tolist()
     for of_one in lengths:
-        total, size = sum(of_one), -(-sum(of_one) // len(of_one))
-        if of_one != [min(size, max(total - i * size, 0)) for i in range(len(of_one))]:
+        if of_one != chunks(sum(of_one), [len(of_one)]):
             raise ValueError(
                 f"the processes have {', '.join(map(str, of_one))} positions of a sequence; wanted: its parts as "
                 f"torch.chunk(sequence, {len(of_one)}) makes them, as many positions on each, but for the last"
